@@ -1,0 +1,53 @@
+"""One tree of exceptions; each class carries the exit code its failure ends a command with.
+
+Exit codes: 0 success, 1 the work ran but its result is not good enough, 2 the input is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QatError(Exception):
+    """Base of every error a user is meant to read. The message is complete without a traceback."""
+
+    exit_code = 2
+
+
+class RecipeError(QatError):
+    """A recipe is missing, malformed or contradicts itself."""
+
+
+class CheckpointError(QatError):
+    """A checkpoint cannot be read, or does not fit the network."""
+
+
+class DataError(QatError):
+    """A data set is missing, unreadable, or does not fit the network."""
+
+
+class QuantizationError(QatError):
+    """A network cannot be prepared or lowered as asked."""
+
+
+class OutputError(QatError):
+    """A file or directory cannot be written."""
+
+
+class TrainingError(QatError):
+    """Training stopped because its result would be worthless (a loss that is not finite)."""
+
+    exit_code = 1
+
+
+class VerificationError(QatError):
+    """An exported model differs from the network it came from by more than the stated bound."""
+
+    exit_code = 1
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the allowed name closest to ``name``, else an empty string."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,0 +1,47 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from qat.errors import OutputError
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write ``data`` to ``path`` in one step, creating parent folders.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and then take the name: whoever
+    reads ``path`` finds the old content or the new one. A failed write leaves no file behind. A symbolic
+    link is followed, not replaced.
+
+    Args:
+        path: file to create or replace.
+        data: bytes, or text to be stored as UTF-8 with its line ends as they are.
+
+    Raises:
+        OutputError: ``path`` or a parent folder cannot be written; the message has the reason.
+    """
+    payload = data.encode() if isinstance(data, str) else data
+    try:
+        target = path.resolve()
+        # Replacing a device such as /dev/null by a file would be much worse than refusing.
+        if target.exists() and not target.is_file():
+            kind = "a folder" if target.is_dir() else "not a regular file"
+            raise OutputError(f"{path}: cannot be written: it is {kind}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+        try:
+            # Exclusive creation, with the permissions that the user's umask gives any new file.
+            with temporary.open("xb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(f"{path}: cannot be written: {reason}") from error
