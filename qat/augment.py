@@ -1,0 +1,130 @@
+"""From uint8 batches to network inputs: augmentation, normalization and the fixed input grid."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.recipe import Augment
+
+
+class Augmenter:
+    """Random resized crop, then flip, then affine, on a whole batch with kornia.
+
+    The result depends on the images, the seed, the epoch and the step, and on nothing else.
+    What the recipe leaves out is left out here: with nothing configured a call only divides by 255.
+    A resumed run sees the same pixels as an uninterrupted one, because no random state is carried from
+    step to step.
+    """
+
+    def __init__(self, augment: Augment, image_size: int, seed: int) -> None:
+        """Take the recipe's ``augment`` section, the side of the result in pixels and the run's seed."""
+        self.image_size = image_size
+        self.seed = seed
+        self._crops = augment.crop is not None
+        self._stages = _stages(augment, image_size)
+
+    def __call__(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        """Augment one batch.
+
+        ``images``: uint8 (N, 3, H, W) on any device. Returns float32 (N, 3, image_size, image_size) in 0..1
+        on the same device, black where the affine part looks outside the image. ``step`` counts within
+        ``epoch``. The global random state is the same before and after. Raises ``ValueError`` for images
+        of another type, or of another size than ``image_size`` when no random crop brings them there.
+        """
+        if images.dtype != torch.uint8:
+            raise ValueError(f"expected uint8 images, got {images.dtype}")
+        side = (self.image_size, self.image_size)
+        if not self._crops and tuple(images.shape[-2:]) != side:
+            raise ValueError(f"expected {side} images, got {tuple(images.shape[-2:])} and no random crop")
+        result = images.float() / 255
+        if not self._stages:
+            return result
+        # kornia draws its parameters from the CPU generator whatever device the images are on, so the crops
+        # are the same on a CPU and a GPU, and no GPU generator needs to be forked. Seeding that generator
+        # alone matters: torch.manual_seed would also reseed every GPU, which this fork does not restore.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, step))
+            for stage in self._stages:
+                result = stage(result)
+        return result.clamp(0, 1)  # interpolation may overshoot by a rounding error; the input grid ends at 1
+
+
+def normalize(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(v − mean) / std`` per channel, computed in float32, for images (N, 3, H, W) on their device.
+
+    uint8 images are divided by 255 first; float images are taken as in 0..1 already.
+    """
+    values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    channel = (1, -1, 1, 1)
+    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(channel)
+    spread = torch.tensor(std, dtype=torch.float32, device=images.device).view(channel)
+    return ((values - shift) / spread).to(dtype)
+
+
+def image_grid(mean: Sequence[float], std: Sequence[float]) -> tuple[float, int]:
+    """The uint8 grid ``x ≈ scale · (q − zero_point)`` over every normalized pixel value and zero.
+
+    ``lo = min(0, min_c −mean_c/std_c)``, ``hi = max(0, max_c (1 − mean_c)/std_c)``. The scale is the smallest
+    (a float32 value) at which 0 and the whole range are on the grid: of both integers next to
+    ``255 · −lo/(hi − lo)``, the zero point that needs the smaller ``max(−lo/zero_point,
+    hi/(255 − zero_point))``. It depends on the normalization alone, so the input needs no observer.
+    """
+    low = min(0.0, *((0.0 - m) / s for m, s in zip(mean, std, strict=True)))
+    high = max(0.0, *((1.0 - m) / s for m, s in zip(mean, std, strict=True)))
+    exact = 255 * -low / (high - low)
+    candidates = []
+    for zero_point in {math.floor(exact), math.ceil(exact)}:
+        below = -low / zero_point if zero_point else (math.inf if low else 0.0)
+        above = high / (255 - zero_point) if zero_point < 255 else (math.inf if high else 0.0)
+        candidates.append((max(below, above), zero_point))
+    scale, zero_point = min(candidates)
+    return float(np.float32(scale)), zero_point
+
+
+def _stages(augment: Augment, image_size: int) -> list[Callable[[Tensor], Tensor]]:
+    moves = bool(augment.translate or augment.rotate or augment.scale)
+    if not (augment.crop or augment.flip or moves):
+        return []
+    import kornia.augmentation as K  # imported here because it takes half a second
+
+    stages: list[Callable[[Tensor], Tensor]] = []
+    if augment.crop:
+        # "resample" crops the whole batch with one grid sample; "slice", the default, loops over the images.
+        stages.append(
+            K.RandomResizedCrop(
+                (image_size, image_size),
+                scale=augment.crop,
+                cropping_mode="resample",
+                align_corners=False,
+            )
+        )
+    if augment.flip:
+        stages.append(K.RandomHorizontalFlip(p=0.5))
+    if moves:
+        stages.append(
+            K.RandomAffine(
+                degrees=augment.rotate,
+                translate=(augment.translate, augment.translate),
+                scale=augment.scale,
+                padding_mode="zeros",
+                p=1.0,
+            )
+        )
+    return stages
+
+
+def _mix(seed: int, epoch: int, step: int) -> int:
+    """One generator seed per (seed, epoch, step); a hash, so that neighbours do not share streams."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,80 @@
+"""What every data set is here: labelled uint8 images in a fixed order, yielded in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["MemorySplit", "Split", "SplitName"]
+
+SplitName = Literal["train", "test"]
+
+
+class Split(ABC):
+    """Labelled images in a fixed order. ``class_names[label]`` names a label."""
+
+    def __init__(self, class_names: Sequence[str], labels: Tensor) -> None:
+        """Take the class names in label order and the int64 labels (N,)."""
+        self.class_names = list(class_names)
+        self.labels = labels
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def batch_count(self, batch_size: int, drop_last: bool = False) -> int:
+        """Number of batches ``batches`` yields; 0 if ``drop_last`` and there are too few images for one."""
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+    def batches(
+        self, batch_size: int, *, shuffle_seed: int | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield uint8 images (N, 3, H, W) and int64 labels (N,).
+
+        The order is the split's own, or with ``shuffle_seed`` a permutation that depends on that seed
+        alone. The global random state is untouched. Raises ``DataError`` naming an image it cannot decode.
+        """
+        if shuffle_seed is None:
+            order = torch.arange(len(self))
+        else:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))
+        count = self.batch_count(batch_size, drop_last)
+        return self._load([order[i * batch_size : (i + 1) * batch_size] for i in range(count)])
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 that changes when an image, a label or the order does."""
+
+    @abstractmethod
+    def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images and labels at each of the index tensors."""
+
+
+class MemorySplit(Split):
+    """Greyscale images held in memory as uint8 (N, 1, H, W), yielded with three equal channels."""
+
+    def __init__(self, class_names: Sequence[str], images: Tensor, labels: Tensor) -> None:
+        """Take the class names, the images and the int64 labels (N,)."""
+        super().__init__(class_names, labels)
+        self._images = images
+
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, pixels and labels."""
+        digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
+        digest.update(self._images.numpy().tobytes())
+        digest.update(self.labels.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in batches:
+            yield self._images[indices].repeat(1, 3, 1, 1), self.labels[indices]
