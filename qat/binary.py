@@ -1,0 +1,77 @@
+"""The arithmetic of binarization: sign functions and their straight-through estimators.
+
+Pure functions at the bottom of the project; layers are built from them elsewhere. Each estimator is one
+custom autograd function: one pass forward, one pass backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+#: At and above this temperature a weight is ``clamp(w / T, -1, 1)``; below it, exactly ``sign(w)``.
+BINARY_TEMPERATURE: Final = 1e-7
+#: The straight-through gradient of a binary activation is 1 inside this interval around 0.
+ACTIVATION_CLIP: Final = 1.5
+#: Latent weights are kept in [-LATENT_CLIP, LATENT_CLIP] while training.
+LATENT_CLIP: Final = 1.5
+
+
+def sign(x: Tensor) -> Tensor:
+    """``+1`` where ``x >= 0``, else ``-1``: the sign that one bit can hold. Same shape and dtype."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+class _BinarizeActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, zero_is_positive: bool) -> Tensor:
+        ctx.save_for_backward(x.abs() < ACTIVATION_CLIP)
+        return sign(x) if zero_is_positive else torch.sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None
+
+
+class _BinarizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, temperature: float) -> Tensor:
+        if temperature < BINARY_TEMPERATURE:
+            return sign(weight)
+        return (weight / temperature).clamp_(-1.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def binarize_activation(x: Tensor, zero_is_positive: bool = False) -> Tensor:
+    """Binarize a (biased) activation.
+
+    Forward: ``sign(x)``. Backward: ``dL/dx = dL/ds`` where ``|x| < 1.5``, else 0, the straight-through
+    estimator of Hubara et al. 2016 (arXiv 1602.02830) with the clip of BNext (arXiv 2211.12933).
+
+    Args:
+        x: any shape.
+        zero_is_positive: the sign of 0 is +1 if True (fake-quantized and exported networks, where one
+            bit must hold the result), 0 if False (the float network, as its authors trained it).
+    """
+    result: Tensor = _BinarizeActivation.apply(x, zero_is_positive)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    return result
+
+
+def binarize_weight(weight: Tensor, temperature: float) -> Tensor:
+    """Weights that a binary convolution uses.
+
+    Forward: ``clamp(w / T, -1, 1)`` while ``T >= 1e-7``, else ``sign(w)`` with ``sign(0) = +1``.
+    Backward: identity, ``dL/dw = dL/db`` (progressive weight binarization of BNext, arXiv 2211.12933).
+
+    Args:
+        weight: latent weights, any shape.
+        temperature: ``T > 0``.
+    """
+    result: Tensor = _BinarizeWeight.apply(weight, temperature)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    return result
