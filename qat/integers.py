@@ -1,0 +1,101 @@
+"""Integer arithmetic of a quantized network, on float tensors that hold integers.
+
+The evaluation of a fake-quantized network and its lowering share these functions: whatever constant a module
+computes here is the constant that is exported, and each operation here is the one that
+:mod:`export.reference` specifies. So a fine-tuned network in evaluation mode gives the numbers of its export.
+
+"Steps" are integers ``q`` that stand for ``q * scale``, held in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qat.dyadic import PRODUCT_BITS
+
+#: Smallest multiplier of an accumulator. An 8-bit result as a bias at this scale still fits int32, and the
+#: largest binary accumulator (18,432 products in 1/64) moves it by less than half a step.
+SMALLEST_MULTIPLIER: Final = 2.0**-22
+#: Up to here every integer is exact in float32.
+_EXACT: Final = 2**24
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """``round((accumulator + bias) * multiplier)``.
+
+    Attributes:
+        multiplier: (C,) float32, positive.
+        bias: (C,) float64 integers that fit int32.
+        constant: (C,) bool, channels whose result does not depend on the accumulator.
+    """
+
+    multiplier: Tensor
+    bias: Tensor
+    constant: Tensor
+
+    def __call__(self, accumulator: Tensor) -> Tensor:
+        """(N, C, ...) float integers → float32, before rounding."""
+        shape = (1, -1) + (1,) * (accumulator.ndim - 2)
+        bias, multiplier = self.bias.view(shape), self.multiplier.view(shape)
+        if float(self.bias.abs().max()) + float(accumulator.detach().abs().max()) >= _EXACT:
+            accumulator = accumulator.double()  # the sum is rounded to float32 once, like an int32 would be
+        return (accumulator + bias.to(accumulator.dtype)).float() * multiplier
+
+
+def requantization(gain: Tensor, offset: Tensor, reach: float) -> Requantization:
+    """Multiplier and integer bias such that ``(acc + bias) * multiplier ≈ acc * gain + offset``.
+
+    Where a gain is too small for its offset to fit int32 as a bias, the result is the constant
+    ``round(offset)``.
+
+    Args:
+        gain: (C,) float64, not negative: steps of the result per unit of the accumulator.
+        offset: (C,) float64, in steps of the result.
+        reach: largest magnitude of the accumulator.
+    """
+    constant = gain < SMALLEST_MULTIPLIER
+    multiplier = torch.where(constant, SMALLEST_MULTIPLIER, gain).float()
+    # Beyond ±300 steps plus everything the accumulator can add, an 8-bit result is saturated anyway.
+    limit = 300.0 + torch.where(constant, 0.0, reach * gain)
+    steps = torch.where(constant, torch.round(offset), offset)
+    steps = torch.minimum(torch.maximum(steps, -limit), limit)
+    return Requantization(multiplier, torch.round(steps / multiplier.double()), constant)
+
+
+def saturate(x: Tensor, low: int, high: int) -> Tensor:
+    """Round half to even, then clamp."""
+    return torch.round(x).clamp_(low, high)
+
+
+def prelu_steps(q: Tensor, slopes: Tensor, low: int, high: int) -> Tensor:
+    """``q`` where it is not negative, else ``saturate(q * slope)``; slopes (C,) on an 8-bit dyadic grid."""
+    scaled = saturate(q * slopes.view(1, -1, *[1] * (q.ndim - 2)), low, high)
+    return torch.where(q >= 0, q, scaled)
+
+
+def mean_steps(q: Tensor, multiplier: Tensor) -> Tensor:
+    """``float32(sum) * (multiplier / pixels)`` over the image: (N, C, H, W) → (N, C, 1, 1) float32.
+
+    Sums of up to 2**17 pixels are exact in float32.
+    """
+    # A tensor, not a number: a GPU divides by a number through its rounded reciprocal.
+    pixels = torch.full_like(multiplier, q.shape[2] * q.shape[3])
+    return q.sum((2, 3), keepdim=True) * (multiplier / pixels).view(1, -1, 1, 1)
+
+
+def sigmoid_table(scale: float, levels: int) -> Tensor:
+    """Sigmoid of the logits ``q * scale`` for q = -128 … 127, in steps of ``1 / levels``: (256,) float32."""
+    logits = torch.arange(-128, 128, dtype=torch.float64) * scale
+    return torch.round(levels * torch.sigmoid(logits)).float()
+
+
+def snap_up(ratio: Tensor) -> Tensor:
+    """The next number with at most :data:`PRODUCT_BITS` significant bits: a product of two 8-bit integers
+    times such a number is exact in float32, so every target computes it alike."""
+    mantissa, exponent = torch.frexp(ratio)
+    return torch.ldexp(torch.ceil(mantissa * 2**PRODUCT_BITS), exponent - PRODUCT_BITS)
