@@ -1,0 +1,84 @@
+"""Accuracy of anything that maps normalized images to logits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.data import Split, normalize
+from qat.recipe import Data
+
+#: Normalized float32 images (N, 3, H, W) → logits (N, classes).
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Result of an evaluation.
+
+    Attributes:
+        top1, top5: percent of images whose class is the first, or among the first five.
+        n: images.
+        loss: mean cross-entropy, in nats.
+    """
+
+    top1: float
+    top5: float
+    n: int
+    loss: float
+
+    def to_json(self) -> str:
+        """One JSON object with ``top1``, ``top5``, ``n`` and ``loss``; a loss that is not finite is null."""
+        return json.dumps(asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None})
+
+
+def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> int:
+    """Number of rows of ``logits`` (N, classes) whose label is among the ``k`` largest."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return int((top == labels[:, None]).any(dim=1).sum())
+
+
+def collect_logits(predict: Predict, split: Split, data: Data, device: torch.device | str = "cpu") -> Tensor:
+    """Logits (N, classes) float32 of every image of ``split`` in its fixed order, on the CPU."""
+    rows = []
+    for images, _ in split.batches(data.eval_batch_size):
+        rows.append(predict(normalize(images.to(device), data.mean, data.std)).float().cpu())
+    return torch.cat(rows)
+
+
+def accuracy_of(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Accuracy of logits (N, classes) against labels (N,)."""
+    n = len(labels)
+    return Accuracy(
+        top1=100.0 * correct_in_top(logits, labels, 1) / n,
+        top5=100.0 * correct_in_top(logits, labels, 5) / n,
+        n=n,
+        loss=float(F.cross_entropy(logits, labels)),
+    )
+
+
+def evaluate(predict: Predict, split: Split, data: Data, device: torch.device | str = "cpu") -> Accuracy:
+    """Accuracy of ``predict`` on ``split``, preprocessed as ``data`` says."""
+    return accuracy_of(collect_logits(predict, split, data, device), split.labels)
+
+
+def predictor(model: nn.Module) -> Predict:
+    """``model`` in evaluation mode without gradients; its mode is restored after each batch."""
+
+    def predict(images: Tensor) -> Tensor:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                logits: Tensor = model(images)
+        finally:
+            model.train(was_training)
+        return logits
+
+    return predict

@@ -1,0 +1,391 @@
+"""Training: schedules, losses, optimizer groups, what is kept, and the same run twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toyruns
+from networks import toy
+from torch import nn
+from toyruns import Silent
+
+from qat.bnext import BNext, binary_convolutions, set_temperature
+from qat.checkpoint import build, load_checkpoint, save_checkpoint
+from qat.data import load_split
+from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
+from qat.evaluate import Accuracy, evaluate, predictor
+from qat.fakequant import activation_quantizers
+from qat.recipe import Optimizer, Temperature
+from qat.rundir import RunDirectory
+from qat.train import (
+    _apply_freezes,
+    _Job,
+    _keep,
+    choose_device,
+    distillation_loss,
+    finetune,
+    learning_rate_factor,
+    make_optimizer,
+    pretrain,
+    temperature_at,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toyruns.pretrain_toy(tmp_path_factory.mktemp("toy"))
+
+
+def tune(checkpoint: Path, out: Path, *overrides: str) -> tuple[RunDirectory, Silent]:
+    report = Silent()
+    fixed = ("schedule.epochs=2", "schedule.calibration_batches=2", "data.batch_size=128")
+    loaded = toyruns.recipe("tiny_int8", out, *fixed, *overrides, checkpoint=checkpoint)
+    return finetune(loaded, report), report
+
+
+def lines(run: RunDirectory) -> list[dict[str, Any]]:
+    text = (run.path / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second")}
+
+
+# Schedules
+
+
+def test_the_temperature_falls_geometrically_between_its_ends() -> None:
+    schedule = Temperature(start=1.0, end=1e-8, share=0.5)
+    assert temperature_at(schedule, 0.0) == 1.0
+    assert temperature_at(schedule, 0.25) == pytest.approx(1e-4)
+    steps = [temperature_at(schedule, 0.5 * i / 16) for i in range(17)]
+    ratios = [after / before for before, after in itertools.pairwise(steps)]
+    assert ratios == pytest.approx([ratios[0]] * 16)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 1 / 3, 1.0])
+def test_the_temperature_is_below_1e_7_from_its_share_on(share: float) -> None:
+    schedule = Temperature(start=1.0, end=9.9e-8, share=share)
+    for at in (share, min(1.0, share + 0.1), 1.0):
+        assert temperature_at(schedule, at) == schedule.end < 1e-7
+    assert temperature_at(schedule, share * 0.99) > 1e-7
+
+
+def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_its_floor() -> None:
+    optimizer = Optimizer(warmup=0.1, min_lr=0.2)
+    factors = [learning_rate_factor(optimizer, step, 100) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.6)
+    assert factors[100] == pytest.approx(0.2)
+    assert all(before > after for before, after in itertools.pairwise(factors[10:]))
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (1.0, 1), (1.0, 7), (0.0, 0), (0.5, 2)])
+def test_learning_rates_stay_in_range_for_short_and_odd_schedules(warmup: float, steps: int) -> None:
+    optimizer = Optimizer(warmup=warmup)
+    assert all(0 < learning_rate_factor(optimizer, step, steps) <= 1 for step in range(max(steps, 1)))
+
+
+# Loss
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_distillation_is_the_scaled_divergence_of_softened_outputs(temperature: float) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 7), 3 * torch.randn(5, 7)
+
+    def softened(row: list[float]) -> list[float]:
+        powers = [math.exp(value / temperature) for value in row]
+        return [power / sum(powers) for power in powers]
+
+    total = 0.0
+    for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
+        total += sum(p * math.log(p / q) for p, q in zip(softened(theirs), softened(ours), strict=True))
+    found = float(distillation_loss(student, teacher, temperature))
+    assert found == pytest.approx(temperature**2 * total / 5, rel=1e-4)
+
+
+def test_equal_outputs_cost_nothing_and_the_order_of_arguments_matters() -> None:
+    a, b = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    assert float(distillation_loss(a, a, 2.0)) == pytest.approx(0.0, abs=1e-7)
+    assert float(distillation_loss(a, b, 1.0)) != pytest.approx(float(distillation_loss(b, a, 1.0)), rel=1e-2)
+
+
+# Optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_every_trainable_parameter_is_in_one_group_and_binary_weights_are_not_decayed(name: str) -> None:
+    model = toy()
+    settings = Optimizer(name=name, lr=0.1, binary_lr=0.01, weight_decay=0.5)
+    optimizer = make_optimizer(model, settings)
+    found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(found) == len(set(found))
+    assert set(found) == {id(parameter) for parameter in model.parameters()}
+    binary = {id(conv.weight) for conv in binary_convolutions(model).values()}
+    decayed = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert not decayed & binary
+    assert {rates[one] for one in binary} == {0.01}
+    assert {rate for one, rate in rates.items() if one not in binary} == {0.1}
+    names = {key for key, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert {"fc.weight", "feature.0.conv1.weight"} <= names
+    assert not any("bn" in key or key.endswith("bias") or "prelu" in key.lower() for key in names)
+
+
+def test_binary_weights_take_the_common_rate_where_they_have_none_of_their_own() -> None:
+    assert {group["lr"] for group in make_optimizer(toy(), Optimizer(lr=0.3)).param_groups} == {0.3}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = toy()
+    for conv in binary_convolutions(model).values():
+        conv.weight.requires_grad_(False)
+    found = {id(p) for group in make_optimizer(model, Optimizer()).param_groups for p in group["params"]}
+    assert found == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+# Freezes
+
+
+@pytest.mark.parametrize(
+    ("share", "observers", "norms"), [(0.2, 0, 0), (0.4, 1, 0), (0.7, 1, 1), (1.0, 1, 1)]
+)
+def test_observers_and_batch_norm_freeze_at_their_shares(
+    tmp_path: Path, make_toy: Any, share: float, observers: bool, norms: bool
+) -> None:
+    overrides = ("schedule.freeze_observers=0.4", "schedule.freeze_batch_norm=0.7")
+    recipe = toyruns.recipe("tiny_int8", tmp_path, *overrides).recipe
+    model = make_toy().train()
+    _apply_freezes(model, recipe, share)
+    assert {not point.observing for _, point in activation_quantizers(model)} == {bool(observers)}
+    modes = {module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert modes == {not norms}
+
+
+def test_frozen_scales_and_statistics_do_not_move(checkpoint: Path, tmp_path: Path) -> None:
+    """What is frozen from the start is after training what it was after calibration; its twin moves."""
+    states = {}
+    for name, share in (("frozen", "0.0"), ("free", "1.0")):
+        overrides = (f"schedule.freeze_observers={share}", f"schedule.freeze_batch_norm={share}")
+        run, _ = tune(checkpoint, tmp_path / name, "schedule.epochs=1", *overrides)
+        states[name] = load_checkpoint(run.last).state
+    calibrated = load_checkpoint(tune(checkpoint, tmp_path / "zero", "schedule.epochs=0")[0].last).state
+    statistics = [key for key in calibrated if key.endswith("running_mean")]
+    scales = [key for key in calibrated if key.endswith("trunk_out.fake.scale")]
+    assert statistics
+    assert scales
+    for key in (*statistics, *scales):
+        assert torch.equal(states["frozen"][key], calibrated[key]), key
+    for keys in (statistics, scales):
+        assert not all(torch.equal(states["free"][key], calibrated[key]) for key in keys)
+
+
+def test_frozen_binary_weights_keep_their_signs(checkpoint: Path, tmp_path: Path) -> None:
+    options = ("optimizer.binary_lr=0.5", "schedule.epochs=1")
+    before = load_checkpoint(checkpoint).state
+    key = "feature.1.Attention.binary_conv.weight"
+    frozen, _ = tune(checkpoint, tmp_path / "a", *options, "schedule.freeze_binary=true")
+    free, _ = tune(checkpoint, tmp_path / "b", *options, "schedule.freeze_binary=false")
+    assert torch.equal(load_checkpoint(frozen.last).state[key], before[key])
+    assert not torch.equal(load_checkpoint(free.last).state[key], before[key])
+
+
+# What is kept
+
+
+def job(tmp_path: Path, model: BNext) -> _Job:
+    loaded = toyruns.recipe("tiny_digits_pretrain", tmp_path, "schedule.epochs=1")
+    data = load_split(loaded.recipe.data, "test")
+    run = RunDirectory.create(loaded)
+    return _Job(loaded.recipe, model, data, data, torch.device("cpu"), run, Silent())
+
+
+def test_a_network_that_is_not_binary_is_never_best(tmp_path: Path) -> None:
+    model = toy()
+    work = job(tmp_path, model)
+    set_temperature(model, 0.3)
+    _keep(work, 1, Accuracy(99.0, 100.0, 10, 0.1))
+    assert work.best is None
+    assert work.run.last.exists()
+    assert not work.run.best.exists()
+    set_temperature(model, 1e-8)
+    _keep(work, 2, Accuracy(20.0, 100.0, 10, 2.0))
+    assert work.best_epoch == 2
+
+
+def test_best_is_the_highest_accuracy_then_the_lowest_loss_and_last_is_the_last(tmp_path: Path) -> None:
+    work = job(tmp_path, toy())
+    figures = [(50.0, 1.0), (60.0, 2.0), (60.0, 1.5), (60.0, 1.5), (55.0, 0.1)]
+    for epoch, (top1, loss) in enumerate(figures, start=1):
+        _keep(work, epoch, Accuracy(top1, 100.0, 10, loss))
+    assert work.best_epoch == 3
+    assert load_checkpoint(work.run.best).metadata["epoch"] == "3"
+    assert load_checkpoint(work.run.last).metadata["epoch"] == "5"
+
+
+# Whole runs
+
+
+def test_the_same_recipe_and_seed_give_the_same_metrics_and_the_same_bytes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    first, _ = tune(checkpoint, tmp_path / "runs")
+    torch.rand(7)  # what happened before in this process must not matter
+    second, _ = tune(checkpoint, tmp_path / "runs")
+    assert first.path != second.path
+    assert [timeless(one) for one in lines(first)] == [timeless(one) for one in lines(second)]
+    for name in ("best.safetensors", "last.safetensors", "quantization.json", "recipe.yaml"):
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
+    other, _ = tune(checkpoint, tmp_path / "runs", "seed=1")
+    assert [timeless(one) for one in lines(first)] != [timeless(one) for one in lines(other)]
+
+
+def test_pretraining_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert toyruns.pretrain_toy(tmp_path).read_bytes() == toyruns.pretrain_toy(tmp_path).read_bytes()
+
+
+def test_a_run_leaves_metrics_summary_checkpoints_and_map(checkpoint: Path, tmp_path: Path) -> None:
+    run, report = tune(checkpoint, tmp_path)
+    metrics = lines(run)
+    assert [one["epoch"] for one in metrics] == [1, 2]
+    keys = "epoch loss top1 learning_rate temperature images_per_second seconds test_top1 test_top5 test_loss"
+    assert all(set(one) == set(keys.split()) for one in metrics)
+    assert report.epochs == metrics
+    assert report.started == (2, 1437 // 128)
+    assert [epoch for epoch, _ in report.steps] == [1] * 11 + [2] * 11
+    assert report.steps[10][1]["loss"] == metrics[0]["loss"]
+    assert report.stopped == 1
+
+    summary = run.summary()
+    assert summary["task"] == "finetune"
+    assert summary["best_epoch"] in (0, 1, 2)
+    candidates = [summary["calibrated"]["top1"], *(one["test_top1"] for one in metrics)]
+    assert summary["int8"]["top1"] == max(candidates) == candidates[summary["best_epoch"]]
+    assert summary["float"]["n"] == summary["int8"]["n"] == 360
+    assert summary["checkpoint"] == "best.safetensors"
+    assert summary["versions"]["torch"]
+    assert set(summary["data"]) == {"train", "test"}
+    assert json.loads((run.path / "quantization.json").read_text(encoding="utf-8"))
+
+    best = load_checkpoint(run.best)
+    data = toyruns.recipe("tiny_int8", tmp_path).recipe.data
+    again = evaluate(predictor(build(best)), load_split(data, "test"), data)
+    assert again.top1 == summary["int8"]["top1"]
+    assert json.loads(best.metadata["accuracy"])["top1"] == summary["int8"]["top1"]
+    assert best.recipe is not None
+    assert best.recipe.schedule.epochs == 2
+
+
+def test_no_epochs_calibrate_and_stop(checkpoint: Path, tmp_path: Path) -> None:
+    run, _ = tune(checkpoint, tmp_path, "schedule.epochs=0", "data.batch_size=5000")
+    assert not (run.path / "metrics.jsonl").exists()
+    summary = run.summary()
+    assert summary["best_epoch"] == 0
+    assert summary["int8"] == summary["calibrated"]
+
+
+@pytest.mark.parametrize("size", ["1400", "64"])
+def test_annealing_reaches_its_end_however_few_the_steps(tmp_path: Path, size: str) -> None:
+    overrides = (f"data.batch_size={size}", "schedule.temperature.share=1.0", "schedule.temperature.end=9e-8")
+    best = toyruns.pretrain_toy(tmp_path, *overrides)
+    model = build(load_checkpoint(best))
+    assert all(conv.is_binary() for conv in binary_convolutions(model).values())
+
+
+def test_a_teacher_changes_training_and_can_be_switched_off(checkpoint: Path, tmp_path: Path) -> None:
+    with_teacher, _ = tune(checkpoint, tmp_path, "schedule.epochs=1")
+    without, _ = tune(checkpoint, tmp_path, "schedule.epochs=1", "distillation.teacher=none")
+    assert lines(with_teacher)[0]["loss"] != lines(without)[0]["loss"]
+
+
+def test_a_fine_tuned_checkpoint_may_be_tuned_again_with_a_warning(checkpoint: Path, tmp_path: Path) -> None:
+    run, report = tune(checkpoint, tmp_path, "schedule.epochs=0")
+    assert report.warnings == []
+    _, report = tune(run.best, tmp_path, "schedule.epochs=0")
+    assert len(report.warnings) == 1
+    assert "already fine-tuned" in report.warnings[0]
+
+
+def test_data_unlike_the_checkpoints_is_warned_about(checkpoint: Path, tmp_path: Path) -> None:
+    _, report = tune(
+        checkpoint, tmp_path, "schedule.epochs=0", "data.image_size=16", "data.mean=[0.1,0.1,0.1]"
+    )
+    assert [warning.split()[0] for warning in report.warnings] == ["data.image_size", "data.mean"]
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("batch", ["128", "1400"], ids=["within an epoch", "in its last step"])
+@pytest.mark.parametrize("weights", ["float32", "float16"])
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
+    checkpoint: Path, tmp_path: Path, batch: str, weights: str
+) -> None:
+    options = ("optimizer.lr=1e30", f"data.batch_size={batch}", f"output.float_weights={weights}")
+    with pytest.raises(TrainingError, match=r"epoch 1.*the last good checkpoint is .*last\.safetensors"):
+        tune(checkpoint, tmp_path, *options)
+    (run,) = tmp_path.iterdir()
+    assert load_checkpoint(run / "last.safetensors").metadata["epoch"] == "0"
+    assert build(load_checkpoint(run / "best.safetensors"))
+    assert not (run / "summary.json").exists()
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_weight_too_large_for_half_precision_ends_the_training(tmp_path: Path) -> None:
+    model = toy()
+    work = job(tmp_path, model)
+    work.recipe = toyruns.recipe("tiny_digits_pretrain", tmp_path, "output.float_weights=float16").recipe
+    with torch.no_grad():
+        model.fc.weight[0, 0] = 1e6
+    with pytest.raises(TrainingError, match=r"does not fit float16; no checkpoint was written yet"):
+        _keep(work, 1, Accuracy(50.0, 100.0, 10, 1.0))
+
+
+def refused(checkpoint: Path | None, out: Path, *overrides: str, name: str = "tiny_int8") -> str:
+    """The message of a refused fine-tuning run, which must not have made a run directory."""
+    kinds = (CheckpointError, DataError, QuantizationError, RecipeError)
+    with pytest.raises(kinds) as caught:
+        finetune(toyruns.recipe(name, out, *overrides, checkpoint=checkpoint), Silent())
+    assert not out.exists()
+    return str(caught.value)
+
+
+def test_what_cannot_work_is_refused_before_a_run_directory_is_made(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    assert "5000 is more than the 1437" in refused(checkpoint, out, "data.batch_size=5000")
+    assert "the data has 10 classes, the network 7" in refused(checkpoint, out, "model.num_classes=7")
+    assert "does not fit the network" in refused(checkpoint, out, "model.widths=[8,16,16]")
+    assert "matches no module" in refused(checkpoint, out, "quantization.exclude=[feature.99*]")
+    assert "is for `qat pretrain`" in refused(None, out, name="tiny_digits_pretrain")
+    assert "found no file" in refused(tmp_path / "absent", out)
+    with pytest.raises(RecipeError, match="is for `qat finetune`"):
+        pretrain(toyruns.recipe("tiny_int8", out), Silent())
+
+
+def test_weights_that_are_not_binary_yet_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = build(load_checkpoint(checkpoint))
+    set_temperature(model, 0.3)
+    save_checkpoint(tmp_path / "soft.safetensors", model, recipe=None)
+    message = refused(tmp_path / "soft.safetensors", tmp_path / "runs")
+    assert "not binary yet: the temperature is 0.3" in message
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"device: 'cuda:99' cannot be used here"):
+        choose_device("cuda:99")
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda")
