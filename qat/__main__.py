@@ -1,0 +1,6 @@
+"""`python -m qat` is the same as `qat`."""
+
+from qat.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="qat")

@@ -1,0 +1,161 @@
+"""What `qat export` and `qat evaluate` do: find the model and its data, then call the floors below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.integer import IntegerNetwork
+from export.lower import lower
+from export.portable import emit
+from export.verify import Comparison, OnnxModel, compare
+from qat import __version__
+from qat.checkpoint import Checkpoint, build, load_checkpoint
+from qat.data import Split, check_fits, load_split
+from qat.errors import CheckpointError, QuantizationError, RecipeError
+from qat.evaluate import Accuracy, evaluate, predictor
+from qat.files import write_atomically
+from qat.recipe import Data, Recipe, load_recipe, parse_recipe
+from qat.rundir import RunDirectory, find_run, newest_run
+
+
+def export_onnx(
+    onnx_path: Path | None,
+    run_path: Path | None,
+    checkpoint_path: Path | None,
+    runs: Path,
+    image_size: int | None,
+    overrides: Sequence[str],
+) -> tuple[Path, IntegerNetwork, Comparison]:
+    """Export a fine-tuned checkpoint to ONNX and compare the written file with the network.
+
+    Args:
+        onnx_path: file to write; ``None`` writes ``model.onnx`` beside the checkpoint.
+        run_path: run directory; ``None`` means the newest one under ``runs``.
+        checkpoint_path: checkpoint file instead of a run.
+        runs: folder of run directories.
+        image_size: side of the model's input; ``None`` is what it was trained on.
+        overrides: ``data.key=value`` texts for the data of the comparison.
+
+    Returns:
+        The path written, the lowered network, and the comparison.
+
+    Raises:
+        QatError: nothing to export, something that can't be lowered, or missing data.
+    """
+    if checkpoint_path is None:
+        run: RunDirectory = find_run(run_path) if run_path is not None else newest_run(runs)
+        checkpoint_path = run.best
+    checkpoint = load_checkpoint(checkpoint_path)
+    if checkpoint.quantization is None:
+        raise QuantizationError(
+            f"{checkpoint_path}: a float-rest network has no integers to export: "
+            "fine-tune it first (qat finetune)"
+        )
+    _only_data(overrides, besides=("mean", "std"))
+    recipe = _own_recipe(checkpoint, overrides)
+    data = recipe.data if image_size is None else recipe.data.model_copy(update={"image_size": image_size})
+    model = build(checkpoint)
+    try:
+        network = lower(
+            model,
+            image_size=data.image_size,
+            mean=data.mean,
+            std=data.std,
+            class_names=_class_names(checkpoint),
+            metadata=_metadata(checkpoint),
+        )
+    except QuantizationError as error:
+        raise QuantizationError(f"{checkpoint_path}: {error}") from error
+    # The data first: without it the model could not be verified, and should not be written.
+    split = _test_split(data, len(network.class_names))
+    path = onnx_path or checkpoint_path.with_name("model.onnx")
+    write_atomically(path, emit(network).SerializeToString(deterministic=True))
+    return path, network, compare(predictor(model), OnnxModel(path), network, split, data)
+
+
+def evaluate_model(path: Path, recipe: str | None, overrides: Sequence[str]) -> Accuracy:
+    """Accuracy of a run directory's best checkpoint, a checkpoint file or an exported model.
+
+    Args:
+        path: the model.
+        recipe: take the data section of this recipe rather than of the model's own.
+        overrides: ``key=value`` texts that change the recipe.
+
+    Raises:
+        QatError: the model or its data cannot be read, or don't fit each other.
+    """
+    _only_data(overrides)
+    if path.suffix.lower() == ".onnx" and not path.is_dir():
+        model = OnnxModel(path)
+        data = _data(recipe, overrides, lambda: _recipe_of_onnx(model, overrides))
+        model.check_data(data)
+        return evaluate(model, _test_split(data, model.num_classes), data)
+    checkpoint = load_checkpoint(find_run(path).best if path.is_dir() else path)
+    data = _data(recipe, overrides, lambda: _own_recipe(checkpoint, overrides))
+    network = build(checkpoint)
+    split = _test_split(data, network.architecture.num_classes)
+    return evaluate(predictor(network), split, data)
+
+
+def _only_data(overrides: Sequence[str], besides: Sequence[str] = ()) -> None:
+    """Refuse overrides that would change nothing here, or the network itself (``data.`` keys ``besides``)."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        section, _, name = key.partition(".")
+        if section != "data":
+            raise RecipeError(f"--set {override}: {key}: no effect here; only keys of `data` may be set")
+        if name in besides:
+            raise RecipeError(f"--set {override}: {key}: fixed by the checkpoint, which was trained with it")
+
+
+def _data(recipe: str | None, overrides: Sequence[str], own: Any) -> Data:
+    chosen: Recipe = load_recipe(recipe, overrides).recipe if recipe is not None else own()
+    return chosen.data
+
+
+def _test_split(data: Data, num_classes: int) -> Split:
+    split = load_split(data, "test")
+    check_fits(split, num_classes)
+    return split
+
+
+def _own_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Recipe:
+    """The recipe a checkpoint carries, with ``overrides`` applied."""
+    if checkpoint.recipe is None:
+        raise RecipeError(
+            f"{checkpoint.source}: carries no recipe, so its data is unknown: give one with --recipe"
+        )
+    return parse_recipe(checkpoint.recipe.model_dump(mode="json"), checkpoint.source, overrides)
+
+
+def _recipe_of_onnx(model: OnnxModel, overrides: Sequence[str]) -> Recipe:
+    try:
+        mapping = json.loads(model.metadata["recipe"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{model.path}: metadata 'recipe' is missing or damaged: give --recipe"
+        ) from error
+    return parse_recipe(mapping, str(model.path), overrides)
+
+
+def _class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Class names a checkpoint carries; empty where it carries none or not as many as classes."""
+    try:
+        names = json.loads(checkpoint.metadata.get("class_names", "[]"))
+    except ValueError:
+        return ()
+    fits = isinstance(names, list) and len(names) == checkpoint.architecture.num_classes
+    return tuple(str(name) for name in names) if fits else ()
+
+
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Facts for the exported file: recipe, versions, accuracy of the network."""
+    assert checkpoint.recipe is not None
+    facts = {"recipe": checkpoint.recipe.model_dump_json(), "exporter": f"bnext-qat {__version__}"}
+    for key in ("versions", "accuracy", "test_fingerprint"):
+        if key in checkpoint.metadata:
+            facts[key] = checkpoint.metadata[key]
+    return facts
