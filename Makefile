@@ -11,7 +11,7 @@ finetune: $(VENV)/.user
 	$(BIN)/qat export --onnx
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

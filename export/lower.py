@@ -7,9 +7,9 @@ can't express is refused, by module name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,20 +33,13 @@ from export.integer import (
 from qat.bnext import BNext
 from qat.errors import QuantizationError
 from qat.fakequant import ActivationQuantizer, FixedQuantizer
+from qat.folding import LayerIntegers, slope_scale
 from qat.layers import Block as FloatBlock
 from qat.prepare import model_is_prepared
-from qat.twins import (
-    AttentionIntegers,
-    BranchIntegers,
-    FakeQuantLinear,
-    FakeQuantPool,
-    FakeQuantPReLU,
-    FakeQuantSqueezeExcitation,
-    FakeQuantStem,
-    FakeQuantSubBlock,
-    LayerIntegers,
-    slope_scale,
-)
+from qat.twinblock import AttentionIntegers, BranchIntegers, FakeQuantSqueezeExcitation, FakeQuantSubBlock
+from qat.twins import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
+
+Constants = TypeVar("Constants")
 
 
 def lower(
@@ -80,7 +73,10 @@ def lower(
         raise QuantizationError(_left_in_float("feature.0"))
     grid = _grid(stem.trunk, "feature.0.trunk")
     image = _grid(stem.image, "feature.0.image")
-    lowered_stem, source = Stem(_affine(stem.integers()), int(stem.conv1.stride[0]), image), grid
+    lowered_stem, source = (
+        Stem(_affine(_named("feature.0", stem.integers)), int(stem.conv1.stride[0]), image),
+        grid,
+    )
     blocks: list[Block] = []
     for index, module in enumerate(list(model.feature)[1:], start=1):
         blocks.append(_block(cast(FloatBlock, module), f"feature.{index}", source))
@@ -131,13 +127,15 @@ def _sub_block(module: FakeQuantSubBlock, name: str, source: Grid) -> SubBlock:
     product_grid = _grid(module.product, f"{name}.product") if module.kind == "scale" else None
     # Their grids are asked for first: the constants below need them.
     grids = _attention_grids(module, name) if module.infor_recoupling else None
-    constants = module.integers()
+    constants = _named(name, module.integers)
     attention = branch = None
     if constants.branch is not None:
         branch = _branch(constants.branch, branch_grid, product_grid, static=grids is None)
         if grids is not None:
             attention = _attention(
-                constants.branch, cast(FakeQuantSqueezeExcitation, module.se).integers(), grids
+                constants.branch,
+                _named(f"{name}.se", cast(FakeQuantSqueezeExcitation, module.se).integers),
+                grids,
             )
     requantization = constants.conv.requantization
     return SubBlock(
@@ -207,8 +205,16 @@ def _head(model: BNext) -> Head:
         slopes=_slopes(prelu),
         mean=np.float32(float(pool.multiplier())),
         input=grid,
-        classifier=_affine(fc.integers()),
+        classifier=_affine(_named("fc", fc.integers)),
     )
+
+
+def _named(name: str, integers: Callable[[], Constants]) -> Constants:
+    """A module's constants; what it refuses is refused with its name."""
+    try:
+        return integers()
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
 
 
 def _affine(layer: LayerIntegers, *, flat: bool = False) -> Affine:

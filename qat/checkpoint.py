@@ -16,8 +16,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -30,20 +30,18 @@ from torch import Tensor
 
 from qat import __version__
 from qat.bnext import Architecture, BNext, binary_convolutions
-from qat.data import image_grid
 from qat.errors import CheckpointError, QatError, QuantizationError
 from qat.files import write_atomically
-from qat.prepare import prepare, quantization_map
+from qat.prepare import quantization_map
 from qat.published import is_safetensors, read_published, read_safetensors
 from qat.recipe import Quantization, Recipe, parse_recipe
+from qat.tensorchecks import dtype_name, listed, not_finite, overflow
 
 FORMAT: Final = "bnext-qat"
 FORMAT_VERSION: Final = 1
 _BITS: Final = ".sign_bits"
 #: Float matrices, which half precision may store. By name: a vector and a matrix can have equal shapes.
 _MATRIX: Final = re.compile(r"feature\.0\.conv1\.weight|feature\.\d+\.\w+\.se\.se\.[13]\.weight|fc\.weight")
-#: Keys shown of each kind in a message; the rest is counted.
-_SHOWN: Final = 10
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def save_checkpoint(
         for name, convolution in binary_convolutions(model).items()
         if convolution.is_binary() and not keep_latent
     }
-    float_keys = _float_shapes(model.architecture)
+    float_keys = float_shapes(model.architecture)
     for key, value in model.state_dict().items():
         value = value.detach().cpu()
         stored = value
@@ -176,7 +174,7 @@ def save_checkpoint(
             half = float_dtype == "float16" and _MATRIX.fullmatch(key)
             stored = value.to(torch.float16 if half else torch.float32)
         in_float_network = key in float_keys
-        if problem := _not_finite(key, value, in_float_network) or _overflow(
+        if problem := not_finite(key, value, in_float_network) or overflow(
             key, value, stored.dtype, in_float_network
         ):
             raise CheckpointError(f"{path}: not written: {key}: {problem}")
@@ -233,111 +231,6 @@ def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None 
     return Checkpoint(architecture, state, format=str(info["format"]), metadata=facts, source=str(path))
 
 
-def load_state(model: BNext, checkpoint: Checkpoint) -> None:
-    """Load ``checkpoint`` into ``model``, all of it or, on an error, nothing.
-
-    A float checkpoint may go into a prepared network: quantizers then keep the state they have. The
-    classifier is part of the network, so a checkpoint of other classes does not fit.
-
-    Raises:
-        CheckpointError: keys are missing, unexpected or misshapen (all are reported), types differ, a value
-            is not finite, or the two were prepared differently.
-    """
-    network = model.architecture
-    problems = []
-    if _differ(checkpoint, network):
-        problems.append(f"the checkpoint is {checkpoint.architecture}; the network is {network}")
-    float_keys = _float_shapes(network)
-    target: dict[str, Tensor] = model.state_dict()
-    state = checkpoint.state
-    quantizer_keys = {key for key in state if key not in _float_shapes(checkpoint.architecture)}
-    quantized = bool(quantizer_keys) or checkpoint.quantization is not None
-    missing = [key for key in target if key not in state and (key in float_keys or quantized)]
-    unexpected = [key for key in state if key not in target]
-    # A prepared network that was saved by other means has no settings, but its zero points give it away.
-    of_quantized = checkpoint.quantization is not None or any(
-        key.endswith("zero_point") for key in unexpected
-    )
-    if of_quantized and target.keys() == float_keys.keys():
-        problems.append("the checkpoint is of a quantized network; the network is in float")
-    elif quantizer_keys and (difference := _prepared_differently(model, checkpoint)):
-        problems.append(difference)
-    shared = [(key, value, target[key]) for key, value in state.items() if key in target]
-    misshapen = [
-        f"{key} (checkpoint {list(value.shape)}, network {list(wanted.shape)})"
-        for key, value, wanted in shared
-        if value.shape != wanted.shape
-    ]
-    mistyped = [
-        f"{key} (checkpoint {_name(value.dtype)}, network {_name(wanted.dtype)})"
-        for key, value, wanted in shared
-        if value.dtype != wanted.dtype and not (value.is_floating_point() and wanted.is_floating_point())
-    ]
-    not_finite = [
-        f"{key} ({problem})"
-        for key, value, wanted in shared
-        if (problem := _not_finite(key, value, key in float_keys))
-        or (value.is_floating_point() and (problem := _overflow(key, value, wanted.dtype, key in float_keys)))
-    ]
-    for what, keys in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("of another shape", misshapen),
-        ("of another type", mistyped),
-        ("with values that are not finite", not_finite),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {what}: {_listed(keys)}")
-    if problems:
-        raise CheckpointError("\n  ".join([f"{checkpoint.source}: does not fit the network:", *problems]))
-    try:
-        # Not strict: absent quantizer keys were judged above.
-        model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.source}: does not fit the network: {error}") from error
-
-
-def build(checkpoint: Checkpoint, *, quantized: bool | None = None) -> BNext:
-    """The network that ``checkpoint`` holds, loaded, on the CPU, in evaluation mode.
-
-    Uses no random numbers.
-
-    Args:
-        checkpoint: from :func:`load_checkpoint`.
-        quantized: ``None``: as it was saved. ``False``: the float network, quantizer state left out.
-            ``True``: prepared, with the default quantization if the checkpoint has none.
-
-    Raises:
-        CheckpointError: the state does not fit the architecture.
-    """
-    with torch.device("meta"):
-        model = BNext.from_architecture(checkpoint.architecture)
-    model.to_empty(device="cpu")
-    quantization = checkpoint.quantization
-    if quantized is False:
-        quantization = None
-    elif quantized and quantization is None:
-        quantization = Quantization()
-    # The float part first: preparing may look at the weights, which are uninitialized memory until then.
-    partial = quantization is not None or quantized is False
-    load_state(model, without_quantizers(checkpoint) if partial else checkpoint)
-    if quantization is not None:
-        data = checkpoint.recipe.data if checkpoint.recipe else None
-        try:
-            prepare(model, quantization, image_grid(data.mean, data.std) if data else None)
-        except QuantizationError as error:
-            raise CheckpointError(f"{checkpoint.source}: cannot be prepared: {error}") from error
-        load_state(model, checkpoint)
-    return model.eval()
-
-
-def without_quantizers(checkpoint: Checkpoint) -> Checkpoint:
-    """The float network of ``checkpoint``: quantizer state and quantization left out."""
-    keys = _float_shapes(checkpoint.architecture)
-    state = {key: value for key, value in checkpoint.state.items() if key in keys}
-    return replace(checkpoint, state=state, quantization=None)
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes as 64 hexadecimal digits.
 
@@ -362,7 +255,7 @@ def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) ->
         raise CheckpointError(f"its settings are not valid: {_first_line(error)}") from error
     packed = {key.removesuffix(_BITS) for key in tensors if key.endswith(_BITS)}
     if odd := sorted(packed ^ header.sign_bits.keys()):
-        raise CheckpointError(f"sign bits and recorded shapes disagree: {_listed(odd)}")
+        raise CheckpointError(f"sign bits and recorded shapes disagree: {listed(odd)}")
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if key.endswith(_BITS):
@@ -375,8 +268,8 @@ def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) ->
     inferred = infer_architecture(state, header.architecture.stem_stride)
     if inferred != header.architecture:
         raise CheckpointError(f"says it is {header.architecture}, but its tensors are {inferred}")
-    if quantization is None and (extra := [key for key in state if key not in _float_shapes(inferred)]):
-        raise CheckpointError(f"says it is a float network, but has further keys: {_listed(extra)}")
+    if quantization is None and (extra := [key for key in state if key not in float_shapes(inferred)]):
+        raise CheckpointError(f"says it is a float network, but has further keys: {listed(extra)}")
     return Checkpoint(
         inferred, state, recipe, quantization, FORMAT, header.metadata, header.quantization_map, str(path)
     )
@@ -416,7 +309,7 @@ def _unpack(key: str, bits: Tensor, shape: tuple[int, ...], latent: float) -> Te
     count = math.prod(shape)
     length = -(-count // 8)
     if bits.dtype != torch.uint8 or bits.ndim != 1 or bits.numel() != length:
-        found = f"{_name(bits.dtype)} {list(bits.shape)}"
+        found = f"{dtype_name(bits.dtype)} {list(bits.shape)}"
         raise CheckpointError(f"{key}: found {found}, expected uint8 [{length}] for shape {list(shape)}")
     unpacked = np.unpackbits(bits.numpy())
     if unpacked[count:].any():
@@ -431,71 +324,11 @@ def _widened(value: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _float_shapes(architecture: Architecture) -> Mapping[str, torch.Size]:
+def float_shapes(architecture: Architecture) -> Mapping[str, torch.Size]:
     """Shapes of the float network's state by key. Keys beyond these belong to quantizers."""
     with torch.device("meta"):
         state: dict[str, Tensor] = BNext.from_architecture(architecture).state_dict()
     return {key: value.shape for key, value in state.items()}
-
-
-def _differ(checkpoint: Checkpoint, network: Architecture) -> bool:
-    known = checkpoint.architecture
-    if checkpoint.format != FORMAT:
-        # Published checkpoints don't tell the stem's stride, so what was assumed can't contradict.
-        known = replace(known, stem_stride=network.stem_stride)
-    return known != network
-
-
-def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
-    """In words, the first setting of the grids that differs. Equal keys can hold scales of other bits."""
-    network: Quantization | None = getattr(model, "quantization", None)
-    if network is None or checkpoint.quantization is None:
-        return ""
-    theirs, ours = (dict(_settings(q.model_dump(mode="json"))) for q in (checkpoint.quantization, network))
-    for key in theirs:
-        if theirs[key] != ours.get(key):
-            return f"the checkpoint was prepared with {key} {theirs[key]}; the network with {ours.get(key)}"
-    return ""
-
-
-def _settings(section: Mapping[str, Any], prefix: str = "quantization") -> Iterable[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}.{name}")
-        # How a range is followed may change between two runs; the grid stays what it is.
-        elif name != "averaging_constant":
-            yield f"{prefix}.{name}", value
-
-
-def _not_finite(key: str, value: Tensor, in_float_network: bool) -> str:
-    """What is wrong with the values, or nothing. (±inf is what an observer holds that saw no tensor yet.)"""
-    if not value.is_floating_point() or not value.numel():
-        return ""
-    # Both ends are NaN if anything is. One pass, much faster than torch.isfinite.
-    low, high = (float(end) for end in torch.aminmax(value))
-    if math.isnan(low):
-        return "holds NaN"
-    nothing_seen = not in_float_network and key.endswith((".min_val", ".max_val"))
-    return "" if nothing_seen or (math.isfinite(low) and math.isfinite(high)) else "holds an infinity"
-
-
-def _overflow(key: str, value: Tensor, dtype: torch.dtype, in_float_network: bool) -> str:
-    """What is wrong with finite values once they are of type ``dtype``, or nothing."""
-    if value.dtype == dtype or not dtype.is_floating_point:
-        return ""
-    if not _not_finite(key, value.to(dtype), in_float_network):
-        return ""
-    return f"a value of {float(value.abs().max()):g} does not fit {_name(dtype)}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(keys: list[str]) -> str:
-    rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    # Keys come from files: whatever a terminal would act on is escaped.
-    return ", ".join(key if key.isprintable() else ascii(key) for key in keys[:_SHOWN]) + rest
 
 
 def _first_line(error: Exception) -> str:

@@ -12,11 +12,12 @@ from export.lower import lower
 from export.portable import emit
 from export.verify import Comparison, OnnxModel, compare
 from qat import __version__
-from qat.checkpoint import Checkpoint, build, load_checkpoint
+from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.data import Split, check_fits, load_split
 from qat.errors import CheckpointError, QuantizationError, RecipeError
 from qat.evaluate import Accuracy, evaluate, predictor
 from qat.files import write_atomically
+from qat.loading import build
 from qat.recipe import Data, Recipe, load_recipe, parse_recipe
 from qat.rundir import RunDirectory, find_run, newest_run
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.dyadic import PRODUCT_BITS
+from qat.errors import QuantizationError
 
 #: Smallest multiplier of an accumulator. An 8-bit result as a bias at this scale still fits int32, and the
 #: largest binary accumulator (18,432 products in 1/64) moves it by less than half a step.
@@ -57,7 +58,13 @@ def requantization(gain: Tensor, offset: Tensor, reach: float) -> Requantization
         gain: (C,) float64, not negative: steps of the result per unit of the accumulator.
         offset: (C,) float64, in steps of the result.
         reach: largest magnitude of the accumulator.
+
+    Raises:
+        QuantizationError: a gain or an offset is not a float32 number; the network has diverged.
     """
+    largest = max(float(gain.abs().max()), float(offset.abs().max()))
+    if not largest <= torch.finfo(torch.float32).max:
+        raise QuantizationError(f"a folded gain or offset of {largest:.3g} steps is no float32 number")
     constant = gain < SMALLEST_MULTIPLIER
     multiplier = torch.where(constant, SMALLEST_MULTIPLIER, gain).float()
     # Beyond ±300 steps plus everything the accumulator can add, an 8-bit result is saturated anyway.

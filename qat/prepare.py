@@ -16,6 +16,7 @@ from torch import nn
 from qat.data import image_grid
 from qat.errors import QuantizationError, nearest
 from qat.fakequant import Quantizer, WeightQuantizer, activation_quantizers
+from qat.folding import activation_point
 from qat.layers import Block, GlobalAveragePool, Stem, SubBlock
 from qat.recipe import Quantization
 from qat.twins import (
@@ -25,7 +26,6 @@ from qat.twins import (
     FakeQuantSqueezeExcitation,
     FakeQuantStem,
     FakeQuantSubBlock,
-    activation_point,
 )
 
 #: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.

@@ -19,7 +19,7 @@ from rich.progress import (
 
 
 class ConsoleReporter:
-    """A :class:`qat.train.Reporter` that writes to ``console``."""
+    """A :class:`qat.loop.Reporter` that writes to ``console``."""
 
     def __init__(self, console: Console) -> None:
         """Take the console to write to."""

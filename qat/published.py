@@ -25,6 +25,9 @@ from torch import Tensor
 from qat.errors import CheckpointError
 
 _PREFIX: Final = "module."
+#: How the files of ``torch.save`` begin: the zip ones, and the older ones (a pickle of protocol 2 or later).
+_ZIP: Final = b"PK\x03\x04"
+_PICKLE: Final = b"\x80"
 #: State of the authors' quantizers. Their clip values are never used, and neither is the scale.
 _CARRIES_NOTHING: Final = re.compile(r".*_clip_val|fc\.scale")
 #: What a training checkpoint tells about its run; optimizer state and lists are left out.
@@ -129,20 +132,26 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _torch_load(path: Path) -> Any:
+    start = b""
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+            start = file.read(4)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
             # Old formats make torch warn about its own internals, which nobody here can change.
             warnings.simplefilter("ignore")
             # Mapping the file keeps the optimizer state, twice the size of the network, out of memory.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True if start == _ZIP else None
+            )
     # Hostile bytes make the unpickler raise nearly anything: KeyError, IndexError, RecursionError, …
     except Exception as error:
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: {_reason(error, start)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, start: bytes) -> str:
+    # Any text is a pickle of sorts, and what the unpickler says of one explains nothing.
+    if not start.startswith((_ZIP, _PICKLE)):
+        return "not a checkpoint: it begins like neither a safetensors nor a torch file"
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"refused: it asks to unpickle {found[1]}, and only tensors, numbers and containers are read"
     # torch's own words then span many lines and advise to switch the protection off.

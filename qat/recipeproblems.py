@@ -1,7 +1,7 @@
 """What is wrong with a recipe, in lines a reader can act on.
 
 Explains pydantic's errors in the words of a recipe file, and finds the contradictions between its keys.
-The recipe's JSON schema and defaults come as arguments, because `qat.recipe` imports this module.
+The recipe's JSON schema and defaults come as arguments, because `qat.schema` imports this module.
 """
 
 from __future__ import annotations

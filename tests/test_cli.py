@@ -20,8 +20,9 @@ from click.testing import CliRunner
 from toyruns import TOY, fail, finetune_arguments, image_folder, pretrain_toy, qat, settings, succeed
 
 from qat.bnext import set_temperature
-from qat.checkpoint import build, load_checkpoint, save_checkpoint
+from qat.checkpoint import load_checkpoint, save_checkpoint
 from qat.cli import main
+from qat.loading import build
 from qat.recipe import recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent

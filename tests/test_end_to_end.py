@@ -11,9 +11,10 @@ import torch
 from toyruns import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed
 
 from qat.bnext import binary_convolutions
-from qat.checkpoint import build, load_checkpoint
+from qat.checkpoint import load_checkpoint
 from qat.data import load_split
 from qat.evaluate import evaluate, predictor
+from qat.loading import build
 from qat.recipe import load_recipe, recipes_dir
 from qat.rundir import newest_run
 from qat.train import pretrain

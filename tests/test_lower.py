@@ -17,9 +17,9 @@ from qat.bnext import BNext, set_temperature
 from qat.data import image_grid
 from qat.errors import QuantizationError
 from qat.fakequant import activation_quantizers
+from qat.folding import folded_constants, slope_scale
 from qat.prepare import prepare
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
-from qat.twins import folded_constants, slope_scale
 
 # Thresholds.
 

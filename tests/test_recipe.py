@@ -24,6 +24,7 @@ from qat.recipe import (
     recipes_dir,
     resolve_checkpoint,
 )
+from qat.schema import Section
 
 SHIPPED = ["tiny_digits_pretrain", "tiny_int8", "tiny_int8_imagenet", "tiny_int8_paper"]
 
@@ -127,7 +128,7 @@ def key_paths(model: type[Any], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, recipe_module._Section):
+            if isinstance(kind, type) and issubclass(kind, Section):
                 yield f"{prefix}{name}"
                 yield from key_paths(kind, f"{prefix}{name}.")
 
@@ -660,7 +661,7 @@ def test_a_text_that_looks_like_something_else_survives_writing(text: str, folde
 def test_the_schema_describes_every_key_and_section() -> None:
     schema = recipe_schema()
     described = {"Recipe": schema, **schema["$defs"]}
-    names = {cls.__name__ for cls in recipe_module._Section.__subclasses__()} | {"Group"}
+    names = {cls.__name__ for cls in Section.__subclasses__()} | {"Group"}
     assert set(described) == names
     for name, section in described.items():
         assert section["additionalProperties"] is False, name

@@ -1,40 +1,26 @@
-"""Training: schedules, losses, optimizer groups, what is kept, and the same run twice."""
+"""Training: what freezes, whole runs, and the same run twice."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toyruns
-from networks import toy
 from torch import nn
 from toyruns import Silent
 
-from qat.bnext import BNext, binary_convolutions, set_temperature
-from qat.checkpoint import build, load_checkpoint, save_checkpoint
+from qat.bnext import binary_convolutions, set_temperature
+from qat.checkpoint import load_checkpoint, save_checkpoint
 from qat.data import load_split
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
-from qat.evaluate import Accuracy, evaluate, predictor
+from qat.evaluate import evaluate, predictor
 from qat.fakequant import activation_quantizers
-from qat.recipe import Optimizer, Temperature
+from qat.loading import build
 from qat.rundir import RunDirectory
-from qat.train import (
-    _apply_freezes,
-    _Job,
-    _keep,
-    choose_device,
-    distillation_loss,
-    finetune,
-    learning_rate_factor,
-    make_optimizer,
-    pretrain,
-    temperature_at,
-)
+from qat.train import apply_freezes, choose_device, finetune, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -58,106 +44,6 @@ def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second")}
 
 
-# Schedules
-
-
-def test_the_temperature_falls_geometrically_between_its_ends() -> None:
-    schedule = Temperature(start=1.0, end=1e-8, share=0.5)
-    assert temperature_at(schedule, 0.0) == 1.0
-    assert temperature_at(schedule, 0.25) == pytest.approx(1e-4)
-    steps = [temperature_at(schedule, 0.5 * i / 16) for i in range(17)]
-    ratios = [after / before for before, after in itertools.pairwise(steps)]
-    assert ratios == pytest.approx([ratios[0]] * 16)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 1 / 3, 1.0])
-def test_the_temperature_is_below_1e_7_from_its_share_on(share: float) -> None:
-    schedule = Temperature(start=1.0, end=9.9e-8, share=share)
-    for at in (share, min(1.0, share + 0.1), 1.0):
-        assert temperature_at(schedule, at) == schedule.end < 1e-7
-    assert temperature_at(schedule, share * 0.99) > 1e-7
-
-
-def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_its_floor() -> None:
-    optimizer = Optimizer(warmup=0.1, min_lr=0.2)
-    factors = [learning_rate_factor(optimizer, step, 100) for step in range(101)]
-    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
-    assert factors[10] == 1.0
-    assert factors[55] == pytest.approx(0.6)
-    assert factors[100] == pytest.approx(0.2)
-    assert all(before > after for before, after in itertools.pairwise(factors[10:]))
-
-
-@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (1.0, 1), (1.0, 7), (0.0, 0), (0.5, 2)])
-def test_learning_rates_stay_in_range_for_short_and_odd_schedules(warmup: float, steps: int) -> None:
-    optimizer = Optimizer(warmup=warmup)
-    assert all(0 < learning_rate_factor(optimizer, step, steps) <= 1 for step in range(max(steps, 1)))
-
-
-# Loss
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_distillation_is_the_scaled_divergence_of_softened_outputs(temperature: float) -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(5, 7), 3 * torch.randn(5, 7)
-
-    def softened(row: list[float]) -> list[float]:
-        powers = [math.exp(value / temperature) for value in row]
-        return [power / sum(powers) for power in powers]
-
-    total = 0.0
-    for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
-        total += sum(p * math.log(p / q) for p, q in zip(softened(theirs), softened(ours), strict=True))
-    found = float(distillation_loss(student, teacher, temperature))
-    assert found == pytest.approx(temperature**2 * total / 5, rel=1e-4)
-
-
-def test_equal_outputs_cost_nothing_and_the_order_of_arguments_matters() -> None:
-    a, b = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    assert float(distillation_loss(a, a, 2.0)) == pytest.approx(0.0, abs=1e-7)
-    assert float(distillation_loss(a, b, 1.0)) != pytest.approx(float(distillation_loss(b, a, 1.0)), rel=1e-2)
-
-
-# Optimizer
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_every_trainable_parameter_is_in_one_group_and_binary_weights_are_not_decayed(name: str) -> None:
-    model = toy()
-    settings = Optimizer(name=name, lr=0.1, binary_lr=0.01, weight_decay=0.5)
-    optimizer = make_optimizer(model, settings)
-    found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert len(found) == len(set(found))
-    assert set(found) == {id(parameter) for parameter in model.parameters()}
-    binary = {id(conv.weight) for conv in binary_convolutions(model).values()}
-    decayed = {
-        id(parameter)
-        for group in optimizer.param_groups
-        if group["weight_decay"]
-        for parameter in group["params"]
-    }
-    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    assert not decayed & binary
-    assert {rates[one] for one in binary} == {0.01}
-    assert {rate for one, rate in rates.items() if one not in binary} == {0.1}
-    names = {key for key, parameter in model.named_parameters() if id(parameter) in decayed}
-    assert {"fc.weight", "feature.0.conv1.weight"} <= names
-    assert not any("bn" in key or key.endswith("bias") or "prelu" in key.lower() for key in names)
-
-
-def test_binary_weights_take_the_common_rate_where_they_have_none_of_their_own() -> None:
-    assert {group["lr"] for group in make_optimizer(toy(), Optimizer(lr=0.3)).param_groups} == {0.3}
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    model = toy()
-    for conv in binary_convolutions(model).values():
-        conv.weight.requires_grad_(False)
-    found = {id(p) for group in make_optimizer(model, Optimizer()).param_groups for p in group["params"]}
-    assert found == {id(p) for p in model.parameters() if p.requires_grad}
-
-
 # Freezes
 
 
@@ -170,7 +56,7 @@ def test_observers_and_batch_norm_freeze_at_their_shares(
     overrides = ("schedule.freeze_observers=0.4", "schedule.freeze_batch_norm=0.7")
     recipe = toyruns.recipe("tiny_int8", tmp_path, *overrides).recipe
     model = make_toy().train()
-    _apply_freezes(model, recipe, share)
+    apply_freezes(model, recipe, share)
     assert {not point.observing for _, point in activation_quantizers(model)} == {bool(observers)}
     modes = {module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
     assert modes == {not norms}
@@ -202,39 +88,6 @@ def test_frozen_binary_weights_keep_their_signs(checkpoint: Path, tmp_path: Path
     free, _ = tune(checkpoint, tmp_path / "b", *options, "schedule.freeze_binary=false")
     assert torch.equal(load_checkpoint(frozen.last).state[key], before[key])
     assert not torch.equal(load_checkpoint(free.last).state[key], before[key])
-
-
-# What is kept
-
-
-def job(tmp_path: Path, model: BNext) -> _Job:
-    loaded = toyruns.recipe("tiny_digits_pretrain", tmp_path, "schedule.epochs=1")
-    data = load_split(loaded.recipe.data, "test")
-    run = RunDirectory.create(loaded)
-    return _Job(loaded.recipe, model, data, data, torch.device("cpu"), run, Silent())
-
-
-def test_a_network_that_is_not_binary_is_never_best(tmp_path: Path) -> None:
-    model = toy()
-    work = job(tmp_path, model)
-    set_temperature(model, 0.3)
-    _keep(work, 1, Accuracy(99.0, 100.0, 10, 0.1))
-    assert work.best is None
-    assert work.run.last.exists()
-    assert not work.run.best.exists()
-    set_temperature(model, 1e-8)
-    _keep(work, 2, Accuracy(20.0, 100.0, 10, 2.0))
-    assert work.best_epoch == 2
-
-
-def test_best_is_the_highest_accuracy_then_the_lowest_loss_and_last_is_the_last(tmp_path: Path) -> None:
-    work = job(tmp_path, toy())
-    figures = [(50.0, 1.0), (60.0, 2.0), (60.0, 1.5), (60.0, 1.5), (55.0, 0.1)]
-    for epoch, (top1, loss) in enumerate(figures, start=1):
-        _keep(work, epoch, Accuracy(top1, 100.0, 10, loss))
-    assert work.best_epoch == 3
-    assert load_checkpoint(work.run.best).metadata["epoch"] == "3"
-    assert load_checkpoint(work.run.last).metadata["epoch"] == "5"
 
 
 # Whole runs
@@ -330,6 +183,20 @@ def test_data_unlike_the_checkpoints_is_warned_about(checkpoint: Path, tmp_path:
 # What goes wrong
 
 
+OFF = tuple(f"quantization.{group}.enabled=false" for group in ("se", "classifier", "trunk"))
+
+
+@pytest.mark.parametrize(
+    "overrides", [(*OFF, "quantization.stem.enabled=false"), OFF, ("quantization.include=[feature.0]",)]
+)
+def test_a_recipe_that_quantizes_no_activation_is_refused_and_leaves_no_run_behind(
+    checkpoint: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    with pytest.raises(QuantizationError, match=r"tiny_int8\.yaml: quantization: no activation is left"):
+        tune(checkpoint, tmp_path / "runs", *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("batch", ["128", "1400"], ids=["within an epoch", "in its last step"])
 @pytest.mark.parametrize("weights", ["float32", "float16"])
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
@@ -343,16 +210,6 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     assert build(load_checkpoint(run / "best.safetensors"))
     assert not (run / "summary.json").exists()
     assert not (run / "metrics.jsonl").exists()
-
-
-def test_a_weight_too_large_for_half_precision_ends_the_training(tmp_path: Path) -> None:
-    model = toy()
-    work = job(tmp_path, model)
-    work.recipe = toyruns.recipe("tiny_digits_pretrain", tmp_path, "output.float_weights=float16").recipe
-    with torch.no_grad():
-        model.fc.weight[0, 0] = 1e6
-    with pytest.raises(TrainingError, match=r"does not fit float16; no checkpoint was written yet"):
-        _keep(work, 1, Accuracy(50.0, 100.0, 10, 1.0))
 
 
 def refused(checkpoint: Path | None, out: Path, *overrides: str, name: str = "tiny_int8") -> str:

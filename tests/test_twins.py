@@ -31,11 +31,7 @@ from torch import Tensor, nn
 from qat.bnext import BNext, set_temperature
 from qat.data import image_grid
 from qat.fakequant import ActivationQuantizer, activation_quantizers, freeze_observers
-from qat.layers import pool2x2
-from qat.prepare import prepare
-from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
-from qat.twins import (
-    FakeQuantSubBlock,
+from qat.folding import (
     fold_batch_norm,
     folded_constants,
     gain_scale,
@@ -43,6 +39,10 @@ from qat.twins import (
     quantized_slope,
     slope_scale,
 )
+from qat.layers import pool2x2
+from qat.prepare import prepare
+from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
+from qat.twins import FakeQuantSubBlock
 
 POSITIVE = st.floats(2.0**-13, 2.0**13, width=32)
 #: As wide as real networks begin: at 8 channels one product is worth so many steps of ``y`` that the integer

@@ -1,0 +1,127 @@
+"""What the twins of :mod:`qat.twins` share: folded batch normalization, and the scales of their constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
+from qat.integers import Requantization, snap_up
+from qat.recipe import Group, TrunkGroup
+
+#: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
+CONSTANT_BITS: Final = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Reference to the quantizer that another module owns, so that it is not registered twice."""
+
+    quantizer: Quantizer
+
+
+def activation_point(group: Group | TrunkGroup | None, *, signed: bool) -> Quantizer:
+    """Activation quantizer as ``group`` asks for, or a float point."""
+    if group is None:
+        return Quantizer()
+    return ActivationQuantizer(group.activation_bits, signed, group.observer, group.averaging_constant)
+
+
+def fold_batch_norm(norm: nn.BatchNorm2d, x: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """The affine form of a batch normalization: ``norm(x) = gain · x + offset``.
+
+    In training mode with batch statistics (through which gradients flow; the running ones are updated),
+    else with the running ones; ``x`` is only evaluated when it is needed.
+
+    Returns:
+        gain and offset, (1, C, 1, 1) each.
+    """
+    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    if norm.training:
+        values = x()
+        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+        with torch.no_grad():
+            count = values.numel() / values.shape[1]
+            momentum = norm.momentum or 0.0
+            unbiased = variance * (count / max(count - 1, 1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+            cast(Tensor, norm.num_batches_tracked).add_(1)
+    else:
+        mean, variance = running_mean, running_var
+    gain = norm.weight * torch.rsqrt(variance + norm.eps)
+    offset = norm.bias - mean * gain
+    return gain.view(1, -1, 1, 1), offset.view(1, -1, 1, 1)
+
+
+def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Gain and offset (C,) of a batch normalization with its running statistics, float64."""
+    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+    gain = norm.weight.detach().double() / torch.sqrt(variance + norm.eps)
+    return gain, norm.bias.detach().double() - mean * gain
+
+
+def slope_scale(slope: Tensor) -> Tensor:
+    """Smallest power of two (at least 2^-14) whose signed 8-bit grid holds every slope: scalar tensor.
+
+    A power of two makes slope times integer exact in float32, in any order of operations.
+    """
+    largest = slope.detach().float().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.exp2(torch.ceil(torch.log2(largest / 127.0))).clamp_min(2.0**-14)
+
+
+def quantized_slope(slope: Tensor) -> Tensor:
+    """Slopes (C,) on their grid; straight-through gradient."""
+    return fake_quantize_symmetric(slope, slope_scale(slope), CONSTANT_BITS)
+
+
+def gain_scale(gain: Tensor, y: Tensor, product: Tensor) -> Tensor:
+    """Scale of the attention times BN2's gain, per tensor: scalar tensor.
+
+    The largest magnitude it can take (attention 1) over 127, raised a little so that the multiplier from
+    ``gain · y`` to the product's grid has few bits.
+
+    Args:
+        gain: BN2's gain, any shape.
+        y: scale of ``y``.
+        product: scale of the grid on which ``gain · y`` is put.
+    """
+    smallest = gain.detach().float().abs().amax().clamp_min(1e-20) / 127.0
+    return snap_up(smallest * y / product) * product / y
+
+
+def product_scale(product: Tensor, residual: Tensor, branch: Tensor) -> Tensor:
+    """Scale of ``gain · y`` in a sub-block of the scale kind: scalar tensor.
+
+    The observed one, raised a little so that the multiplier from product times residual to the branch's grid
+    has few bits.
+    """
+    return snap_up(product * residual / branch) * branch / residual
+
+
+def is_ready(module: nn.Module, *points: Quantizer) -> bool:
+    """Whether ``module`` can compute integers: evaluating, and every grid is known."""
+    return not module.training and all(point.has_grid for point in points)
+
+
+def flipped(weight: Tensor, gain: Tensor) -> Tensor:
+    """Weights whose output channels of negative gain change sign, so that multipliers are positive."""
+    flip = torch.where(gain < 0, -1.0, 1.0).to(weight.dtype)
+    return weight * flip.view(-1, *[1] * (weight.ndim - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerIntegers:
+    """Integer weights (O, ...) in float32, and the requantization of their accumulator."""
+
+    weight: Tensor
+    requantization: Requantization
+
+
+def scale_of(point: Quantizer) -> Tensor:
+    """Step of a quantized point's grid, (1,) float32."""
+    return cast(ActivationQuantizer, point).scale
