@@ -12,6 +12,7 @@ checkpoints shall be equal files.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -198,6 +199,18 @@ def save_checkpoint(
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     write_atomically(path, safetensors.torch.save(tensors, {FORMAT: text}))
+
+
+def as_stored(model: BNext, float_dtype: Literal["float32", "float16"]) -> BNext:
+    """``model`` with the values that :func:`save_checkpoint` would store: a copy where they differ."""
+    if float_dtype == "float32":
+        return model
+    stored = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, parameter in stored.named_parameters():
+            if _MATRIX.fullmatch(key):
+                parameter.copy_(parameter.half())
+    return stored
 
 
 def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None = None) -> Checkpoint:

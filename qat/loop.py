@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.augment import Augmenter, normalize
 from qat.bnext import BNext, binary_convolutions, is_binary
-from qat.checkpoint import save_checkpoint
+from qat.checkpoint import as_stored, save_checkpoint
 from qat.data import Split
 from qat.errors import CheckpointError, QuantizationError, TrainingError
 from qat.evaluate import Accuracy, correct_in_top, evaluate, predictor
@@ -208,7 +208,9 @@ def _epoch(
 def _evaluate(job: Job, epoch: int) -> Accuracy:
     """Accuracy on the test split; a network that computes no numbers any more ends the training."""
     try:
-        accuracy = evaluate(predictor(job.model), job.test, job.recipe.data, job.device)
+        # As stored: rounding to half precision may move an image or two, and the file is what is used.
+        model = as_stored(job.model, job.recipe.output.float_weights)
+        accuracy = evaluate(predictor(model), job.test, job.recipe.data, job.device)
     except QuantizationError as error:  # constants that are no numbers
         raise TrainingError(_not_finite(job, f"epoch {epoch}", "test loss", math.nan)) from error
     if not math.isfinite(accuracy.loss):

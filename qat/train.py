@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat import __version__
 from qat.augment import image_grid, normalize
 from qat.bnext import Architecture, BNext, binary_convolutions, is_binary, set_temperature
-from qat.checkpoint import load_checkpoint
+from qat.checkpoint import as_stored, load_checkpoint
 from qat.data import Split, check_fits, load_splits
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
 from qat.evaluate import evaluate, predictor
@@ -61,7 +61,8 @@ def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     float_accuracy = evaluate(predictor(float_model), test, recipe.data, device)
     report.message(f"float rest: top-1 {float_accuracy.top1:.2f}% of {float_accuracy.n} images")
     calibrate(model, lambda: _calibration_pass(model, train, recipe, device))
-    calibrated = evaluate(predictor(model), test, recipe.data, device)
+    stored = as_stored(model, recipe.output.float_weights)
+    calibrated = evaluate(predictor(stored), test, recipe.data, device)
     points = quantization_map(model)
     report.message(
         f"calibrated {len(points)} quantization points: top-1 {calibrated.top1:.2f}% before training"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import safetensors
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat.bnext import BNext, binary_convolutions
-from qat.checkpoint import FORMAT, file_hash, infer_architecture, load_checkpoint, save_checkpoint
+from qat.checkpoint import FORMAT, as_stored, file_hash, infer_architecture, load_checkpoint, save_checkpoint
 from qat.errors import CheckpointError
 from qat.loading import build
 from qat.prepare import quantization_map
@@ -376,3 +376,21 @@ def test_flipped_bytes_never_raise_anything_but_a_checkpoint_error(
     path = tmp_path / name
     path.write_bytes(damaged)
     _loads(path)
+
+
+@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("float_dtype", ["float32", "float16"])
+def test_a_network_as_stored_is_the_network_that_comes_back(
+    tmp_path: Path, float_dtype: Literal["float32", "float16"], quant: bool
+) -> None:
+    model = toy(quant=quant)
+    save_checkpoint(tmp_path / "c", model, recipe=recipe(), float_dtype=float_dtype)
+    back, stored = build(load_checkpoint(tmp_path / "c")), as_stored(model, float_dtype)
+    binary = {f"{name}.weight" for name in binary_convolutions(model)}
+    assert all(
+        torch.equal(value, stored.state_dict()[key])
+        for key, value in back.state_dict().items()
+        if key not in binary
+    )
+    same = torch.equal(model.fc.weight, stored.fc.weight)
+    assert same == (float_dtype == "float32"), "half precision rounds, and leaves the network itself alone"
