@@ -8,8 +8,8 @@ Rules, once for all:
 - Products with a :class:`~qat.dyadic.Dyadic` are exact in float32, whatever the order.
 - Convolutions, sums and linear layers are exact int32 sums.
 
-Shapes: activations are (N, C, H, W) int8, vectors (N, C). Each intermediate tensor is kept under the name
-that exported graphs give it, so that targets can be compared tensor by tensor.
+Shapes: activations are (N, C, H, W), vectors (N, C); int16 holds every grid. Each intermediate tensor is kept
+under the name that exported graphs give it, so that targets can be compared tensor by tensor.
 """
 
 from __future__ import annotations

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from export.integer import IntegerNetwork
@@ -45,15 +42,12 @@ class OnnxModel:
         CheckpointError: absent, damaged, or not a model that this project exported.
     """
 
-    def __init__(self, path: Path, *, optimize: bool = True) -> None:
-        """Open the model; without ``optimize``, its graph runs as written."""
+    def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exception classes share no base of their own
@@ -193,22 +187,3 @@ def compare(
         reference_n=len(specified),
         reference_equal=100.0 * float((found == specified).mean()),
     )
-
-
-def run_tensors(
-    model: onnx.ModelProto, names: Mapping[str, Any], images: NDArray[np.float32], *, optimize: bool = True
-) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]]]:
-    """Logits and the named uint8 tensors of an exported graph, as stored (signed ones offset by 128)."""
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    produced = {output for node in extended.graph.node for output in node.output}
-    wanted = [name for name in names if name in produced]
-    for name in wanted:
-        extended.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(extended.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    logits, *tensors = session.run([OUTPUT, *wanted], {INPUT: images})
-    return logits, dict(zip(wanted, tensors, strict=True))

@@ -55,7 +55,8 @@ class Architecture:
         """Architecture of a published ``size``, or of other ``widths``.
 
         Raises:
-            QuantizationError: unknown size, or widths that neither stay nor double.
+            QuantizationError: unknown size, widths that neither stay nor double, fewer than one class, a stem
+                stride other than 1 and 2, or numbers that are not whole.
         """
         if widths is None:
             if size not in WIDTHS:
@@ -63,6 +64,8 @@ class Architecture:
                     f"size {size!r} is unknown, allowed: {', '.join(WIDTHS)}{nearest(size, WIDTHS)}"
                 )
             widths = WIDTHS[size]
+        if not all(isinstance(number, int) for number in (*widths, num_classes)):
+            raise QuantizationError(f"widths {tuple(widths)}, {num_classes} classes: need whole numbers")
         if len(widths) < 2 or min(widths) < 1:
             raise QuantizationError(f"widths {tuple(widths)}: need at least two positive entries")
         for before, after in pairwise(widths):
@@ -72,6 +75,8 @@ class Architecture:
             raise QuantizationError(f"num_classes {num_classes}: need at least 1")
         if stem_stride is None:
             stem_stride = 2 if num_classes == 1000 else 1
+        if stem_stride not in (1, 2):
+            raise QuantizationError(f"stem_stride {stem_stride}: allowed are 1 and 2")
         return cls(tuple(widths), num_classes, stem_stride, elm_attention, infor_recoupling)
 
     @property
@@ -102,6 +107,11 @@ class BNext(nn.Module):
         stem_stride: ``None`` means 2 at 1000 classes, else 1.
         elm_attention: see :class:`Architecture`.
         infor_recoupling: see :class:`Architecture`.
+        image: scale and zero point of the quantized network's uint8 image, from
+            :func:`qat.data.image_grid`; ``None`` takes ImageNet's normalization.
+
+    Raises:
+        QuantizationError: see :meth:`Architecture.of` and :func:`qat.prepare.prepare`.
     """
 
     def __init__(
@@ -114,6 +124,7 @@ class BNext(nn.Module):
         stem_stride: int | None = None,
         elm_attention: bool = True,
         infor_recoupling: bool = True,
+        image: tuple[float, int] | None = None,
     ) -> None:
         """Draw the weights at random; raises `QuantizationError` for sizes and widths that do not exist."""
         super().__init__()
@@ -135,7 +146,7 @@ class BNext(nn.Module):
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(arch.widths[-1], num_classes)
         if quant:
-            prepare(self, quant if isinstance(quant, Quantization) else Quantization())
+            prepare(self, quant if isinstance(quant, Quantization) else Quantization(), image)
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, quant: bool | Quantization = False) -> BNext:

@@ -6,6 +6,9 @@ The file holds the network's state dict with two changes. A binary convolution w
 in the most significant bit, 1 for ``weight >= 0``, the last byte filled up with zeros
 (``numpy.packbits``). And the matrices of stem, channel attention and classifier may be float16.
 
+The metadata holds a SHA-256 over the tensors (:func:`tensors_hash`), so that damage to them is found: most
+flipped bytes would otherwise be weights like any other.
+
 All metadata is one JSON text under one key: safetensors keeps several keys in no fixed order, and equal
 checkpoints shall be equal files.
 """
@@ -79,6 +82,8 @@ class _Header(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     format_version: int
+    #: Of the tensors as they are in the file, see :func:`tensors_hash`.
+    tensors_sha256: str
     architecture: Architecture
     recipe: dict[str, Any] | None
     quantization: dict[str, Any] | None
@@ -143,7 +148,6 @@ def save_checkpoint(
     recipe: Recipe | None,
     metadata: Mapping[str, str] | None = None,
     float_dtype: Literal["float32", "float16"] = "float32",
-    keep_latent: bool = False,
 ) -> None:
     """Write ``model`` to ``path``, atomically; equal input gives equal bytes.
 
@@ -154,7 +158,6 @@ def save_checkpoint(
         metadata: free facts to keep.
         float_dtype: how stem, channel-attention and classifier weights are stored. Everything else that is
             floating is float32.
-        keep_latent: store the latent weights of binary convolutions in place of their signs, to train on.
 
     Raises:
         CheckpointError: a tensor holds NaN, or a value too large for its stored type.
@@ -165,7 +168,7 @@ def save_checkpoint(
     binary = {
         f"{name}.weight"
         for name, convolution in binary_convolutions(model).items()
-        if convolution.is_binary() and not keep_latent
+        if convolution.is_binary()
     }
     float_keys = float_shapes(model.architecture)
     for key, value in model.state_dict().items():
@@ -189,6 +192,7 @@ def save_checkpoint(
     quantization = getattr(model, "quantization", None)
     header = {
         "format_version": FORMAT_VERSION,
+        "tensors_sha256": tensors_hash(tensors),
         "architecture": asdict(model.architecture),
         "recipe": None if recipe is None else recipe.model_dump(mode="json"),
         "quantization": None if quantization is None else quantization.model_dump(mode="json"),
@@ -244,6 +248,21 @@ def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None 
     return Checkpoint(architecture, state, format=str(info["format"]), metadata=facts, source=str(path))
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors as 64 hexadecimal digits, whatever their order.
+
+    Per tensor, sorted by name: the JSON text ``[name, dtype, shape]``, a line feed, then the values' bytes in
+    C order, as they lie in memory (little-endian on all machines that torch runs on).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        opening = json.dumps([name, dtype_name(value.dtype), list(value.shape)], separators=(",", ":"))
+        digest.update(f"{opening}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes as 64 hexadecimal digits.
 
@@ -259,6 +278,15 @@ def file_hash(path: Path) -> str:
 
 def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) -> Checkpoint:
     header = _read_header(text)
+    try:
+        found = tensors_hash(tensors)
+    except (RuntimeError, TypeError) as error:  # types that torch can't show the bytes of; we write none
+        raise CheckpointError(f"its tensors are damaged: {_first_line(error)}") from error
+    if found != header.tensors_sha256:
+        raise CheckpointError(
+            f"its tensors are damaged: their SHA-256 is {found[:12]}…, {header.tensors_sha256[:12]!r}… was "
+            "recorded when they were written"
+        )
     try:
         recipe = None if header.recipe is None else parse_recipe(header.recipe, "recipe")
         quantization = (

@@ -26,6 +26,34 @@ from qat.progress import ConsoleReporter
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+
+class _Path(click.Path):
+    """A path that is not empty: pathlib would take an empty one for the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty; give a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Text(click.types.StringParamType):
+    """A text that is not empty; ``wanted`` says what to write."""
+
+    def __init__(self, wanted: str) -> None:
+        self.wanted = wanted
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail(f"is empty; {self.wanted}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_OVERRIDE = _Text("write section.key=value")
+_RECIPE = _Text("give a recipe file or a name from `qat recipe list`")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _EPILOG = (
@@ -118,11 +146,13 @@ def _recipe_options(default: str | None) -> Callable[[F], F]:
             "--set",
             "overrides",
             multiple=True,
+            type=_OVERRIDE,
             metavar="KEY=VALUE",
             help="Override one key of the recipe, such as --set schedule.epochs=5. Repeatable.",
         )(function)
         return click.option(
             "--recipe",
+            type=_RECIPE,
             default=default,
             show_default=default is not None,
             required=False,
@@ -175,22 +205,17 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     metavar="[PATH]",
     help="Write an ONNX model, to PATH or to model.onnx beside the checkpoint.",
 )
+@click.option("--run", "run_path", type=_Path(), help="Run directory [default: the newest].")
+@click.option("--checkpoint", type=_Path(), help="A fine-tuned checkpoint instead of a run.")
+@click.option("--runs", type=_Path(), default="runs", show_default=True, help="Where runs are.")
 @click.option(
-    "--run", "run_path", type=click.Path(path_type=Path), help="Run directory [default: the newest]."
-)
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="A fine-tuned checkpoint instead of a run."
-)
-@click.option(
-    "--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Where runs are."
-)
-@click.option(
-    "--image-size", type=click.IntRange(min=1), help="Side of the model's input [default: as trained]."
+    "--image-size", type=click.IntRange(min=8), help="Side of the model's input [default: as trained]."
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
+    type=_OVERRIDE,
     metavar="data.KEY=VALUE",
     help="Override where the verification finds its data, such as --set data.root=DIR. Repeatable.",
 )
@@ -232,18 +257,18 @@ def export(
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_Path())
 @_recipe_options(None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Accuracy of MODEL: a run directory, a checkpoint or an .onnx file.
 
     The data is the test split that the model's own recipe names, changed by --set data.KEY=VALUE, or that
-    of --recipe.
+    of --recipe, whose model section must then describe the checkpoint.
     """
     from qat.commands import evaluate_model
 
-    accuracy = evaluate_model(model, recipe, overrides)
+    accuracy = evaluate_model(model, recipe, overrides, lambda text: click.echo(f"warning: {text}", err=True))
     if as_json:
         click.echo(accuracy.to_json())
     else:
@@ -270,10 +295,15 @@ def recipe_list() -> None:
 
 
 @recipe.command("show")
-@click.argument("name")
+@click.argument("name", type=_RECIPE)
 @click.option("--resolved", is_flag=True, help="With every default written out, without comments.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; implies --resolved."
+    "--set",
+    "overrides",
+    multiple=True,
+    type=_OVERRIDE,
+    metavar="KEY=VALUE",
+    help="Override one key; implies --resolved.",
 )
 def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
     """Print a recipe."""
@@ -287,8 +317,8 @@ def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
 
 
 @recipe.command("copy")
-@click.argument("name")
-@click.argument("destination", type=click.Path(path_type=Path), default=".")
+@click.argument("name", type=_RECIPE)
+@click.argument("destination", type=_Path(), default=".")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def recipe_copy(name: str, destination: Path, force: bool) -> None:
     """Copy a packaged recipe to DESTINATION (a folder or a file) as a start for your own."""

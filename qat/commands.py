@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from export.integer import IntegerNetwork
 from export.lower import lower
 from export.portable import emit
 from export.verify import Comparison, OnnxModel, compare
 from qat import __version__
+from qat.bnext import is_binary
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.data import Split, check_fits, load_split
-from qat.errors import CheckpointError, QuantizationError, RecipeError
+from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
 from qat.evaluate import Accuracy, evaluate, predictor
 from qat.files import write_atomically
-from qat.loading import build
-from qat.recipe import Data, Recipe, load_recipe, parse_recipe
+from qat.loading import architecture_of, build, highest_temperature
+from qat.recipe import Data, LoadedRecipe, Recipe, load_recipe, parse_recipe
 from qat.rundir import RunDirectory, find_run, newest_run
 
 
@@ -55,7 +57,8 @@ def export_onnx(
             f"{checkpoint_path}: a float-rest network has no integers to export: "
             "fine-tune it first (qat finetune)"
         )
-    _only_data(overrides, besides=("mean", "std"))
+    fixed = "fixed by the checkpoint, which was trained with it"
+    _only_data(overrides, {"mean": fixed, "std": fixed, "image_size": "say it with --image-size"})
     recipe = _own_recipe(checkpoint, overrides)
     data = recipe.data if image_size is None else recipe.data.model_copy(update={"image_size": image_size})
     model = build(checkpoint)
@@ -77,44 +80,87 @@ def export_onnx(
     return path, network, compare(predictor(model), OnnxModel(path), network, split, data)
 
 
-def evaluate_model(path: Path, recipe: str | None, overrides: Sequence[str]) -> Accuracy:
+def evaluate_model(
+    path: Path, recipe: str | None, overrides: Sequence[str], warn: Callable[[str], None]
+) -> Accuracy:
     """Accuracy of a run directory's best checkpoint, a checkpoint file or an exported model.
 
     Args:
         path: the model.
-        recipe: take the data section of this recipe rather than of the model's own.
-        overrides: ``key=value`` texts that change the recipe.
+        recipe: take the data section of this recipe rather than of the model's own. For published weights it
+            tells the stem's stride, too.
+        overrides: ``data.key=value`` texts that change the recipe.
+        warn: told what makes the accuracy another than the one asked for.
 
     Raises:
-        QatError: the model or its data cannot be read, or don't fit each other.
+        QatError: the model, its data or the recipe cannot be read, or don't fit each other.
     """
-    _only_data(overrides)
+    _only_data(overrides, {})
+    chosen = load_recipe(recipe, overrides) if recipe is not None else None
     if path.suffix.lower() == ".onnx" and not path.is_dir():
         model = OnnxModel(path)
-        data = _data(recipe, overrides, lambda: _recipe_of_onnx(model, overrides))
+        data = (chosen.recipe if chosen else _recipe_of_onnx(model, overrides)).data
         model.check_data(data)
         return evaluate(model, _test_split(data, model.num_classes), data)
-    checkpoint = load_checkpoint(find_run(path).best if path.is_dir() else path)
-    data = _data(recipe, overrides, lambda: _own_recipe(checkpoint, overrides))
+    checkpoint = load_checkpoint(
+        find_run(path).best if path.is_dir() else path,
+        stem_stride=chosen.recipe.model.stem_stride if chosen else None,
+    )
+    if chosen is not None:
+        _check_model(checkpoint, chosen, warn)
+    data = (chosen.recipe if chosen else _own_recipe(checkpoint, overrides)).data
+    _check_data(checkpoint, data, warn)
     network = build(checkpoint)
+    if not is_binary(network):
+        warn(
+            f"{checkpoint.source}: the weights in use are not binary: the temperature is "
+            f"{highest_temperature(network):.3g}, binary means below 1e-7"
+        )
     split = _test_split(data, network.architecture.num_classes)
     return evaluate(predictor(network), split, data)
 
 
-def _only_data(overrides: Sequence[str], besides: Sequence[str] = ()) -> None:
-    """Refuse overrides that would change nothing here, or the network itself (``data.`` keys ``besides``)."""
+def _only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:
+    """Refuse overrides of other sections, which change nothing here, and of ``data`` keys for a reason."""
     for override in overrides:
         key = override.partition("=")[0].strip()
         section, _, name = key.partition(".")
         if section != "data":
             raise RecipeError(f"--set {override}: {key}: no effect here; only keys of `data` may be set")
-        if name in besides:
-            raise RecipeError(f"--set {override}: {key}: fixed by the checkpoint, which was trained with it")
+        if name in refused:
+            raise RecipeError(f"--set {override}: {key}: {refused[name]}")
 
 
-def _data(recipe: str | None, overrides: Sequence[str], own: Any) -> Data:
-    chosen: Recipe = load_recipe(recipe, overrides).recipe if recipe is not None else own()
-    return chosen.data
+def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[str], None]) -> None:
+    """Say that a recipe, taken for its data, describes another network than the checkpoint holds."""
+    asked = architecture_of(loaded.recipe.model)
+    if asked != checkpoint.architecture:
+        warn(
+            f"{loaded.path}: model: describes {asked}; evaluated is what {checkpoint.source} holds, "
+            f"{checkpoint.architecture}"
+        )
+
+
+def _check_data(checkpoint: Checkpoint, data: Data, warn: Callable[[str], None]) -> None:
+    """Compare ``data`` with what the network was trained on.
+
+    Another normalization is refused for a quantized network, whose image grid is made for one, as it is for
+    an exported model. Anything else is merely unusual.
+    """
+    if checkpoint.recipe is None:
+        return
+    trained = checkpoint.recipe.data
+    for key, ours, theirs in (("mean", data.mean, trained.mean), ("std", data.std, trained.std)):
+        if not np.allclose(ours, theirs, atol=1e-6):
+            if checkpoint.quantization is not None:
+                raise DataError(
+                    f"data.{key} is {list(ours)}, {checkpoint.source} was made for {list(theirs)}"
+                )
+            warn(f"data.{key} is {list(ours)}, {checkpoint.source} was trained with {list(theirs)}")
+    if data.image_size != trained.image_size:
+        warn(
+            f"data.image_size is {data.image_size}, {checkpoint.source} was trained with {trained.image_size}"
+        )
 
 
 def _test_split(data: Data, num_classes: int) -> Split:

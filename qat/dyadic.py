@@ -13,6 +13,9 @@ ACCUMULATOR_UNIT: Final = 64
 PRODUCT_BITS: Final = 10
 #: Bits of the multipliers in a sum of two 8-bit integers: 8 + 14 bits each, their sum is exact in float32.
 SUM_BITS: Final = 14
+#: Largest shift: onnxruntime's fused operators add the zero point 128 before they round, and 8 integer bits
+#: plus 16 fractional ones are what float32 holds exactly.
+LARGEST_SHIFT: Final = 16
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ def dyadic(value: float, bits: int, shift: int | None = None) -> Dyadic:
     Args:
         value: not negative, finite.
         bits: of the integer.
-        shift: taken if given, else the one that leaves the integer the most bits.
+        shift: taken if given, else the one that leaves the integer the most bits, up to
+            :data:`LARGEST_SHIFT`.
     """
     if shift is None:
-        shift = bits - (int(np.frexp(value)[1]) if value else 0)
+        shift = min(bits - (int(np.frexp(value)[1]) if value else 0), LARGEST_SHIFT)
         if round(np.ldexp(value, shift)) >= 2**bits:
             shift -= 1
     return Dyadic(round(np.ldexp(value, shift)), shift)

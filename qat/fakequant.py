@@ -1,8 +1,7 @@
 """The one adapter to ``torch.ao.quantization``: quantizers that observe a range and simulate integers.
 
-Nothing else in the project imports ``torch.ao``. A second backend offers the same three kinds of quantizer
-(:class:`Quantizer` for activations, :class:`WeightQuantizer`, :class:`FixedQuantizer`) and stands beside
-this file.
+Nothing else in the project imports ``torch.ao``. A second backend offers the same two kinds of quantizer, for
+activations and for weights, as subclasses in a file beside this one, and a line in :data:`BACKENDS`.
 
 An activation quantizer is in one of three states: *uncalibrated* (passes values through), *observing*
 (tracks the range; while training it also quantizes), *frozen* (quantizes on a fixed grid). Outside of
@@ -12,6 +11,7 @@ training and calibration nothing is ever observed, so evaluation depends on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
@@ -25,6 +25,7 @@ from torch.ao.quantization import (
 )
 
 from qat.integers import saturate
+from qat.recipe import TrunkGroup
 
 Observer = Literal["moving_average", "minmax", "histogram"]
 #: Clipping points that the histogram's search compares.
@@ -334,3 +335,26 @@ def freeze_observers(model: nn.Module) -> None:
     """Fix every grid of ``model`` from here on."""
     for _, quantizer in activation_quantizers(model):
         quantizer.observing = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The quantizers of one library; another one stands beside ``torch_ao`` in :data:`BACKENDS`.
+
+    Attributes:
+        activation: class of observed points, called with bits, signed, observer and averaging constant.
+        weight: class of weight quantizers, called with bits.
+    """
+
+    activation: type[ActivationQuantizer]
+    weight: type[WeightQuantizer]
+
+    def point(self, group: TrunkGroup | None, *, signed: bool) -> Quantizer:
+        """An observed point as the recipe's ``group`` asks for, or one left in float."""
+        if group is None:
+            return Quantizer()
+        return self.activation(group.activation_bits, signed, group.observer, group.averaging_constant)
+
+
+#: By the recipe's ``quantization.backend``.
+BACKENDS: Final = {"torch_ao": Backend(ActivationQuantizer, WeightQuantizer)}

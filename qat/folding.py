@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
 from qat.integers import Requantization, snap_up
-from qat.recipe import Group, TrunkGroup
 
 #: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
 CONSTANT_BITS: Final = 8
@@ -22,13 +21,6 @@ class Grid:
     """Reference to the quantizer that another module owns, so that it is not registered twice."""
 
     quantizer: Quantizer
-
-
-def activation_point(group: Group | TrunkGroup | None, *, signed: bool) -> Quantizer:
-    """Activation quantizer as ``group`` asks for, or a float point."""
-    if group is None:
-        return Quantizer()
-    return ActivationQuantizer(group.activation_bits, signed, group.observer, group.averaging_constant)
 
 
 def fold_batch_norm(norm: nn.BatchNorm2d, x: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

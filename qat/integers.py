@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qat.dyadic import PRODUCT_BITS
+from qat.dyadic import LARGEST_SHIFT, PRODUCT_BITS
 from qat.errors import QuantizationError
 
 #: Smallest multiplier of an accumulator. An 8-bit result as a bias at this scale still fits int32, and the
@@ -86,13 +86,10 @@ def prelu_steps(q: Tensor, slopes: Tensor, low: int, high: int) -> Tensor:
 
 
 def mean_steps(q: Tensor, multiplier: Tensor) -> Tensor:
-    """``float32(sum) * (multiplier / pixels)`` over the image: (N, C, H, W) → (N, C, 1, 1) float32.
-
-    Sums of up to 2**17 pixels are exact in float32.
-    """
-    # A tensor, not a number: a GPU divides by a number through its rounded reciprocal.
-    pixels = torch.full_like(multiplier, q.shape[2] * q.shape[3])
-    return q.sum((2, 3), keepdim=True) * (multiplier / pixels).view(1, -1, 1, 1)
+    """``float32(sum) * (multiplier / pixels)`` over the image: (N, C, H, W) → (N, C, 1, 1) float32."""
+    pixels = torch.full_like(multiplier, q.shape[2] * q.shape[3])  # dividing by a number may multiply instead
+    total = q.sum((2, 3), keepdim=True, dtype=torch.float64).float()
+    return total * (multiplier / pixels).view(1, -1, 1, 1)
 
 
 def sigmoid_table(scale: float, levels: int) -> Tensor:
@@ -102,7 +99,11 @@ def sigmoid_table(scale: float, levels: int) -> Tensor:
 
 
 def snap_up(ratio: Tensor) -> Tensor:
-    """The next number with at most :data:`PRODUCT_BITS` significant bits: a product of two 8-bit integers
-    times such a number is exact in float32, so every target computes it alike."""
-    mantissa, exponent = torch.frexp(ratio)
-    return torch.ldexp(torch.ceil(mantissa * 2**PRODUCT_BITS), exponent - PRODUCT_BITS)
+    """The next number ``integer / 2**shift`` with an integer of at most :data:`PRODUCT_BITS` bits.
+
+    A product of two 8-bit integers times such a number is exact in float32, so every target computes it
+    alike; see :func:`qat.dyadic.dyadic`, which recovers integer and shift.
+    """
+    _, exponent = torch.frexp(ratio)
+    shift = (PRODUCT_BITS - exponent).clamp_max(LARGEST_SHIFT)
+    return torch.ldexp(torch.ceil(torch.ldexp(ratio, shift)), -shift)

@@ -9,13 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.bnext import Architecture, BNext
+from qat.bnext import Architecture, BNext, binary_convolutions
 from qat.checkpoint import FORMAT, Checkpoint, float_shapes
 from qat.data import image_grid
 from qat.errors import CheckpointError, QuantizationError
 from qat.prepare import prepare
-from qat.recipe import Quantization
+from qat.recipe import Model, Quantization
 from qat.tensorchecks import dtype_name, listed, not_finite, overflow
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The architecture that a recipe's ``model`` section asks for."""
+    return Architecture.of(
+        model.size,
+        model.num_classes,
+        widths=model.widths,
+        stem_stride=model.stem_stride,
+        elm_attention=model.elm_attention,
+        infor_recoupling=model.infor_recoupling,
+    )
+
+
+def highest_temperature(model: BNext) -> float:
+    """The highest temperature of the binary convolutions; below 1e-7 the weights in use are exactly ±1."""
+    return max(float(conv.temperature) for conv in binary_convolutions(model).values())
 
 
 def load_state(model: BNext, checkpoint: Checkpoint) -> None:
@@ -82,15 +99,13 @@ def load_state(model: BNext, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.source}: does not fit the network: {error}") from error
 
 
-def build(checkpoint: Checkpoint, *, quantized: bool | None = None) -> BNext:
+def build(checkpoint: Checkpoint) -> BNext:
     """The network that ``checkpoint`` holds, loaded, on the CPU, in evaluation mode.
 
     Uses no random numbers.
 
     Args:
         checkpoint: from :func:`load_checkpoint`.
-        quantized: ``None``: as it was saved. ``False``: the float network, quantizer state left out.
-            ``True``: prepared, with the default quantization if the checkpoint has none.
 
     Raises:
         CheckpointError: the state does not fit the architecture.
@@ -98,18 +113,14 @@ def build(checkpoint: Checkpoint, *, quantized: bool | None = None) -> BNext:
     with torch.device("meta"):
         model = BNext.from_architecture(checkpoint.architecture)
     model.to_empty(device="cpu")
-    quantization = checkpoint.quantization
-    if quantized is False:
-        quantization = None
-    elif quantized and quantization is None:
-        quantization = Quantization()
     # The float part first: preparing may look at the weights, which are uninitialized memory until then.
-    partial = quantization is not None or quantized is False
-    load_state(model, without_quantizers(checkpoint) if partial else checkpoint)
-    if quantization is not None:
+    if checkpoint.quantization is None:
+        load_state(model, checkpoint)
+    else:
+        load_state(model, without_quantizers(checkpoint))
         data = checkpoint.recipe.data if checkpoint.recipe else None
         try:
-            prepare(model, quantization, image_grid(data.mean, data.std) if data else None)
+            prepare(model, checkpoint.quantization, image_grid(data.mean, data.std) if data else None)
         except QuantizationError as error:
             raise CheckpointError(f"{checkpoint.source}: cannot be prepared: {error}") from error
         load_state(model, checkpoint)

@@ -15,8 +15,7 @@ from torch import nn
 
 from qat.data import image_grid
 from qat.errors import QuantizationError, nearest
-from qat.fakequant import Quantizer, WeightQuantizer, activation_quantizers
-from qat.folding import activation_point
+from qat.fakequant import BACKENDS, Quantizer, WeightQuantizer, activation_quantizers
 from qat.layers import Block, GlobalAveragePool, Stem, SubBlock
 from qat.recipe import Quantization
 from qat.twins import (
@@ -70,7 +69,7 @@ def prepare(
     stem.trunk = source
     if chosen("feature.0", quantization.stem.enabled):
         grid = image or image_grid(IMAGENET_MEAN, IMAGENET_STD)
-        network.feature[0] = FakeQuantStem(stem, quantization.stem.weight_bits, grid)
+        network.feature[0] = FakeQuantStem(stem, quantization.stem.weight_bits, grid, chosen.backend)
     for index, block in enumerate(blocks, start=1):
         name = f"feature.{index}"
         middle, output = chosen.trunk(f"{name}.trunk_mid"), chosen.trunk(f"{name}.trunk_out")
@@ -82,7 +81,7 @@ def prepare(
     if chosen("prelu", quantization.trunk.enabled):
         network.prelu = FakeQuantPReLU(network.prelu, source)
     if chosen("fc", quantization.classifier.enabled):
-        network.fc = classifier = FakeQuantLinear(network.fc, quantization.classifier)
+        network.fc = classifier = FakeQuantLinear(network.fc, quantization.classifier, chosen.backend)
         network.pool = FakeQuantPool(source, classifier.input)
     model.quantization = quantization  # type: ignore[assignment]  # neither a tensor nor a module
     model.train(model.training)
@@ -94,9 +93,9 @@ def _prepare_sub_block(
 ) -> None:
     module, name = cast(SubBlock, block.get_submodule(child)), f"{name}.{child}"
     group = chosen.quantization.trunk if chosen(name, chosen.quantization.trunk.enabled) else None
-    twin = FakeQuantSubBlock(module, group, source, target)
+    twin = FakeQuantSubBlock(module, group, source, target, chosen.backend)
     if twin.infor_recoupling and chosen(f"{name}.se", chosen.quantization.se.enabled):
-        twin.se = FakeQuantSqueezeExcitation(twin.se, chosen.quantization.se)
+        twin.se = FakeQuantSqueezeExcitation(twin.se, chosen.quantization.se, chosen.backend)
     setattr(block, child, twin)
 
 
@@ -104,7 +103,7 @@ class _Selection:
     """Which modules the include and exclude globs choose; every glob must match something."""
 
     def __init__(self, quantization: Quantization, names: Sequence[str]) -> None:
-        self.quantization = quantization
+        self.quantization, self.backend = quantization, BACKENDS[quantization.backend]
         for key, globs in (("include", quantization.include), ("exclude", quantization.exclude)):
             for glob in globs:
                 if not any(fnmatchcase(name, glob) for name in names):
@@ -121,7 +120,7 @@ class _Selection:
     def trunk(self, name: str) -> Quantizer:
         """The quantizer of one trunk tensor."""
         group = self.quantization.trunk
-        return activation_point(group if self(name, group.enabled) else None, signed=True)
+        return self.backend.point(group if self(name, group.enabled) else None, signed=True)
 
 
 def _point_names(blocks: Sequence[Block]) -> list[str]:

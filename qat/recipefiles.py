@@ -150,7 +150,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     known = recipe_names()
     raise RecipeError(
         f"{str(name_or_path)!r}: no such recipe file{nearest(typed.stem, known)}; "
-        f"recipes known by name: {', '.join(known) or 'none'}"
+        f"recipes known by name: {', '.join(known) or 'none'} (see `qat recipe list`)"
     )
 
 

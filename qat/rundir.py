@@ -1,7 +1,8 @@
 """Run directories: what a training command leaves behind, and how other commands find it.
 
-A run directory holds ``recipe.yaml`` (resolved), ``metrics.jsonl`` (one object per epoch),
-``best.safetensors``, ``last.safetensors``, ``quantization.json`` and, once finished, ``summary.json``.
+A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
+per epoch), ``best.safetensors``, ``last.safetensors``, ``quantization.json`` and, once finished,
+``summary.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from qat.errors import OutputError, QatError
 from qat.files import write_atomically
-from qat.recipe import LoadedRecipe, recipe_yaml
+from qat.recipe import LoadedRecipe, Recipe, recipe_yaml, resolve_checkpoint
 
 SUMMARY = "summary.json"
 
@@ -31,8 +32,10 @@ class RunDirectory:
         """A new folder ``<output.dir>/<recipe>-<date>-<time>`` with the resolved recipe inside.
 
         Raises:
+            RecipeError: the checkpoint to start from isn't there.
             OutputError: the folder can't be made or written.
         """
+        recipe = _anywhere(loaded)
         root = Path(loaded.recipe.output.dir)
         stem = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in range(100):
@@ -48,7 +51,7 @@ class RunDirectory:
                     f"{path}: cannot make the run directory: {error.strerror or error}"
                 ) from error
             run = cls(path)
-            write_atomically(path / "recipe.yaml", recipe_yaml(loaded.recipe))
+            write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
             return run
         raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
 
@@ -106,8 +109,8 @@ def find_run(path: Path) -> RunDirectory:
     return run
 
 
-def newest_run(root: Path, task: str = "finetune") -> RunDirectory:
-    """The run of ``task`` under ``root`` that finished last; damaged and unfinished runs don't count.
+def newest_run(root: Path) -> RunDirectory:
+    """The fine-tuning run under ``root`` that finished last; damaged and unfinished runs don't count.
 
     Raises:
         QatError: there is none.
@@ -120,10 +123,22 @@ def newest_run(root: Path, task: str = "finetune") -> RunDirectory:
         except QatError:
             continue  # a damaged run must not hide the others
         when = content.get("finished")
-        if content.get("task") == task and isinstance(when, float) and math.isfinite(when):
+        if content.get("task") == "finetune" and isinstance(when, float) and math.isfinite(when):
             finished.append((when, summary.parent.name, run))
     if not finished:
         raise QatError(
-            f"{root}: no finished {task} run here; run `qat {task}` first, or name one with --run DIR"
+            f"{root}: no finished finetune run here; run `qat finetune` first, or name one with --run DIR"
         )
     return max(finished, key=lambda item: item[:2])[2]
+
+
+def _anywhere(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with the paths it reads from made absolute, so that it can be run again from anywhere."""
+    recipe = loaded.recipe
+    if recipe.model.checkpoint is not None:
+        model = recipe.model.model_copy(update={"checkpoint": str(resolve_checkpoint(loaded))})
+        recipe = recipe.model_copy(update={"model": model})
+    if recipe.data.root is not None:
+        root = Path(recipe.data.root).expanduser().absolute()  # as the data set is looked up
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
+    return recipe

@@ -20,12 +20,12 @@ from qat.recipeproblems import contradictions, found
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        hint = nearest(value, ["auto", "cpu", "mps", "cuda"])
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        hint = nearest(value, ["auto", "cpu", "cuda"])
         raise PydanticCustomError(
             "refused",
             "{why}",
-            {"why": f"found {value!r}, allowed: 'auto', 'cpu', 'mps', 'cuda', 'cuda:N'{hint}"},
+            {"why": f"found {value!r}, allowed: 'auto', 'cpu', 'cuda', 'cuda:N'{hint}"},
         )
     return value
 
@@ -299,7 +299,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every random choice of the run.")
     device: Annotated[str, AfterValidator(_device)] = Field(
         default="auto",
-        description="'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'; 'auto' takes an accelerator if present.",
+        description="'auto', 'cpu', 'cuda' or 'cuda:N'; 'auto' is CUDA if present, else the CPU.",
     )
     threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's default.")
     model: Model = Field(description="The network and the weights it starts from.")

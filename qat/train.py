@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 from qat import __version__
 from qat.augment import image_grid, normalize
-from qat.bnext import Architecture, BNext, binary_convolutions, is_binary, set_temperature
-from qat.checkpoint import as_stored, load_checkpoint
+from qat.bnext import BNext, binary_convolutions, is_binary, set_temperature
+from qat.checkpoint import as_stored, file_hash, load_checkpoint
 from qat.data import Split, check_fits, load_splits
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
 from qat.evaluate import evaluate, predictor
 from qat.fakequant import activation_quantizers, freeze_observers
-from qat.loading import load_state, without_quantizers
+from qat.loading import architecture_of, highest_temperature, load_state, without_quantizers
 from qat.loop import Job, Reporter, fit, keep, temperature_at
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
@@ -46,21 +47,23 @@ def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     assert recipe.quantization is not None  # the schema requires it for this task
     device = _start(recipe)
     train, test = _data(recipe)
-    float_model = _pretrained(loaded, report).to(device)
+    start = resolve_checkpoint(loaded)
+    float_model = _pretrained(start, recipe, report).to(device)
     model = copy.deepcopy(float_model)
     prepare(model, recipe.quantization, image_grid(recipe.data.mean, recipe.data.std))
     # Asked before there is a run directory, which a recipe that quantizes nothing must not leave behind.
-    if not any(True for _ in activation_quantizers(model)):
+    if not quantization_map(model):
         raise QuantizationError(
-            f"{loaded.path}: quantization: no activation is left to quantize; enable trunk, se or "
-            "classifier, or check include and exclude"
+            f"{loaded.path}: quantization: nothing is left to quantize; enable stem, se, classifier or "
+            "trunk, or check include and exclude"
         )
     run = RunDirectory.create(loaded)
     report.message(f"{float_model.architecture}, run directory {run.path}")
 
     float_accuracy = evaluate(predictor(float_model), test, recipe.data, device)
     report.message(f"float rest: top-1 {float_accuracy.top1:.2f}% of {float_accuracy.n} images")
-    calibrate(model, lambda: _calibration_pass(model, train, recipe, device))
+    if any(True for _ in activation_quantizers(model)):  # weights alone need no calibration
+        calibrate(model, lambda: _calibration_pass(model, train, recipe, device))
     stored = as_stored(model, recipe.output.float_weights)
     calibrated = evaluate(predictor(stored), test, recipe.data, device)
     points = quantization_map(model)
@@ -72,7 +75,7 @@ def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     if recipe.schedule.freeze_binary:
         for conv in binary_convolutions(model).values():
             conv.weight.requires_grad_(False)
-    job = Job(recipe, model, train, test, device, run, report, metadata=_metadata(train, test))
+    job = Job(recipe, model, train, test, device, run, report, metadata=_metadata(train, test, start))
     if recipe.teacher == "self":
         job.teacher = float_model.eval().requires_grad_(False)
     job.before_step = lambda share: apply_freezes(model, recipe, share)
@@ -101,15 +104,14 @@ def pretrain(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     recipe = _for_task(loaded, "pretrain")
     device = _start(recipe)
     train, test = _data(recipe)
-    model = BNext.from_architecture(_architecture(recipe))
-    if recipe.model.checkpoint is not None:
-        load_state(
-            model, without_quantizers(load_checkpoint(resolve_checkpoint(loaded), latent=recipe.model.latent))
-        )
+    model = BNext.from_architecture(architecture_of(recipe.model))
+    start = None if recipe.model.checkpoint is None else resolve_checkpoint(loaded)
+    if start is not None:
+        load_state(model, without_quantizers(load_checkpoint(start, latent=recipe.model.latent)))
     model.to(device)
     run = RunDirectory.create(loaded)
     report.message(f"{model.architecture}, run directory {run.path}")
-    job = Job(recipe, model, train, test, device, run, report, metadata=_metadata(train, test))
+    job = Job(recipe, model, train, test, device, run, report, metadata=_metadata(train, test, start))
     job.before_step = lambda share: set_temperature(model, temperature_at(recipe.schedule.temperature, share))
     started = time.time()
     fit(job)
@@ -140,6 +142,8 @@ def _summarize(job: Job, started: float, accuracies: dict[str, Any], name: str) 
             name: asdict(job.best),
             "best_epoch": job.best_epoch,
             "checkpoint": job.run.best.name,
+            # Null where training started from random weights.
+            "pretrained_sha256": job.metadata.get("pretrained_sha256"),
             "seconds": time.time() - started,
             "finished": time.time(),
             "data": {"train": job.metadata["train_fingerprint"], "test": job.metadata["test_fingerprint"]},
@@ -162,21 +166,19 @@ def _centre(images: Tensor, side: int) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def _pretrained(loaded: LoadedRecipe, report: Reporter) -> BNext:
-    """The recipe's network with the weights of its checkpoint."""
-    recipe = loaded.recipe
-    path = resolve_checkpoint(loaded)
-    architecture = _architecture(recipe)
+def _pretrained(path: Path, recipe: Recipe, report: Reporter) -> BNext:
+    """The recipe's network with the weights of the checkpoint at ``path``."""
+    architecture = architecture_of(recipe.model)
     checkpoint = load_checkpoint(path, latent=recipe.model.latent, stem_stride=architecture.stem_stride)
     if checkpoint.quantization is not None:
         report.warning(f"{path}: already fine-tuned; starting from its weights, its ranges are found anew")
     model = BNext.from_architecture(architecture)
     load_state(model, without_quantizers(checkpoint))
     if not is_binary(model):
-        worst = max(float(conv.temperature) for conv in binary_convolutions(model).values())
         raise CheckpointError(
-            f"{path}: the weights in use are not binary yet: the temperature is {worst:.3g}, binary "
-            "means below 1e-7. Train on until it has annealed (qat pretrain)"
+            f"{path}: the weights in use are not binary yet: the temperature is "
+            f"{highest_temperature(model):.3g}, binary means below 1e-7. Train on until it has annealed "
+            "(qat pretrain)"
         )
     if checkpoint.recipe is not None:
         for key in ("image_size", "mean", "std"):
@@ -184,18 +186,6 @@ def _pretrained(loaded: LoadedRecipe, report: Reporter) -> BNext:
             if trained != asked:
                 report.warning(f"data.{key} is {asked}, the checkpoint was trained with {trained}")
     return model
-
-
-def _architecture(recipe: Recipe) -> Architecture:
-    model = recipe.model
-    return Architecture.of(
-        model.size,
-        model.num_classes,
-        widths=model.widths,
-        stem_stride=model.stem_stride,
-        elm_attention=model.elm_attention,
-        infor_recoupling=model.infor_recoupling,
-    )
 
 
 def _data(recipe: Recipe) -> tuple[Split, Split]:
@@ -228,8 +218,8 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"device: {name!r} cannot be used here: {reason}") from error
+        count = torch.cuda.device_count()
+        raise RecipeError(f"device: {name!r} cannot be used here, which has {count} CUDA devices") from error
     return torch.device(name)
 
 
@@ -241,8 +231,11 @@ def _for_task(loaded: LoadedRecipe, task: str) -> Recipe:
     return loaded.recipe
 
 
-def _metadata(train: Split, test: Split) -> dict[str, str]:
+def _metadata(train: Split, test: Split, start: Path | None) -> dict[str, str]:
+    """Facts for checkpoints and summary; ``start`` is the checkpoint that training starts from."""
+    pretrained = {} if start is None else {"pretrained_sha256": file_hash(start)}
     return {
+        **pretrained,
         "class_names": json.dumps(test.class_names),
         "train_fingerprint": train.fingerprint(),
         "test_fingerprint": test.fingerprint(),

@@ -11,18 +11,11 @@ from torch import Tensor, nn
 
 from qat.binary import sign
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
-from qat.fakequant import (
-    ActivationQuantizer,
-    FixedQuantizer,
-    Quantizer,
-    WeightQuantizer,
-    fake_quantize_symmetric,
-)
+from qat.fakequant import ActivationQuantizer, Backend, FixedQuantizer, Quantizer, fake_quantize_symmetric
 from qat.folding import (
     CONSTANT_BITS,
     Grid,
     LayerIntegers,
-    activation_point,
     flipped,
     fold_batch_norm,
     folded_constants,
@@ -49,14 +42,14 @@ class AttentionIntegers:
 class FakeQuantSqueezeExcitation(SqueezeExcitation):
     """Twin of :class:`qat.layers.SqueezeExcitation`: 8-bit vectors and weights throughout."""
 
-    def __init__(self, module: SqueezeExcitation, group: Group) -> None:
+    def __init__(self, module: SqueezeExcitation, group: Group, backend: Backend) -> None:
         nn.Module.__init__(self)
         self.se = module.se
-        self.pooled = activation_point(group, signed=True)
-        self.hidden = activation_point(group, signed=False)
-        self.logits = activation_point(group, signed=True)
+        self.pooled = backend.point(group, signed=True)
+        self.hidden = backend.point(group, signed=False)
+        self.logits = backend.point(group, signed=True)
         self.attention = FixedQuantizer(1.0 / (2**group.activation_bits - 1), 0, group.activation_bits)
-        self.weight_quantizer = WeightQuantizer(group.weight_bits)
+        self.weight_quantizer = backend.weight(group.weight_bits)
 
     @property
     def has_grids(self) -> bool:
@@ -144,10 +137,16 @@ class FakeQuantSubBlock(SubBlock):
         module: the sub-block whose parameters are taken over.
         group: quantization of the values inside, ``None`` leaves them in float.
         source, target: the trunk's quantizers before and after the sub-block.
+        backend: supplies the quantizers inside.
     """
 
     def __init__(
-        self, module: SubBlock, group: TrunkGroup | None, source: Quantizer, target: Quantizer
+        self,
+        module: SubBlock,
+        group: TrunkGroup | None,
+        source: Quantizer,
+        target: Quantizer,
+        backend: Backend,
     ) -> None:
         nn.Module.__init__(self)
         self.channels, self.kernel_size, self.stride = module.channels, module.kernel_size, module.stride
@@ -161,9 +160,9 @@ class FakeQuantSubBlock(SubBlock):
         self.quantized = group is not None
         scale_kind = module.kind == "scale"
         self.has_branch = module.infor_recoupling or scale_kind
-        self.y = activation_point(group, signed=True)
-        self.product = activation_point(group if scale_kind else None, signed=True)
-        self.branch = activation_point(group if self.has_branch else None, signed=True)
+        self.y = backend.point(group, signed=True)
+        self.product = backend.point(group if scale_kind else None, signed=True)
+        self.branch = backend.point(group if self.has_branch else None, signed=True)
 
     def slope(self, activation: nn.PReLU) -> Tensor:
         """Slopes of one PReLU as the integer network has them, (C,)."""

@@ -33,11 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, WeightQuantizer
+from qat.fakequant import ActivationQuantizer, Backend, FixedQuantizer, Quantizer
 from qat.folding import (
     Grid,
     LayerIntegers,
-    activation_point,
     flipped,
     folded_constants,
     is_ready,
@@ -66,13 +65,14 @@ class FakeQuantStem(Stem):
         stem: its parameters are taken over.
         bits: of the weights.
         grid: scale and zero point of the uint8 image.
+        backend: supplies the quantizer of the weights.
     """
 
-    def __init__(self, stem: Stem, bits: int, grid: tuple[float, int]) -> None:
+    def __init__(self, stem: Stem, bits: int, grid: tuple[float, int], backend: Backend) -> None:
         nn.Module.__init__(self)
         self.conv1, self.bn1, self.prelu, self.trunk = stem.conv1, stem.bn1, stem.prelu, stem.trunk
         self.image = FixedQuantizer(*grid)
-        self.weight_quantizer = WeightQuantizer(bits)
+        self.weight_quantizer = backend.weight(bits)
 
     def integers(self) -> LayerIntegers:
         """Constants of the integer stem."""
@@ -137,18 +137,19 @@ class FakeQuantPool(GlobalAveragePool):
 class FakeQuantLinear(nn.Linear):
     """Twin of the classifier: quantized input and weights, float logits."""
 
-    def __init__(self, module: nn.Linear, group: Group) -> None:
+    def __init__(self, module: nn.Linear, group: Group, backend: Backend) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = module.in_features, module.out_features
         self.weight, self.bias = module.weight, module.bias
-        self.input = activation_point(group, signed=True)
-        self.weight_quantizer = WeightQuantizer(group.weight_bits)
+        self.input = backend.point(group, signed=True)
+        self.weight_quantizer = backend.weight(group.weight_bits)
 
     def integers(self) -> LayerIntegers:
         """Constants of the integer classifier; its multiplier gives logits."""
         weight, scale = self.weight_quantizer.integers(self.weight)
         offset, step = self.bias.detach().double(), scale * scale_of(self.input).double()
-        # A row of zeros has a tiny scale: raised until the bias fits int32, the products are zero anyway.
+        # A row of (almost) zeros has a tiny scale. It is raised until the bias fits int32, and the row's
+        # products, less than 2% of such a bias, are dropped.
         raised = torch.maximum(step, offset.abs() / 2.0**30)
         constant = raised > step
         multiplier = raised.float()

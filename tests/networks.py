@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from export.integer import Grid, IntegerNetwork
 from export.integer import SubBlock as IntegerSubBlock
 from export.lower import lower
-from export.portable import emit
+from export.portable import INPUT, OUTPUT, emit
 from export.reference import Interpreter
-from export.verify import run_tensors
 from qat.bnext import BNext, set_temperature
 from qat.data import image_grid
 from qat.fakequant import activation_quantizers
@@ -158,6 +158,25 @@ _SLOPES = ((0.0, 0.25), (0.0, 1.0, -1.0), (-3.0, 0.5), (2.5, 0.0, -1.5), (1.001,
 def stored(network: IntegerNetwork, name: str, values: NDArray[Any]) -> NDArray[np.uint8]:
     """The interpreter's integers as the portable graph stores them."""
     return (values + (128 if network.grids[name].signed else 0)).astype(np.uint8)
+
+
+def run_tensors(
+    model: onnx.ModelProto, names: Mapping[str, Any], images: NDArray[np.float32], *, optimize: bool = True
+) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]]]:
+    """Logits and the named uint8 tensors of an exported graph, as stored (signed ones offset by 128)."""
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    produced = {output for node in extended.graph.node for output in node.output}
+    wanted = [name for name in names if name in produced]
+    for name in wanted:
+        extended.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(extended.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    logits, *tensors = session.run([OUTPUT, *wanted], {INPUT: images})
+    return logits, dict(zip(wanted, tensors, strict=True))
 
 
 def parity_problems(

@@ -395,3 +395,19 @@ def test_the_stem_ignores_its_prelu() -> None:
         stem.prelu.weight.fill_(9.0)
     assert torch.equal(stem(x), before)
     assert torch.equal(before, stem.bn1(stem.conv1(x)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stem_stride": 3}, "stem_stride 3"),
+        ({"stem_stride": 0}, "stem_stride 0"),
+        ({"num_classes": 2.5}, "whole numbers"),
+        ({"num_classes": 0}, "num_classes 0"),
+        ({"widths": [8.0, 16]}, "whole numbers"),
+    ],
+)
+def test_numbers_that_make_no_network_are_refused(options: dict[str, Any], message: str) -> None:
+    assert Architecture.of("tiny", 10, stem_stride=2).stem_stride == 2
+    with pytest.raises(QuantizationError, match=message):
+        BNext(**options)

@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat.bnext import BNext, binary_convolutions
-from qat.checkpoint import FORMAT, as_stored, file_hash, infer_architecture, load_checkpoint, save_checkpoint
+from qat.checkpoint import (
+    FORMAT,
+    as_stored,
+    file_hash,
+    infer_architecture,
+    load_checkpoint,
+    save_checkpoint,
+    tensors_hash,
+)
 from qat.errors import CheckpointError
 from qat.loading import build
 from qat.prepare import quantization_map
@@ -31,12 +39,16 @@ from qat.recipe import Quantization
 TINY_LAYOUT = "818c3c1dd891d3d69cd8f304a366d9fc52207755365aaca3efd9c56219fe3d09"
 
 
-def edit(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> Path:
-    """Rewrite one of our checkpoints after ``change(tensors, header)``."""
+def edit(
+    path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object], rehash: bool = True
+) -> Path:
+    """Rewrite one of our checkpoints after ``change(tensors, header)``, with the hash of the new tensors."""
     with safetensors.safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         header = json.loads(file.metadata()[FORMAT])
     change(tensors, header)
+    if rehash:
+        header["tensors_sha256"] = tensors_hash(tensors)
     path.write_bytes(safetensors.torch.save(tensors, {FORMAT: json.dumps(header)}))
     return path
 
@@ -148,10 +160,9 @@ def test_a_latent_magnitude_that_loses_the_signs_is_refused(saved: Path, latent:
         load_checkpoint(saved, latent=latent)
 
 
-@pytest.mark.parametrize(("binary", "keep_latent"), [(False, False), (True, True)])
-def test_latent_weights_are_kept_where_they_matter(tmp_path: Path, binary: bool, keep_latent: bool) -> None:
-    model = toy(binary=binary)
-    save_checkpoint(tmp_path / "c", model, recipe=None, keep_latent=keep_latent, float_dtype="float16")
+def test_latent_weights_are_kept_where_they_matter(tmp_path: Path) -> None:
+    model = toy(binary=False)
+    save_checkpoint(tmp_path / "c", model, recipe=None, float_dtype="float16")
     assert torch.equal(load_checkpoint(tmp_path / "c").state[CONV], model.state_dict()[CONV])
 
 
@@ -327,6 +338,56 @@ def test_a_contradiction_in_the_file_is_refused(
         load_checkpoint(edit(saved, change))
     assert str(caught.value).startswith(f"{saved}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_the_hash_is_over_names_types_shapes_and_bytes_in_the_order_of_the_names() -> None:
+    tensors = {"b": torch.tensor([[1, 2], [3, 4]], dtype=torch.int16).T, "a": torch.tensor(True)}
+    text = b'["a","bool",[]]\n\x01["b","int16",[2,2]]\n' + bytes([1, 0, 3, 0, 2, 0, 4, 0])
+    assert tensors_hash(tensors) == hashlib.sha256(text).hexdigest()
+    assert tensors_hash(dict(reversed(tensors.items()))) == tensors_hash(tensors)
+
+
+def _rename(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    a, b = "feature.0.bn1.running_mean", "feature.0.bn1.running_var"
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, h: t["fc.bias"].neg_(), "its tensors are damaged: their SHA-256 is [0-9a-f]{12}…"),
+        (lambda t, h: t.update({"fc.bias": t["fc.bias"].double()}), "its tensors are damaged"),
+        (lambda t, h: t.update({"fc.bias": t["fc.bias"][None]}), "its tensors are damaged"),
+        (_rename, "its tensors are damaged"),
+        (lambda t, h: h.update(tensors_sha256="0" * 64), "its tensors are damaged"),
+        (lambda t, h: h.pop("tensors_sha256"), "tensors_sha256: Field required"),
+        (lambda t, h: h.update(tensors_sha256=None), "tensors_sha256"),
+    ],
+)
+def test_tensors_other_than_those_written_are_refused(
+    saved: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object], message: str
+) -> None:
+    load_checkpoint(edit(saved, lambda tensors, header: None, rehash=False))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(edit(saved, change, rehash=False))
+    assert str(caught.value).startswith(f"{saved}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quant", [False, True])
+def test_every_flipped_byte_of_the_tensors_is_found(tmp_path: Path, quant: bool) -> None:
+    path = tmp_path / "c"
+    save_checkpoint(path, toy(quant, widths=(2, 2)), recipe=recipe())
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    load_checkpoint(path)
+    # Every 29th: over 8-byte integers and 4-byte floats, all positions of a byte in its value come up.
+    for offset in [*range(start, len(content), 29), len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[offset] ^= 1 << offset % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="its tensors are damaged"):
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "9" * 5000])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,73 @@ def test_a_model_for_another_image_size_needs_data_of_that_size(toys: Path, tmp_
     succeed("export", "--onnx", path, "--checkpoint", tuned(toys), "--image-size", "16")
     assert "data.image_size is 8" in fail(2, "evaluate", path)
     succeed("evaluate", path, "--set", "data.image_size=16")
+
+
+def test_published_weights_are_evaluated_with_the_stem_stride_of_the_recipe(
+    toys: Path, tmp_path: Path
+) -> None:
+    published = tmp_path / "published.pth"
+    torch.save(load_checkpoint(toys / "float.safetensors").state, published)
+    found = {}
+    for stride in (1, 2):
+        overrides = (*TOY, f"model.stem_stride={stride}")
+        recipe_yaml = succeed("recipe", "show", "tiny_digits_pretrain", *settings(overrides))
+        (tmp_path / f"{stride}.yaml").write_text(recipe_yaml, encoding="utf-8")
+        found[stride] = succeed("evaluate", published, "--recipe", tmp_path / f"{stride}.yaml", "--json")
+    assert found[1] == succeed("evaluate", toys / "float.safetensors", "--json")
+    assert found[1] != found[2]
+    # Our own checkpoint knows its stride.
+    result = qat("evaluate", toys / "float.safetensors", "--recipe", tmp_path / "2.yaml", "--json")
+    assert (result.exit_code, result.stdout) == (0, found[1])
+    assert "describes BNext custom [8, 8, 16], 10 classes, stem stride 2; evaluated is what" in result.stderr
+
+
+def test_a_recipe_of_another_network_lends_its_data_with_a_warning(toys: Path) -> None:
+    path = toys / "float.safetensors"
+    result = qat("evaluate", path, "--recipe", "tiny_int8", "--set", "data.image_size=8", "--json")
+    assert (result.exit_code, result.stdout) == (0, succeed("evaluate", path, "--json"))
+    assert "model: describes BNext tiny, 10 classes" in result.stderr
+
+
+def test_weights_that_are_not_binary_are_evaluated_with_a_warning(toys: Path, tmp_path: Path) -> None:
+    stored = load_checkpoint(toys / "float.safetensors")
+    for temperature in (1e-7, 0.3):
+        model = build(stored)
+        set_temperature(model, temperature)
+        path = tmp_path / f"{temperature}.safetensors"
+        save_checkpoint(path, model, recipe=stored.recipe)
+        result = qat("evaluate", path, "--json")
+        assert result.exit_code == 0
+        assert json.loads(result.stdout)["n"] == 360
+        assert result.stderr == (
+            f"warning: {path}: the weights in use are not binary: the temperature is {temperature:.3g}, "
+            "binary means below 1e-7\n"
+        )
+    succeed("evaluate", toys / "float.safetensors", "--json")
+
+
+def test_another_normalization_is_refused_for_a_quantized_checkpoint_and_unusual_for_others(
+    toys: Path, tmp_path: Path
+) -> None:
+    for key, value in (("mean", [0.0, 0.0, 1.0]), ("std", [1.0, 1.0, 0.5])):
+        override = f"data.{key}={value}"
+        message = fail(2, "evaluate", tuned(toys), "--set", override)
+        assert f"data.{key} is {value}, {tuned(toys)} was made for [" in message
+        (tmp_path / "r.yaml").write_text(
+            succeed("recipe", "show", "tiny_int8", *settings([*TOY, override])), encoding="utf-8"
+        )
+        assert f"data.{key} is {value}" in fail(2, "evaluate", tuned(toys), "--recipe", tmp_path / "r.yaml")
+        result = qat("evaluate", toys / "float.safetensors", "--set", override)
+        assert result.exit_code == 0
+        assert result.stderr.startswith(f"warning: data.{key} is {value}, ")
+    succeed("evaluate", tuned(toys), "--set", "data.mean=[0,0,0]", "--set", "data.std=[1,1,1]")
+
+
+def test_another_image_size_is_evaluated_with_a_warning(toys: Path) -> None:
+    result = qat("evaluate", tuned(toys), "--set", "data.image_size=16", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["n"] == 360
+    assert result.stderr == f"warning: data.image_size is 16, {tuned(toys)} was trained with 8\n"
 
 
 # Wrong input: recipes
@@ -295,7 +363,10 @@ def test_a_trunk_left_in_float_is_not_exported_and_the_group_is_named(toys: Path
         ("export --onnx {tuned} --runs {toys}/runs", "does not end in .onnx"),
         ("export --onnx {tmp}/file/m.onnx --runs {toys}/runs", "cannot be written"),
         ("export --onnx --runs {toys}/runs --image-size 0", "--image-size"),
+        ("export --onnx --runs {toys}/runs --image-size 7", "7 is not in the range x>=8"),
         ("export --onnx --runs {toys}/runs --image-size many", "--image-size"),
+        ("export --onnx --runs {toys}/runs --set data.image_size=16", "say it with --image-size"),
+        ("export --onnx --runs {toys}/runs --set data.std=[1,1,2]", "fixed by the checkpoint"),
         ("export --onnx --runs {toys}/runs --set data.mean=[0,0,1]", "fixed by the checkpoint"),
         ("export --onnx --runs {toys}/runs --set optimizer.lr=1", "no effect here"),
         ("export --onnx --runs {toys}/runs --set data.datasets=x", "did you mean 'dataset'"),
@@ -313,6 +384,17 @@ def test_a_trunk_left_in_float_is_not_exported_and_the_group_is_named(toys: Path
         ("evaluate {toys}/model.onnx --set data.dataset=imagefolder", "data.root is unset"),
         ("evaluate {toys}/model.onnx --set schedule.epochs=1", "no effect here"),
         ("evaluate {toys}/model.onnx --recipe nowhere", "no such recipe file"),
+        ("evaluate {toys}/model.onnx --recipe nowhere", "`qat recipe list`"),
+        ("evaluate ''", "'MODEL': is empty; give a path"),
+        ("evaluate {toys}/model.onnx --set ''", "'--set': is empty; write section.key=value"),
+        ("evaluate {toys}/model.onnx --recipe ''", "'--recipe': is empty; give a recipe file or a name from"),
+        ("finetune --recipe ''", "'--recipe': is empty"),
+        ("finetune --set ''", "'--set': is empty"),
+        ("export --onnx --run ''", "'--run': is empty"),
+        ("export --onnx --checkpoint ''", "'--checkpoint': is empty"),
+        ("export --onnx --set ''", "'--set': is empty"),
+        ("recipe show ''", "'NAME': is empty"),
+        ("recipe copy tiny_int8 ''", "'[DESTINATION]': is empty; give a path"),
         ("evaluate {toys}/float.safetensors --set data.eval_batch_size=0", "data.eval_batch_size"),
         ("evaluate {toys}/float.safetensors extra", "unexpected extra argument"),
         ("train", "No such command 'train'"),
@@ -333,7 +415,7 @@ def test_a_wrong_command_ends_with_2_and_says_why(
     model = (toys / "model.onnx").read_bytes()
     (tmp_path / "half.onnx").write_bytes(model[: len(model) // 2])
     before = tuned(toys).read_bytes()
-    words = [word.format(toys=toys, tmp=tmp_path, tuned=tuned(toys)) for word in arguments.split()]
+    words = [word.format(toys=toys, tmp=tmp_path, tuned=tuned(toys)) for word in shlex.split(arguments)]
     message = fail(2, *words)
     assert any(one.format(tmp=tmp_path) in message for one in part.split("|"))
     assert tuned(toys).read_bytes() == before

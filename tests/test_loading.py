@@ -9,10 +9,10 @@ import pytest
 import torch
 from checkpoints import WIDTHS, calibrated, equal, images, recipe, toy
 
-from qat.bnext import Architecture, BNext
+from qat.bnext import Architecture, BNext, binary_convolutions
 from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qat.errors import CheckpointError
-from qat.loading import build, load_state, without_quantizers
+from qat.loading import architecture_of, build, highest_temperature, load_state, without_quantizers
 from qat.prepare import quantization_map
 from qat.recipe import Quantization
 
@@ -155,27 +155,37 @@ def test_an_uncalibrated_network_survives_a_round_trip(tmp_path: Path) -> None:
 
 def test_a_quantized_checkpoint_can_be_built_in_float(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", calibrated(), recipe=None)
-    model = build(load_checkpoint(tmp_path / "c"), quantized=False)
+    model = build(without_quantizers(load_checkpoint(tmp_path / "c")))
     assert torch.equal(model(images()), toy()(images()))
     assert quantization_map(model) == {}
 
 
-def test_a_float_checkpoint_can_be_built_prepared(saved: Path) -> None:
-    model = build(load_checkpoint(saved), quantized=True)
-    assert quantization_map(model).keys() == quantization_map(toy(quant=True)).keys()
+def test_a_quantized_checkpoint_is_built_with_its_grids(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", calibrated(), recipe=None)
+    model = build(load_checkpoint(tmp_path / "c"))
+    assert quantization_map(model) == quantization_map(calibrated())
 
 
-def test_a_network_is_prepared_for_the_normalization_of_its_recipe(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c", toy(), recipe=recipe())
-    image = quantization_map(build(load_checkpoint(tmp_path / "c"), quantized=True))["feature.0.image"]
-    assert image["scale"] == pytest.approx(0.5 / 0.2 / 127)
+def test_the_architecture_of_a_recipe_is_that_of_its_network() -> None:
+    model = recipe().model
+    assert architecture_of(model) == toy().architecture
+    other = model.model_copy(update={"stem_stride": 2, "infor_recoupling": False})
+    assert architecture_of(other) == toy(stem_stride=2, infor_recoupling=False).architecture
 
 
-def test_building_uses_no_random_numbers(saved: Path) -> None:
+def test_the_highest_temperature_is_that_of_the_softest_convolution() -> None:
+    model = toy()
+    assert highest_temperature(model) == pytest.approx(1e-9)
+    binary_convolutions(model)["feature.2.FFN_1.binary_conv"].temperature.fill_(0.5)
+    assert highest_temperature(model) == 0.5
+
+
+def test_building_uses_no_random_numbers(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", calibrated(), recipe=None)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    build(load_checkpoint(saved), quantized=True)
+    build(load_checkpoint(tmp_path / "c"))
     assert torch.equal(torch.rand(1), expected)
 
 

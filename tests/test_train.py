@@ -13,12 +13,14 @@ from torch import nn
 from toyruns import Silent
 
 from qat.bnext import binary_convolutions, set_temperature
-from qat.checkpoint import load_checkpoint, save_checkpoint
+from qat.checkpoint import file_hash, load_checkpoint, save_checkpoint
 from qat.data import load_split
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
 from qat.evaluate import evaluate, predictor
 from qat.fakequant import activation_quantizers
 from qat.loading import build
+from qat.prepare import quantization_map
+from qat.recipe import load_recipe
 from qat.rundir import RunDirectory
 from qat.train import apply_freezes, choose_device, finetune, pretrain
 
@@ -26,6 +28,10 @@ from qat.train import apply_freezes, choose_device, finetune, pretrain
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toyruns.pretrain_toy(tmp_path_factory.mktemp("toy"))
+
+
+#: The observer whose ranges follow every batch.
+MOVING = "quantization.trunk.observer=moving_average"
 
 
 def tune(checkpoint: Path, out: Path, *overrides: str) -> tuple[RunDirectory, Silent]:
@@ -67,9 +73,10 @@ def test_frozen_scales_and_statistics_do_not_move(checkpoint: Path, tmp_path: Pa
     states = {}
     for name, share in (("frozen", "0.0"), ("free", "1.0")):
         overrides = (f"schedule.freeze_observers={share}", f"schedule.freeze_batch_norm={share}")
-        run, _ = tune(checkpoint, tmp_path / name, "schedule.epochs=1", *overrides)
+        run, _ = tune(checkpoint, tmp_path / name, "schedule.epochs=1", MOVING, *overrides)
         states[name] = load_checkpoint(run.last).state
-    calibrated = load_checkpoint(tune(checkpoint, tmp_path / "zero", "schedule.epochs=0")[0].last).state
+    zero, _ = tune(checkpoint, tmp_path / "zero", "schedule.epochs=0", MOVING)
+    calibrated = load_checkpoint(zero.last).state
     statistics = [key for key in calibrated if key.endswith("running_mean")]
     scales = [key for key in calibrated if key.endswith("trunk_out.fake.scale")]
     assert statistics
@@ -143,6 +150,37 @@ def test_a_run_leaves_metrics_summary_checkpoints_and_map(checkpoint: Path, tmp_
     assert best.recipe.schedule.epochs == 2
 
 
+def test_the_checkpoint_a_run_started_from_is_on_record(checkpoint: Path, tmp_path: Path) -> None:
+    run, _ = tune(checkpoint, tmp_path, "schedule.epochs=0")
+    for facts in (run.summary(), load_checkpoint(run.best).metadata, load_checkpoint(run.last).metadata):
+        assert facts["pretrained_sha256"] == file_hash(checkpoint)
+    # As given, not resolved: equal runs give equal checkpoints in every folder.
+    stored = load_checkpoint(run.best).recipe
+    assert stored is not None
+    assert stored.model.checkpoint == str(checkpoint)
+    again = load_checkpoint(checkpoint)
+    assert "pretrained_sha256" not in again.metadata
+    assert RunDirectory(checkpoint.parent).summary()["pretrained_sha256"] is None
+
+
+def test_pretraining_that_starts_from_a_checkpoint_records_it(checkpoint: Path, tmp_path: Path) -> None:
+    best = toyruns.pretrain_toy(tmp_path, f"model.checkpoint={checkpoint}")
+    assert load_checkpoint(best).metadata["pretrained_sha256"] == file_hash(checkpoint)
+
+
+def test_the_recipe_of_a_run_can_be_run_from_another_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    run, _ = tune(Path(checkpoint.name), tmp_path, "schedule.epochs=0")
+    stored = load_checkpoint(run.best).recipe
+    assert stored is not None
+    assert stored.model.checkpoint == checkpoint.name
+    monkeypatch.chdir(tmp_path)
+    again = finetune(load_recipe(run.path / "recipe.yaml"), Silent())
+    assert load_checkpoint(again.best).metadata["accuracy"] == load_checkpoint(run.best).metadata["accuracy"]
+
+
 def test_no_epochs_calibrate_and_stop(checkpoint: Path, tmp_path: Path) -> None:
     run, _ = tune(checkpoint, tmp_path, "schedule.epochs=0", "data.batch_size=5000")
     assert not (run.path / "metrics.jsonl").exists()
@@ -187,14 +225,26 @@ OFF = tuple(f"quantization.{group}.enabled=false" for group in ("se", "classifie
 
 
 @pytest.mark.parametrize(
-    "overrides", [(*OFF, "quantization.stem.enabled=false"), OFF, ("quantization.include=[feature.0]",)]
+    "overrides",
+    [(*OFF, "quantization.stem.enabled=false"), (*OFF, "quantization.exclude=[feature.0]")],
 )
-def test_a_recipe_that_quantizes_no_activation_is_refused_and_leaves_no_run_behind(
+def test_a_recipe_that_quantizes_nothing_is_refused_and_leaves_no_run_behind(
     checkpoint: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    with pytest.raises(QuantizationError, match=r"tiny_int8\.yaml: quantization: no activation is left"):
+    with pytest.raises(QuantizationError, match=r"tiny_int8\.yaml: quantization: nothing is left"):
         tune(checkpoint, tmp_path / "runs", *overrides)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("overrides", [OFF, ("quantization.include=[feature.0]",)])
+def test_a_recipe_that_quantizes_the_stem_alone_needs_no_calibration(
+    checkpoint: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    run, _ = tune(checkpoint, tmp_path, "schedule.epochs=1", *overrides)
+    model = build(load_checkpoint(run.best))
+    assert set(quantization_map(model)) == {"feature.0.image", "feature.0.weight_quantizer"}
+    assert not any(True for _ in activation_quantizers(model))
+    assert run.summary()["best_epoch"] in (0, 1)
 
 
 @pytest.mark.parametrize("batch", ["128", "1400"], ids=["within an epoch", "in its last step"])
@@ -242,7 +292,9 @@ def test_weights_that_are_not_binary_yet_are_refused(checkpoint: Path, tmp_path:
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"device: 'cuda:99' cannot be used here"):
+    with pytest.raises(RecipeError) as caught:
         choose_device("cuda:99")
+    found = torch.cuda.device_count()
+    assert str(caught.value) == f"device: 'cuda:99' cannot be used here, which has {found} CUDA devices"
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cpu", "cuda")
