@@ -227,7 +227,9 @@ def export(
     image_size: int | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Export a fine-tuned network: binary convolutions and 8-bit integers, for onnxruntime.
+    """Export a fine-tuned network to ONNX.
+
+    The graph has binary convolutions and 8-bit integers, and runs in stock onnxruntime.
 
     The written model is verified on the test set against the network it came from.
     """
@@ -261,10 +263,10 @@ def export(
 @_recipe_options(None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Accuracy of MODEL: a run directory, a checkpoint or an .onnx file.
+    """Accuracy of a run, a checkpoint or an .onnx file.
 
     The data is the test split that the model's own recipe names, changed by --set data.KEY=VALUE, or that
-    of --recipe, whose model section must then describe the checkpoint.
+    of --recipe.
     """
     from qat.commands import evaluate_model
 
