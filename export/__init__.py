@@ -1,1 +1,1 @@
-"""Lowering of fake-quantized BNext networks to integers, and the targets emitted from there."""
+"""Lowering of fake-quantized BNext networks to integers, and the ONNX graph emitted from there."""

@@ -233,7 +233,7 @@ class IntegerNetwork:
 
     Attributes:
         architecture: one line of text.
-        image_size: side of the images it was trained on; other sizes work.
+        image_size: side of the images an export takes; the description itself fits any size.
         mean, std: normalization of the float image, per channel.
         class_names: in the order of the logits.
         metadata: further facts, carried into exports.

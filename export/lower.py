@@ -55,7 +55,7 @@ def lower(
 
     Args:
         model: fake-quantized network; it is not changed.
-        image_size: side of the images it was trained on, in pixels.
+        image_size: side of the images an export takes, in pixels.
         mean, std: the normalization its inputs went through.
         class_names: in the order of the logits; numbers where empty.
         metadata: facts to carry along.

@@ -141,12 +141,8 @@ class Comparison:
             ),
         ]
 
-    def require(self) -> None:
-        """Raise where a bound is broken.
-
-        Raises:
-            VerificationError: naming each broken bound.
-        """
+    def problems(self) -> list[str]:
+        """Each bound that is broken, in words."""
         problems = []
         if not self.agreement >= TOP1_AGREEMENT:
             problems.append(
@@ -159,7 +155,15 @@ class Comparison:
             )
         if not self.reference_equal >= 100.0:
             problems.append(f"only {self.reference_equal:.2f}% of the logits equal the integer reference")
-        if problems:
+        return problems
+
+    def require(self) -> None:
+        """Raise where a bound is broken.
+
+        Raises:
+            VerificationError: naming each broken bound.
+        """
+        if problems := self.problems():
             raise VerificationError("the exported model does not match: " + "; ".join(problems))
 
 

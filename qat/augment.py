@@ -18,8 +18,7 @@ class Augmenter:
 
     The result depends on the images, the seed, the epoch and the step, and on nothing else.
     What the recipe leaves out is left out here: with nothing configured a call only divides by 255.
-    A resumed run sees the same pixels as an uninterrupted one, because no random state is carried from
-    step to step.
+    The pixels of a step do not depend on the steps before it: no random state is carried along.
     """
 
     def __init__(self, augment: Augment, image_size: int, seed: int) -> None:

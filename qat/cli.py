@@ -21,8 +21,8 @@ from qat import __version__
 from qat.errors import QatError
 from qat.progress import ConsoleReporter
 
-# GNU OpenMP threads spin while they wait, by default so long that a second process on the same cores slows
-# training down to a tenth. It reads these when torch is loaded, which commands do later.
+# GNU OpenMP threads spin while they wait, by default so long that a second process on the same cores makes
+# training five to eight times slower. It reads these when torch is loaded, which commands do later.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -118,6 +118,8 @@ def _unforeseen(error: Exception) -> tuple[int, str]:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 2, f"cannot write: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None:  # a name that no file can have, say
+        return 2, f"{str(error.filename)[:200]}: {error.strerror}"
     return 3, f"internal error: {text} (see `qat --debug`)"
 
 
@@ -231,7 +233,7 @@ def export(
 
     The graph has binary convolutions and 8-bit integers, and runs in stock onnxruntime.
 
-    The written model is verified on the test set against the network it came from.
+    The model is verified on the test set against the network it came from, and written if it matches.
     """
     if onnx_path is None:
         raise click.UsageError("say what to export: --onnx, or --onnx PATH")
@@ -247,14 +249,13 @@ def export(
         Path(onnx_path) if onnx_path else None, run_path, checkpoint, runs, image_size, overrides
     )
     console.print(str(network), highlight=False)
-    if comparison is not None:
-        table = Table(title="Verification")
-        for heading in ("", "value", "bound"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        for row in comparison.rows():
-            table.add_row(*row)
-        console.print(table)
-        comparison.require()
+    table = Table(title="Verification")
+    for heading in ("", "value", "bound"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in comparison.rows():
+        table.add_row(*row)
+    console.print(table)
+    comparison.require()
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB, verified")
 
 

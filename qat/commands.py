@@ -43,7 +43,7 @@ def export_onnx(
         overrides: ``data.key=value`` texts for the data of the comparison.
 
     Returns:
-        The path written, the lowered network, and the comparison.
+        The path, the lowered network, and the comparison; the file is only written if no bound is broken.
 
     Raises:
         QatError: nothing to export, something that can't be lowered, or missing data.
@@ -58,6 +58,10 @@ def export_onnx(
             "fine-tune it first (qat finetune)"
         )
     fixed = "fixed by the checkpoint, which was trained with it"
+    if checkpoint.recipe is None:
+        raise RecipeError(
+            f"{checkpoint_path}: carries no recipe; export needs a checkpoint that qat finetune wrote"
+        )
     _only_data(overrides, {"mean": fixed, "std": fixed, "image_size": "say it with --image-size"})
     recipe = _own_recipe(checkpoint, overrides)
     data = recipe.data if image_size is None else recipe.data.model_copy(update={"image_size": image_size})
@@ -69,15 +73,23 @@ def export_onnx(
             mean=data.mean,
             std=data.std,
             class_names=_class_names(checkpoint),
-            metadata=_metadata(checkpoint),
+            metadata=_metadata(checkpoint, data.image_size),
         )
     except QuantizationError as error:
         raise QuantizationError(f"{checkpoint_path}: {error}") from error
     # The data first: without it the model could not be verified, and should not be written.
     split = _test_split(data, len(network.class_names))
     path = onnx_path or checkpoint_path.with_name("model.onnx")
-    write_atomically(path, emit(network).SerializeToString(deterministic=True))
-    return path, network, compare(predictor(model), OnnxModel(path), network, split, data)
+    # Under its name only once it is verified: an earlier good model stays if this one is not.
+    candidate = path.with_name(f".{path.stem}.unverified.onnx")
+    write_atomically(candidate, emit(network).SerializeToString(deterministic=True))
+    try:
+        comparison = compare(predictor(model), OnnxModel(candidate), network, split, data)
+        if not comparison.problems():
+            write_atomically(path, candidate.read_bytes())
+    finally:
+        candidate.unlink(missing_ok=True)
+    return path, network, comparison
 
 
 def evaluate_model(
@@ -198,10 +210,12 @@ def _class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(str(name) for name in names) if fits else ()
 
 
-def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Facts for the exported file: recipe, versions, accuracy of the network."""
+def _metadata(checkpoint: Checkpoint, image_size: int) -> Mapping[str, str]:
+    """Facts for the exported file: recipe (with the size it takes), versions, accuracy of the network."""
     assert checkpoint.recipe is not None
-    facts = {"recipe": checkpoint.recipe.model_dump_json(), "exporter": f"bnext-qat {__version__}"}
+    data = checkpoint.recipe.data.model_copy(update={"image_size": image_size})
+    recipe = checkpoint.recipe.model_copy(update={"data": data})
+    facts = {"recipe": recipe.model_dump_json(), "exporter": f"bnext-qat {__version__}"}
     for key in ("versions", "accuracy", "test_fingerprint"):
         if key in checkpoint.metadata:
             facts[key] = checkpoint.metadata[key]

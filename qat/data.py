@@ -44,9 +44,10 @@ def load_splits(data: Data) -> tuple[Split, Split]:
 def load_split(data: Data, name: SplitName) -> Split:
     """Load one split of ``data`` without reading the other.
 
-    Images are ``data.image_size`` square, except in a training split with ``data.augment.crop``: there they
-    are ``data.resize`` square (default 8/7 of the image size), so that a random crop has something to cut
-    from. To see training images as an evaluation does, load with ``augment.crop`` unset.
+    Images are ``data.image_size`` square, except in an image folder's training split with
+    ``data.augment.crop``: there they are ``data.resize`` square (default 8/7 of the image size), so that a
+    random crop has something to cut from. To see training images as an evaluation does, load with
+    ``augment.crop`` unset.
 
     Raises ``DataError`` if the folder, the split or a class's images are missing, or if the classes of
     ``data.train_split`` and ``data.test_split`` differ.

@@ -85,7 +85,8 @@ def prepare(
         network.pool = FakeQuantPool(source, classifier.input)
     model.quantization = quantization  # type: ignore[assignment]  # neither a tensor nor a module
     model.train(model.training)
-    return model
+    # What was added was made on the CPU; it belongs beside the parameters.
+    return model.to(network.fc.weight.device)
 
 
 def _prepare_sub_block(

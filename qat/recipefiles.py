@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qat.errors import OutputError, RecipeError, nearest
+from qat.files import write_atomically
 
 # YAML 1.1 reads `1e-3` as text because it has no dot; people write learning rates that way.
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
@@ -172,13 +173,16 @@ def copy_recipe(name: str, destination: str | Path, force: bool = False) -> Path
     """
     source = find_recipe(name)
     target = Path(destination)
-    if target.is_dir():
-        target = target / source.name
     try:
+        if target.is_dir():
+            target = target / source.name
         content = source.read_bytes()
-        # Mode "x" refuses an existing file in the same step that creates it.
-        with target.open("wb" if force else "xb") as file:
-            file.write(content)
+        if force:
+            write_atomically(target, content)
+        else:
+            # Mode "x" refuses an existing file in the same step that creates it.
+            with target.open("xb") as file:
+                file.write(content)
     except FileExistsError as error:
         raise OutputError(f"{target}: exists already; overwrite it with --force") from error
     except OSError as error:

@@ -1,8 +1,8 @@
 """Run directories: what a training command leaves behind, and how other commands find it.
 
 A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
-per epoch), ``best.safetensors``, ``last.safetensors``, ``quantization.json`` and, once finished,
-``summary.json``.
+per epoch), ``best.safetensors``, ``last.safetensors``, after fine-tuning ``quantization.json`` and, once
+finished, ``summary.json``.
 """
 
 from __future__ import annotations

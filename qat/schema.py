@@ -256,7 +256,9 @@ class Optimizer(Section):
     binary_lr: Positive | None = Field(
         default=None, description="Peak learning rate of the binary weights; null takes `lr`."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Decoupled weight decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Weight decay of matrices; decoupled with 'adamw'."
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of 'sgd'.")
     warmup: Share = Field(
         default=0.05, description="Share of the steps over which the learning rate rises from 0."

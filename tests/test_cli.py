@@ -15,11 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
 from toyruns import TOY, fail, finetune_arguments, image_folder, pretrain_toy, qat, settings, succeed
 
+from export.integer import IntegerNetwork
+from qat import commands
 from qat.bnext import set_temperature
 from qat.checkpoint import load_checkpoint, save_checkpoint
 from qat.cli import main
@@ -145,11 +149,36 @@ def test_export_without_a_path_takes_the_newest_run_and_writes_beside_its_checkp
     assert (newer / "model.onnx").read_bytes() == again.read_bytes()
 
 
-def test_a_model_for_another_image_size_needs_data_of_that_size(toys: Path, tmp_path: Path) -> None:
+def test_a_model_for_another_image_size_is_evaluated_at_that_size(toys: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.ONNX"
     succeed("export", "--onnx", path, "--checkpoint", tuned(toys), "--image-size", "16")
-    assert "data.image_size is 8" in fail(2, "evaluate", path)
-    succeed("evaluate", path, "--set", "data.image_size=16")
+    succeed("evaluate", path)
+    assert "data.image_size is 8" in fail(2, "evaluate", path, "--set", "data.image_size=8")
+
+
+def test_a_model_that_differs_from_its_network_leaves_the_earlier_file_alone(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.onnx"
+    succeed("export", "--onnx", path, "--checkpoint", tuned(toys))
+    good = path.read_bytes()
+    emit = commands.emit
+
+    def damaged(network: IntegerNetwork) -> onnx.ModelProto:
+        multiplier = network.head.classifier.multiplier
+        multiplier[:] = multiplier[::-1].copy() * np.float32(1.5)
+        return emit(network)
+
+    monkeypatch.setattr(commands, "emit", damaged)
+    message = fail(1, "export", "--onnx", path, "--checkpoint", tuned(toys))
+    assert "the exported model does not match" in message
+    assert path.read_bytes() == good
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("recipe", "copy", "tiny_int8")])
+def test_a_name_too_long_for_a_file_is_an_error_of_the_user(command: tuple[str, ...]) -> None:
+    assert "too long" in fail(2, *command, "x" * 300)
 
 
 def test_published_weights_are_evaluated_with_the_stem_stride_of_the_recipe(

@@ -459,6 +459,13 @@ def test_autocast_to_bfloat16_trains_a_step(toy: BNext, images: Tensor) -> None:
     assert all(grad.isfinite().all() for grad in found.values() if grad is not None)
 
 
+def test_quantizers_are_put_beside_the_parameters() -> None:
+    with torch.device("meta"):
+        model = BNext(10, widths=(8, 8, 16))
+    prepare(model, Quantization())
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_network_on_a_gpu_learns_and_agrees_with_the_processor(toy: BNext, images: Tensor) -> None:
     expected = toy(images)
