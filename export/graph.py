@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -11,10 +11,26 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
+#: Bytes beyond which a weight is large.
+_LARGE: Final = 2**16
+#: Operators whose nodes need no name.
+_UNNAMED: Final = frozenset(
+    (
+        "Cast",
+        "DequantizeLinear",
+        "Expand",
+        "Gather",
+        "QuantizeLinear",
+        "Reshape",
+        "Slice",
+        "Tile",
+        "Transpose",
+    )
+)
 
 
 class GraphBuilder:
-    """Collects nodes and initializers; equal initializers are stored once.
+    """Collects nodes and initializers; equal initializers are stored once, and unused ones not at all.
 
     A node is named after its first output, so that a viewer shows the network's own names.
     """
@@ -57,12 +73,17 @@ class GraphBuilder:
         producer_version: str,
     ) -> onnx.ModelProto:
         """The finished model: shapes inferred, checked by ``onnx.checker``, the same bytes every time."""
+        read = {name for node in self.nodes for name in node.input}
+        weights = [tensor for name, tensor in self._initializers.items() if name in read]
+        # Inference and checker copy a model several times: they see large weights as further inputs.
+        large = [tensor for tensor in weights if len(tensor.raw_data) > _LARGE]
+        stand_ins = [tensor_info(tensor.name, tensor.data_type, tensor.dims) for tensor in large]
         graph = helper.make_graph(
             self.nodes,
             name,
-            list(inputs),
+            [*inputs, *stand_ins],
             list(outputs),
-            list(self._initializers.values()),
+            [tensor for tensor in weights if len(tensor.raw_data) <= _LARGE],
             doc_string=description,
         )
         model = helper.make_model(
@@ -75,7 +96,33 @@ class GraphBuilder:
         helper.set_model_props(model, dict(sorted(metadata.items())))
         model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         onnx.checker.check_model(model, full_check=True)
+        del model.graph.input[len(inputs) :], model.graph.initializer[:]
+        model.graph.initializer.extend(weights)
         return model
+
+
+def shorten_names(model: onnx.ModelProto, keep: Callable[[str], bool]) -> None:
+    """Replace the names that only connect nodes by short ones, and drop inferred shapes, in place.
+
+    Inputs and outputs of the graph, and tensors for which ``keep`` is true, keep their names. Nodes keep
+    theirs, except conversions and constants, which runtimes fuse away.
+    """
+    graph = model.graph
+    names: dict[str, str] = {value.name: value.name for value in (*graph.input, *graph.output)}
+
+    def short(name: str) -> str:
+        if name and name not in names:
+            names[name] = name if keep(name) else f"t{len(names):x}"
+        return names.get(name, "")
+
+    for tensor in graph.initializer:
+        tensor.name = short(tensor.name)
+    for node in graph.node:
+        node.input[:] = [short(name) for name in node.input]
+        node.output[:] = [short(name) for name in node.output]
+        if node.op_type in _UNNAMED:
+            node.name = ""
+    del graph.value_info[:]
 
 
 def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
@@ -85,3 +132,4 @@ def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> onnx.Val
 
 FLOAT = TensorProto.FLOAT
 INT32 = TensorProto.INT32
+UINT8 = TensorProto.UINT8

@@ -7,6 +7,7 @@ by operation, is defined by the interpreter in :mod:`export.reference`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -38,13 +39,12 @@ class Grid:
     @property
     def low(self) -> int:
         """Smallest integer."""
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def high(self) -> int:
         """Largest integer."""
-        largest: int = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
-        return largest
+        return (1 << (self.bits - self.signed)) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,7 @@ class BinaryConv:
 
     def weight(self) -> Int8:
         """The weights unpacked: (C, C, k, k) int8 of ±1."""
-        count = int(np.prod(self.shape))
-        bits = np.unpackbits(self.sign_bits, count=count).astype(np.int8)
+        bits = np.unpackbits(self.sign_bits, count=math.prod(self.shape)).astype(np.int8)
         return (2 * bits - 1).reshape(self.shape)
 
 
@@ -128,13 +127,10 @@ class Attention:
     """Channel attention from the sums of the sub-block's input and of ``y`` over the image.
 
     Attributes:
-        input_mean: (C,) float32 multiplier of the input's mean, in steps of the pooled vector.
-        y_mean: (C,) float32 multiplier of the mean of ``y``, likewise.
-        pooled: grid of the pooled vector.
+        input_mean, y_mean: (C,) float32 multipliers of both means, in steps of the pooled vector.
+        pooled, hidden, logits: grids of the three vectors; hidden is unsigned, the others are signed.
         reduce: 1×1 layer to the hidden vector, ReLU by saturation at 0.
-        hidden: grid of the hidden vector (unsigned).
         expand: 1×1 layer to the logits.
-        logits: grid of the logits.
         table: (256,) uint8, the sigmoid of logit ``index - 128``.
         attention: grid of the table's values (unsigned, 0 to 1).
         gain: (C,) float32: attention steps to steps of the gain vector (BN2's gain folded in).
@@ -179,6 +175,7 @@ class SubBlock:
 
     Attributes:
         name: module name in the network it came from.
+        kind: "scale" where the residual is a factor of the branch too, "bias" where it is only added.
         y_grid: grid of the convolution's result, before and after PReLU2.
         slopes: PReLU2.
         residual_slopes: PReLU1 (scale kind), else ``None``.
@@ -198,6 +195,22 @@ class SubBlock:
     branch_multiplier: Dyadic
     residual_multiplier: Dyadic
 
+    def grids(self, source: Grid) -> dict[str, Grid]:
+        """Grid of every tensor inside, by name; ``source`` is that of the input."""
+        grids = {f"{self.name}/conv": self.y_grid, f"{self.name}/y": self.y_grid}
+        if self.residual_slopes is not None:
+            grids[f"{self.name}/prelu1"] = source
+        if self.conv.stride == 2:
+            grids[f"{self.name}/residual"] = source
+        if self.attention is not None:
+            for leaf in ("pooled", "hidden", "logits", "attention"):
+                grids[f"{self.name}/{leaf}"] = getattr(self.attention, leaf)
+        if self.branch is not None:
+            if self.branch.product is not None:
+                grids[f"{self.name}/product"] = self.branch.product
+            grids[f"{self.name}/branch"] = grids[f"{self.name}/normalized"] = self.branch.grid
+        return grids
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -213,7 +226,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """PReLU, mean over the image, classifier.
+    """PReLU (``slopes``), mean over the image, classifier.
 
     Attributes:
         mean: float32 multiplier of the mean, in steps of the classifier's input.
@@ -253,31 +266,27 @@ class IntegerNetwork:
     def sub_blocks(self) -> Iterator[SubBlock]:
         """All sub-blocks in forward order."""
         for block in self.blocks:
-            yield block.spatial
-            yield from block.pointwise
+            yield from (block.spatial, *block.pointwise)
 
     @property
     def grids(self) -> dict[str, Grid]:
         """Grid of every named integer tensor (names as in the interpreter and in exported graphs)."""
         grids = {"image": self.stem.image, "feature.0/trunk": self.stem_grid}
         for block in self.blocks:
-            for index, sub in enumerate((block.spatial, *block.pointwise)):
-                source = block.input_grid if index == 0 else block.middle_grid
-                grids.update(_sub_block_grids(sub, source))
+            grids |= block.spatial.grids(block.input_grid)
+            for sub in block.pointwise:
+                grids |= sub.grids(block.middle_grid)
             grids[f"{block.name}/trunk_mid"] = block.middle_grid
             grids[f"{block.name}/trunk_out"] = block.output_grid
-        grids["head/prelu"] = self.blocks[-1].output_grid
-        grids["head/input"] = self.head.input
-        return grids
+        return grids | {"head/prelu": self.blocks[-1].output_grid, "head/input": self.head.input}
 
     def __str__(self) -> str:
         """A few lines: layers, weights, bits."""
-        subs = list(self.sub_blocks())
-        binary = sum(int(np.prod(sub.conv.shape)) for sub in subs)
+        binary = [math.prod(sub.conv.shape) for sub in self.sub_blocks()]
         other = sum(affine.weight.size for affine in self.affines())
         return (
             f"{self.architecture}\n"
-            f"  {len(subs)} binary convolutions, {binary:,} weights at 1 bit\n"
+            f"  {len(binary)} binary convolutions, {sum(binary):,} weights at 1 bit\n"
             f"  {other:,} integer weights in stem, channel attention and classifier\n"
             f"  {len(self.grids)} integer tensors between image and logits"
         )
@@ -287,25 +296,5 @@ class IntegerNetwork:
         yield self.stem.conv
         for sub in self.sub_blocks():
             if sub.attention is not None:
-                yield sub.attention.reduce
-                yield sub.attention.expand
+                yield from (sub.attention.reduce, sub.attention.expand)
         yield self.head.classifier
-
-
-def _sub_block_grids(sub: SubBlock, source: Grid) -> dict[str, Grid]:
-    grids = {f"{sub.name}/conv": sub.y_grid, f"{sub.name}/y": sub.y_grid}
-    if sub.residual_slopes is not None:
-        grids[f"{sub.name}/prelu1"] = source
-    if sub.conv.stride == 2:
-        grids[f"{sub.name}/residual"] = source
-    if sub.attention is not None:
-        grids[f"{sub.name}/pooled"] = sub.attention.pooled
-        grids[f"{sub.name}/hidden"] = sub.attention.hidden
-        grids[f"{sub.name}/logits"] = sub.attention.logits
-        grids[f"{sub.name}/attention"] = sub.attention.attention
-    if sub.branch is not None:
-        if sub.branch.product is not None:
-            grids[f"{sub.name}/product"] = sub.branch.product
-        grids[f"{sub.name}/branch"] = sub.branch.grid
-        grids[f"{sub.name}/normalized"] = sub.branch.grid
-    return grids

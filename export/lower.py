@@ -2,7 +2,7 @@
 
 The arithmetic constants are those that the network's own modules compute with in evaluation mode (their
 ``integers()``); here they are checked, turned into NumPy, and binary weights are packed. What the description
-can't express is refused, by module name.
+can't express is refused, by module name (:mod:`export.refusals`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -30,6 +29,8 @@ from export.integer import (
     Stem,
     SubBlock,
 )
+from export.networkcheck import check_network
+from export.refusals import left_in_float, refuse_branch, refuse_step, refuse_values, refuse_weights
 from qat.bnext import BNext
 from qat.errors import QuantizationError
 from qat.fakequant import ActivationQuantizer, FixedQuantizer
@@ -61,16 +62,17 @@ def lower(
         metadata: facts to carry along.
 
     Raises:
-        QuantizationError: something the description can't express, naming the module.
+        QuantizationError: something the description can't express, naming the module; or an image size,
+            normalization or number of class names that no such network has.
     """
     if not model_is_prepared(model):
         raise QuantizationError(
             "a float-rest network has no integers to export: fine-tune it first (qat finetune)"
         )
-    _refuse_values(model)
+    refuse_values(model)
     stem = model.feature[0]
     if not isinstance(stem, FakeQuantStem):
-        raise QuantizationError(_left_in_float("feature.0"))
+        raise QuantizationError(left_in_float("feature.0"))
     grid = _grid(stem.trunk, "feature.0.trunk")
     image = _grid(stem.image, "feature.0.image")
     lowered_stem, source = (
@@ -82,7 +84,7 @@ def lower(
         blocks.append(_block(cast(FloatBlock, module), f"feature.{index}", source))
         source = blocks[-1].output_grid
     names = tuple(class_names) or tuple(str(i) for i in range(model.architecture.num_classes))
-    return IntegerNetwork(
+    network = IntegerNetwork(
         architecture=str(model.architecture),
         image_size=image_size,
         mean=cast(Any, tuple(float(v) for v in mean)),
@@ -94,6 +96,8 @@ def lower(
         head=_head(model),
         metadata=dict(metadata or {}),
     )
+    check_network(network, by_module=True)
+    return network
 
 
 def _block(block: FloatBlock, name: str, source: Grid) -> Block:
@@ -115,18 +119,16 @@ def _block(block: FloatBlock, name: str, source: Grid) -> Block:
 
 def _sub_block(module: FakeQuantSubBlock, name: str, source: Grid) -> SubBlock:
     if not module.quantized:
-        raise QuantizationError(_left_in_float(name))
+        raise QuantizationError(left_in_float(name))
     conv = module.binary_conv
-    if not conv.is_binary():
-        raise QuantizationError(
-            f"{name}.binary_conv: temperature {float(conv.temperature):.3g} is not below 1e-7, so the "
-            "weights in use are not ±1: train on until the temperature has annealed"
-        )
+    refuse_weights(conv, f"{name}.binary_conv")
     y_grid = _grid(module.y, f"{name}.y")
     branch_grid = _grid(module.branch, f"{name}.branch") if module.has_branch else y_grid
     product_grid = _grid(module.product, f"{name}.product") if module.kind == "scale" else None
     # Their grids are asked for first: the constants below need them.
     grids = _attention_grids(module, name) if module.infor_recoupling else None
+    if module.has_branch:
+        refuse_branch(module, name)
     constants = _named(name, module.integers)
     attention = branch = None
     if constants.branch is not None:
@@ -175,7 +177,7 @@ def _branch(constants: BranchIntegers, grid: Grid, product: Grid | None, *, stat
 def _attention_grids(module: FakeQuantSubBlock, name: str) -> dict[str, Grid]:
     se = module.se
     if not isinstance(se, FakeQuantSqueezeExcitation):
-        raise QuantizationError(_left_in_float(f"{name}.se"))
+        raise QuantizationError(left_in_float(f"{name}.se"))
     points = {"pooled": se.pooled, "hidden": se.hidden, "logits": se.logits, "attention": se.attention}
     return {leaf: _grid(point, f"{name}.se.{leaf}") for leaf, point in points.items()}
 
@@ -197,9 +199,9 @@ def _attention(branch: BranchIntegers, constants: AttentionIntegers, grids: dict
 def _head(model: BNext) -> Head:
     prelu, pool, fc = model.prelu, model.pool, model.fc
     if not isinstance(prelu, FakeQuantPReLU):
-        raise QuantizationError(_left_in_float("prelu"))
+        raise QuantizationError(left_in_float("prelu"))
     if not isinstance(fc, FakeQuantLinear) or not isinstance(pool, FakeQuantPool):
-        raise QuantizationError(_left_in_float("fc"))
+        raise QuantizationError(left_in_float("fc"))
     grid = _grid(fc.input, "fc.input")
     return Head(
         slopes=_slopes(prelu),
@@ -243,32 +245,21 @@ def _slopes(prelu: nn.PReLU) -> Slopes:
 def _grid(quantizer: nn.Module, name: str) -> Grid:
     """Grid of an activation quantizer."""
     if isinstance(quantizer, FixedQuantizer):
-        return Grid(
+        grid = Grid(
             float(quantizer.scale), quantizer.bits, signed=False, zero_point=int(quantizer.zero_point)
         )
-    if not isinstance(quantizer, ActivationQuantizer):
-        raise QuantizationError(_left_in_float(name))
-    if not quantizer.calibrated:
+    elif not isinstance(quantizer, ActivationQuantizer):
+        raise QuantizationError(left_in_float(name))
+    elif not quantizer.calibrated:
         raise QuantizationError(f"{name}: not calibrated, its range is unknown: fine-tune or calibrate first")
-    return Grid(float(quantizer.scale), quantizer.bits, quantizer.signed)
-
-
-def _left_in_float(name: str) -> str:
-    return (
-        f"{name}: left in float by the recipe; an integer network needs stem, se, classifier and trunk "
-        "enabled everywhere (quantization.*.enabled, include, exclude)"
-    )
+    elif zero_point := int(quantizer.fake.zero_point):
+        raise QuantizationError(f"{name}: zero point {zero_point}, allowed: 0")
+    else:
+        grid = Grid(float(quantizer.scale), quantizer.bits, quantizer.signed)
+    refuse_step(grid.scale, name)
+    return grid
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
     array: NDArray[Any] = tensor.detach().cpu().numpy()
     return array
-
-
-def _refuse_values(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and "activation_post_process" not in name:
-            if not bool(torch.isfinite(tensor).all()):
-                raise QuantizationError(f"{name}: holds NaN or infinity")
-            if name.endswith("running_var") and bool((tensor < 0).any()):
-                raise QuantizationError(f"{name}: a variance is negative")

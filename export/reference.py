@@ -1,15 +1,21 @@
 """The specification of the numbers: a NumPy interpreter of :class:`export.integer.IntegerNetwork`.
 
+What an integer network computes is defined by this file and nowhere else; every export is compared with it,
+tensor by tensor. It is meant to be read in one sitting, from top to bottom, beside :mod:`export.integer`,
+which says what each constant is: first the operations, a few lines each, then :class:`Interpreter`, which
+applies them in the order of the network.
+
 Rules, once for all:
 
 - ``rint`` rounds half to even; ``saturate`` clamps to the grid's integers, after rounding.
 - A multiplier is float32. The product of an integer (converted to float32) and a multiplier is one float32
   multiplication; a sum of two such products is one float32 addition. Nothing is fused or reordered.
-- Products with a :class:`~qat.dyadic.Dyadic` are exact in float32, whatever the order.
+- Products with a :class:`~qat.dyadic.Dyadic`, sums of two of them and products with a PReLU's slope are exact
+  in float32, whatever the order; here float64 computes them.
 - Convolutions, sums and linear layers are exact int32 sums.
 
 Shapes: activations are (N, C, H, W), vectors (N, C); int16 holds every grid. Each intermediate tensor is kept
-under the name that exported graphs give it, so that targets can be compared tensor by tensor.
+under the name that exported graphs give it.
 """
 
 from __future__ import annotations
@@ -32,10 +38,12 @@ from qat.dyadic import ACCUMULATOR_UNIT, Dyadic
 
 Array = NDArray[Any]
 F32 = np.float32
+#: Integers of a gain vector. What they stand for is folded into the multipliers before and after it.
+GAIN = Grid(1.0, 8, signed=True)
 
 
 def saturate(values: Array, grid: Grid) -> Array:
-    """Round half to even, clamp to the grid; int16 holds every grid."""
+    """Round half to even, then clamp to the grid's integers: int16."""
     return np.clip(np.rint(values), grid.low, grid.high).astype(np.int16)
 
 
@@ -89,7 +97,7 @@ def pool2x2(x: Array, grid: Grid) -> Array:
 
 
 def mean_in_steps(x: Array, multiplier: Array | F32) -> Array:
-    """``float32(sum) * (multiplier / pixels)`` over the image: (N, C) float32."""
+    """``float32(sum) * (multiplier / pixels)`` over the image, quotient first: (N, C) float32."""
     pixels = F32(x.shape[2] * x.shape[3])
     total: Array = x.sum((2, 3), dtype=np.int32).astype(F32)
     return total * (multiplier / pixels).astype(F32)
@@ -127,7 +135,13 @@ class Interpreter:
         return self.head(x)
 
     def sub_block(self, sub: SubBlock, x: Array, source: Grid, output: Grid) -> Array:
-        """One sub-block: input on the grid ``source``, result on the grid ``output``."""
+        """One sub-block: input on the grid ``source``, result on the grid ``output``.
+
+        - ``q``: binary convolution of the input's signs, requantized; ``y = PReLU2(q)``
+        - residual: the input, through PReLU1 in the scale kind, 2×2 means of it at stride 2
+        - branch: ``gain * y``, times the residual in the scale kind, plus BN2's offset; or ``y`` itself
+        - result: ``branch * branch_multiplier + residual * residual_multiplier``
+        """
         keep, conv, name = self.tensors, sub.conv, sub.name
         accumulator = convolve(signs(x, conv), conv.weight(), conv.stride) * ACCUMULATOR_UNIT
         q = requantize(accumulator, conv.bias, conv.multiplier, sub.y_grid)
@@ -162,18 +176,18 @@ class Interpreter:
         return saturate(total, output)
 
     def attention(self, attention: Attention, x: Array, y: Array, name: str) -> Array:
-        """The gain vector (N, C) int16: attention times BN2's gain."""
+        """The gain vector (N, C) int16: attention, from the means of ``x`` and ``y``, times BN2's gain."""
         keep = self.tensors
         mix = mean_in_steps(x, attention.input_mean) + mean_in_steps(y, attention.y_mean)
         pooled = keep[f"{name}/pooled"] = saturate(mix, attention.pooled)
         hidden = keep[f"{name}/hidden"] = self.linear(pooled, attention.reduce, attention.hidden)
         logits = keep[f"{name}/logits"] = self.linear(hidden, attention.expand, attention.logits)
         share = keep[f"{name}/attention"] = attention.table[logits + 128]
-        return saturate(share.astype(F32) * attention.gain, Grid(1.0, 8, signed=True))
+        return saturate(share.astype(F32) * attention.gain, GAIN)
 
     @staticmethod
     def linear(x: Array, layer: Affine, grid: Grid) -> Array:
-        """(N, I) → (N, O) on ``grid``."""
+        """(N, I) → (N, O) on ``grid``; an unsigned grid's 0 is the ReLU of what it holds."""
         accumulator = x.astype(np.int32) @ layer.weight.reshape(len(layer.weight), -1).T.astype(np.int32)
         return requantize(accumulator, layer.bias, layer.multiplier, grid)
 

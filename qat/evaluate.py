@@ -1,4 +1,4 @@
-"""Accuracy of anything that maps normalized images to logits."""
+"""Accuracy of anything that maps images to logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qat.data import Split, normalize
 from qat.recipe import Data
 
-#: Normalized float32 images (N, 3, H, W) → logits (N, classes).
+#: Images (N, 3, H, W) → logits (N, classes). The images are normalized float32; a callable with a true
+#: attribute ``takes_pixels`` normalizes by itself and is given the raw uint8 pixels.
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -44,11 +45,26 @@ def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> int:
     return int((top == labels[:, None]).any(dim=1).sum())
 
 
+def percent(share: float, digits: int = 2) -> str:
+    """A share in percent as text, such as ``99.87 %``: only what is 100 or more is shown as 100."""
+    text = f"{share:.{digits}f}"
+    if share < 100 and float(text) >= 100:
+        text = f"99.{'9' * digits}".rstrip(".")
+    return f"{text} %"
+
+
+def input_for(predict: Predict, images: Tensor, data: Data) -> Tensor:
+    """What ``predict`` takes of the uint8 images (N, 3, H, W) of a split: them, or normalized float32."""
+    if getattr(predict, "takes_pixels", False):
+        return images
+    return normalize(images, data.mean, data.std)
+
+
 def collect_logits(predict: Predict, split: Split, data: Data, device: torch.device | str = "cpu") -> Tensor:
     """Logits (N, classes) float32 of every image of ``split`` in its fixed order, on the CPU."""
     rows = []
     for images, _ in split.batches(data.eval_batch_size):
-        rows.append(predict(normalize(images.to(device), data.mean, data.std)).float().cpu())
+        rows.append(predict(input_for(predict, images.to(device), data)).float().cpu())
     return torch.cat(rows)
 
 

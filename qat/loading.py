@@ -13,6 +13,7 @@ from qat.bnext import Architecture, BNext, binary_convolutions
 from qat.checkpoint import FORMAT, Checkpoint, float_shapes
 from qat.data import image_grid
 from qat.errors import CheckpointError, QuantizationError
+from qat.layers import BinaryActivation
 from qat.prepare import prepare
 from qat.recipe import Model, Quantization
 from qat.tensorchecks import dtype_name, listed, not_finite, overflow
@@ -125,6 +126,19 @@ def build(checkpoint: Checkpoint) -> BNext:
             raise CheckpointError(f"{checkpoint.source}: cannot be prepared: {error}") from error
         load_state(model, checkpoint)
     return model.eval()
+
+
+def float_network(checkpoint: Checkpoint) -> BNext:
+    """The network of ``checkpoint`` without quantizers; of a quantized one it keeps that the sign of 0 is +1.
+
+    Raises:
+        CheckpointError: the state does not fit the architecture.
+    """
+    model = build(without_quantizers(checkpoint))
+    for module in model.modules():
+        if isinstance(module, BinaryActivation):
+            module.zero_is_positive = checkpoint.quantization is not None
+    return model
 
 
 def without_quantizers(checkpoint: Checkpoint) -> Checkpoint:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
+from toyruns import finetune_arguments, pretrain_toy, succeed
 
 from qat.bnext import BNext, set_temperature
 from qat.layers import BinaryConv2d, SqueezeExcitation, SubBlock
@@ -124,3 +127,13 @@ def toy(_toys: tuple[BNext, BNext]) -> BNext:
 def images() -> Tensor:
     """Normalized images (16, 3, 16, 16)."""
     return toy_images()
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``float.safetensors``, a run below ``runs``, and its ``model.onnx``. To be read only."""
+    folder = tmp_path_factory.mktemp("toys")
+    shutil.copy(pretrain_toy(folder / "pretrain"), folder / "float.safetensors")
+    succeed(*finetune_arguments(folder / "runs", folder / "float.safetensors"))
+    succeed("export", "--onnx", folder / "model.onnx", "--runs", folder / "runs")
+    return folder

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.exactness import exactness
 from export.integer import Grid, IntegerNetwork
 from export.integer import SubBlock as IntegerSubBlock
 from export.lower import lower
-from export.portable import INPUT, OUTPUT, emit
+from export.portable import emit
+from export.randomnetwork import fill_at_random, random_images
 from export.reference import Interpreter
-from qat.bnext import BNext, set_temperature
+from qat.bnext import BNext
 from qat.data import image_grid
 from qat.fakequant import activation_quantizers
-from qat.layers import LearnableBias, SqueezeExcitation, SubBlock
+from qat.layers import LearnableBias, SqueezeExcitation
 from qat.prepare import calibrate, prepare
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
 
@@ -50,12 +53,7 @@ def quantization(
 
 def pixels(seed: int, count: int, size: int) -> Tensor:
     """Normalized random images (count, 3, size, size) whose low frequencies are strong, as in photographs."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 3, 3, generator=generator)
-    image = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
-    image = (0.7 * image + 0.3 * torch.rand(count, 3, size, size, generator=generator)).mul(255).round() / 255
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (image - mean) / std
+    return random_images(seed, count, size, MEAN, STD)
 
 
 def float_network(seed: int = 0, *, size: int = 16, **options: Any) -> BNext:
@@ -63,28 +61,8 @@ def float_network(seed: int = 0, *, size: int = 16, **options: Any) -> BNext:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BNext(**{"num_classes": 10, "widths": WIDTHS, **options})
-        set_temperature(model, 1e-8)
-        for norm in norms(model):
-            with torch.no_grad():
-                norm.weight.uniform_(0.5, 1.5)
-                norm.weight[::5] *= -1
-                norm.bias.normal_(0, 0.3)
-            norm.momentum = 1.0
-        for module in model.modules():
-            with torch.no_grad():
-                if isinstance(module, LearnableBias):
-                    module.bias.normal_(0, 0.3)
-                elif isinstance(module, nn.PReLU):
-                    module.weight.uniform_(-0.2, 0.6)
-                elif isinstance(module, SqueezeExcitation):
-                    for layer in (module.se[1], module.se[3]):
-                        layer.bias.normal_(0, 0.3)
-                if isinstance(module, SubBlock) and module.infor_recoupling:
-                    module.scale.uniform_(-0.2, 1.2)
-        model.train()
-        with torch.no_grad():
-            model(pixels(seed, 16, size))
-    return model.eval()
+        fill_at_random(model, pixels(seed, 16, size))
+    return model
 
 
 def prepared(model: BNext, bits: Quantization | None = None, *, size: int = 16, seed: int = 0) -> BNext:
@@ -155,55 +133,39 @@ def make_extreme(model: BNext, seed: int) -> None:
 _SLOPES = ((0.0, 0.25), (0.0, 1.0, -1.0), (-3.0, 0.5), (2.5, 0.0, -1.5), (1.001, 0.01), (200.0, 0.1))
 
 
-def stored(network: IntegerNetwork, name: str, values: NDArray[Any]) -> NDArray[np.uint8]:
-    """The interpreter's integers as the portable graph stores them."""
-    return (values + (128 if network.grids[name].signed else 0)).astype(np.uint8)
+def with_conv(network: IntegerNetwork, name: str, **changes: Any) -> IntegerNetwork:
+    """A copy of ``network`` with fields of the binary convolution of the sub-block ``name`` replaced."""
+
+    def changed(sub: IntegerSubBlock) -> IntegerSubBlock:
+        return dataclasses.replace(sub, conv=dataclasses.replace(sub.conv, **changes))
+
+    blocks = []
+    for block in network.blocks:
+        spatial, *pointwise = (
+            changed(sub) if sub.name == name else sub for sub in (block.spatial, *block.pointwise)
+        )
+        blocks.append(dataclasses.replace(block, spatial=spatial, pointwise=tuple(pointwise)))
+    return dataclasses.replace(network, blocks=tuple(blocks))
 
 
-def run_tensors(
-    model: onnx.ModelProto, names: Mapping[str, Any], images: NDArray[np.float32], *, optimize: bool = True
-) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]]]:
-    """Logits and the named uint8 tensors of an exported graph, as stored (signed ones offset by 128)."""
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    produced = {output for node in extended.graph.node for output in node.output}
-    wanted = [name for name in names if name in produced]
-    for name in wanted:
-        extended.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(extended.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    logits, *tensors = session.run([OUTPUT, *wanted], {INPUT: images})
-    return logits, dict(zip(wanted, tensors, strict=True))
+def saved(model: onnx.ModelProto, path: Path) -> Path:
+    """Write ``model`` and return the path."""
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 def parity_problems(
     network: IntegerNetwork, model: onnx.ModelProto, images: NDArray[np.float32]
 ) -> Iterator[str]:
-    """Where the portable graph differs from the interpreter: every named tensor and the logits, bit for bit.
-
-    Without optimizations, with them (as far as the extra outputs allow) and for the logits alone.
-    """
-    interpreter = Interpreter(network)
-    expected = interpreter(images)
-    names = {name: name for name in network.grids if name != "image"} | {"image/uint8": "image"}
-    for optimize in (False, True):
-        logits, tensors = run_tensors(model, names, images, optimize=optimize)
-        missing = set(names) - set(tensors)
-        if missing:
-            yield f"the graph has no tensors {sorted(missing)}"
-        for name, values in tensors.items():
-            reference = stored(network, names[name], interpreter.tensors[names[name]])
-            wrong = int((values.reshape(reference.shape) != reference).sum())
-            if wrong:
-                yield f"optimize={optimize}: {name}: {wrong} of {values.size} elements differ"
-        if logits.tobytes() != expected.tobytes():
-            yield f"optimize={optimize}: logits differ"
-    bare, _ = run_tensors(model, {}, images, optimize=True)
-    if bare.tobytes() != expected.tobytes():
-        yield "logits differ once every fusion is allowed"
+    """Where the portable graph differs from the interpreter in a single element of any tensor."""
+    result = exactness(model, network, torch.from_numpy(images), batches=(len(images),))
+    yield from (f"the graph has no tensor {name}" for name in result.missing)
+    for tensor in result.tensors:
+        if tensor.different:
+            yield (
+                f"optimizations {tensor.optimizations}: {tensor.name}: "
+                f"{tensor.different} of {tensor.elements} elements differ"
+            )
 
 
 def trunk_outputs(model: BNext, images: Tensor) -> dict[str, Tensor]:

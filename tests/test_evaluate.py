@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.data import MemorySplit
-from qat.evaluate import Accuracy, accuracy_of, collect_logits, correct_in_top, evaluate, predictor
+from qat.evaluate import Accuracy, accuracy_of, collect_logits, correct_in_top, evaluate, percent, predictor
 from qat.recipe import Data
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
@@ -61,6 +61,42 @@ def test_images_are_normalized_as_the_data_says() -> None:
     assert [len(images) for images in seen] == [4, 2]
     expected = (5 / 255 - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.5, 1.0, 2.0])
     torch.testing.assert_close(seen[1][1, :, 0, 0], expected)
+
+
+def test_a_predictor_that_takes_pixels_is_given_the_pixels_of_the_split() -> None:
+    class Pixels:
+        takes_pixels = True
+
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def __call__(self, images: Tensor) -> Tensor:
+            self.seen.append(images)
+            return torch.zeros(len(images), 3)
+
+    predict, data = Pixels(), Data(image_size=8, eval_batch_size=4)
+    assert evaluate(predict, split(6), data).n == 6
+    assert torch.equal(torch.cat(predict.seen), torch.cat([images for images, _ in split(6).batches(4)]))
+    assert {images.dtype for images in predict.seen} == {torch.uint8}
+    predict.takes_pixels = False
+    evaluate(predict, split(6), data)
+    assert predict.seen[-1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "text"),
+    [
+        (100.0, 2, "100.00 %"),
+        (99.994, 2, "99.99 %"),
+        (99.996, 2, "99.99 %"),
+        (99.99999, 4, "99.9999 %"),
+        (99.5, 0, "99 %"),
+        (0.0, 2, "0.00 %"),
+        (math.nan, 2, "nan %"),
+    ],
+)
+def test_a_share_is_not_rounded_up_to_100(share: float, digits: int, text: str) -> None:
+    assert percent(share, digits) == text
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -58,13 +58,25 @@ def test_a_scalar_that_came_first_leaves_room_for_the_array_of_its_number() -> N
     assert builder.constant(np.arange(4, dtype=np.uint8)) != scalar
 
 
-def test_a_constant_keeps_shape_type_and_values_through_the_model() -> None:
+@pytest.mark.parametrize("rows", [3, 30_000])  # small, and beyond what shape inference is shown
+def test_a_constant_keeps_shape_type_and_values_through_the_model(rows: int) -> None:
     builder = GraphBuilder()
-    value = np.arange(6, dtype=np.float32).reshape(3, 2).T  # not contiguous
-    builder.constant(value, "kept")
+    value = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2).T  # not contiguous
+    builder.node("Identity", [builder.constant(value, "kept")], "copy")
     builder.node("Identity", ["x"], "y")
-    (tensor,) = finished(builder).graph.initializer
+    model = finished(builder)
+    (tensor,) = model.graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), value)
+    assert [entry.name for entry in model.graph.input] == ["x"]
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    assert shapes["copy"] == [2, rows]
+
+
+def test_a_constant_that_no_node_reads_is_left_out() -> None:
+    builder = GraphBuilder()
+    builder.constant(np.float32(1), "unused")
+    builder.node("Identity", ["x"], "y")
+    assert list(finished(builder).graph.initializer) == []
 
 
 def test_a_name_given_twice_is_refused() -> None:

@@ -34,16 +34,12 @@ from networks import (
 )
 
 from export.integer import ALWAYS, NEVER, IntegerNetwork
-from export.portable import OPSET, emit
+from export.portable import OPSET, InputKind, emit
 from export.reference import Interpreter
 from qat.bnext import BNext
+from qat.data import normalize
 
 ROOT = Path(__file__).parents[1]
-#: What onnxruntime still computes in float between image and logits: one number per image and channel.
-FLOAT_VECTORS = {
-    *("input_mean.sum_real", "input_mean", "y_mean.sum_real", "y_mean", "mix"),
-    *("attention_real", "gain.real", "mean.sum_real", "mean", "real", "logits"),
-}
 
 
 def assert_parity(
@@ -189,6 +185,51 @@ def test_images_outside_of_the_pixel_range_saturate_alike() -> None:
     assert list(torch_problems(torch_model, network, images)) == []
 
 
+@pytest.mark.parametrize("channels", [0, 10_000])
+def test_vectors_repeated_along_the_width_or_not_compute_the_same(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.operators.REPEATED_CHANNELS", channels)
+    network = ordinary()[1]
+    model = emit(network, 15)
+    assert ("Tile" in {node.op_type for node in model.graph.node}) == bool(channels)
+    assert list(parity_problems(network, model, pixels(3, 2, 15).numpy())) == []
+
+
+# Input.
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["uint8 NCHW", "uint8 NHWC"])
+def test_a_model_of_raw_pixels_gives_the_logits_of_the_float_one(kind: InputKind, strict: bool) -> None:
+    _, network, model = ordinary()
+    raw = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16)).astype(np.uint8)
+    raw.reshape(4, 3, 256)[:, :] = np.arange(256)  # every value in every channel
+    raw[1:] = np.random.default_rng(0).permuted(raw[1:], axis=2)
+    images = normalize(torch.from_numpy(raw), network.mean, network.std).numpy()
+    pixel_model = emit(network, input_kind=kind, strict=strict)
+    (value,) = pixel_model.graph.input
+    fed = raw if kind == "uint8 NCHW" else raw.transpose(0, 2, 3, 1)
+    dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    assert dims == ["batch", *fed.shape[1:]]
+    assert value.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert {e.key: e.value for e in pixel_model.metadata_props}["input"] == kind
+    for optimize in (False, True):
+        expected, found = (
+            run(m, x, optimize=optimize)
+            for m, x in ((model, images), (pixel_model, np.ascontiguousarray(fed)))
+        )
+        assert found.tobytes() == expected.tobytes()
+
+
+def run(model: onnx.ModelProto, images: np.ndarray[Any, Any], *, optimize: bool) -> np.ndarray[Any, Any]:
+    options = ort.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"image": images})[0])
+
+
 def test_the_parity_check_sees_a_difference_of_one_step() -> None:
     _, network, model = ordinary()
     bias = network.stem.conv.bias.copy()
@@ -319,14 +360,24 @@ def test_after_fusion_no_image_shaped_tensor_is_float(tmp_path: Path) -> None:
     names = [value.name for value in session.get_outputs()]
     values = dict(zip(names, session.run(None, {"image": pixels(0, 1, 16).numpy()}), strict=True))
     floats = {name: value.shape for name, value in values.items() if value.dtype == np.float32}
-    large = {name: shape for name, shape in floats.items() if np.prod(shape[2:]) > 1}
+    large = {name: shape for name, shape in floats.items() if np.prod(shape) > max(shape)}
     assert large == {}
-    assert set(operators) & {"DequantizeLinear", "PRelu", "Conv", "GlobalAveragePool", "AveragePool"} == set()
-    binary = 2 * len(network.blocks) + sum(len(block.pointwise) == 2 for block in network.blocks)
-    assert (
-        operators["QLinearConv"] == 1 + 3 * binary
-    )  # the stem; a binary convolution and two of its attention
-    assert {name.rpartition("/")[2] for name in floats} == FLOAT_VECTORS
+    assert set(operators) & {"PRelu", "Conv", "GlobalAveragePool", "AveragePool", "Mul", "Where"} <= {"Mul"}
+    subs = list(network.sub_blocks())
+    pooled = sum(sub.conv.stride == 2 for sub in subs)
+    # The stem; a binary convolution and two of its attention; the mean of 2×2.
+    assert operators["QLinearConv"] == 1 + 3 * len(subs) + pooled
+    # Of floats only vectors are multiplied, and only sums are converted.
+    assert operators["Mul"] == len(subs)
+    assert operators["DequantizeLinear"] == 2 * len(subs) + 2
+    # Two means, their sum, the attention and its gain; the last mean and the logits.
+    assert len(floats) == 5 * len(subs) + 2
+
+
+def test_after_fusion_only_the_image_is_transposed(tmp_path: Path) -> None:
+    fused = optimized(ordinary()[2], tmp_path / "fused.onnx")
+    transposed = [node.input[0] for node in fused.graph.node if node.op_type == "Transpose"]
+    assert transposed == ["image/uint8"]
 
 
 def test_unpacking_the_weights_costs_nothing_after_loading(tmp_path: Path) -> None:
@@ -366,9 +417,9 @@ def test_the_metadata_name_the_image_size_of_the_export() -> None:
 def test_nodes_and_tensors_carry_the_names_of_the_modules_they_came_from() -> None:
     torch_model, network, model = ordinary()
     modules = dict(torch_model.named_modules())
-    names = [node.name for node in model.graph.node]
+    names = [node.name for node in model.graph.node if node.name]
     assert len(set(names)) == len(names)
-    assert all(node.name == node.output[0] for node in model.graph.node)
+    assert {node.op_type for node in model.graph.node if node.name} >= {"QLinearConv", "Mul", "Add", "Max"}
     allowed = {*modules, "head", "image", "logits"}
     assert {name.split("/")[0] for name in names} <= allowed
     produced = {output for node in model.graph.node for output in node.output}

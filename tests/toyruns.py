@@ -75,6 +75,17 @@ def finetune_arguments(out: Path, checkpoint: Path, *overrides: str) -> list[str
     ]
 
 
+def tune(toys: Path, out: Path, *overrides: str) -> list[str]:
+    """Arguments of a toy `qat finetune` that starts from the float checkpoint of the fixture ``toys``."""
+    return finetune_arguments(out, toys / "float.safetensors", *overrides)
+
+
+def tuned(toys: Path) -> Path:
+    """The fine-tuned checkpoint of the fixture ``toys``."""
+    (path,) = (toys / "runs").glob("*/best.safetensors")
+    return path
+
+
 def qat(*arguments: object) -> Result:
     """Run the command line in this process."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])

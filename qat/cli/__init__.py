@@ -1,0 +1,9 @@
+"""The command line: arguments in, exit codes out. The work is done elsewhere.
+
+One module per group of commands. Importing a module adds its commands to ``main``.
+"""
+
+from qat.cli import benchmarks, models, recipes, training  # noqa: F401, they add their commands to main
+from qat.cli.group import main
+
+__all__ = ["main"]

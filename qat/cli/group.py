@@ -1,0 +1,104 @@
+"""The `qat` command itself: --debug, and the message and exit code of every error."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import click
+
+from qat import __version__
+from qat.errors import QatError
+
+# GNU OpenMP threads spin while they wait, by default so long that a second process on the same cores makes
+# training five to eight times slower. It reads these when torch is loaded, which commands do later.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+_EPILOG = (
+    "Exit codes: 0 success; 1 the work ran, but its result is not good enough; 2 wrong input; "
+    "3 an error of this program; 130 interrupted."
+)
+
+#: Exit code of a command that SIGINT ended: 128 + 2, as shells have it.
+_INTERRUPTED = 130
+#: Where a click context notes that --debug was given.
+_DEBUG = "qat.debug"
+
+
+class _Command(click.Command):
+    """A command that takes --debug after its name, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
+        )
+
+
+class _Group(click.Group):
+    """Turns the project's errors into messages and exit codes; --debug shows the traceback."""
+
+    command_class = _Command
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            # A file or pipe in a narrow encoding must not end a long run over one × or ≥.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+            raise  # click's own
+        except (KeyboardInterrupt, Exception) as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            if isinstance(error, KeyboardInterrupt):
+                code, message = _INTERRUPTED, "interrupted"
+            elif isinstance(error, QatError):
+                code, message = error.exit_code, str(error)
+            else:
+                code, message = _unforeseen(error)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(code)
+
+
+def _unforeseen(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error that is not this project's."""
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    # torch has an error class for a full GPU only; its allocator for the CPU raises plain RuntimeErrors.
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return 2, (
+            "not enough memory: a smaller data.batch_size, data.eval_batch_size, data.image_size or network "
+            f"needs less ({text.splitlines()[0]})"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 2, f"cannot write: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None:  # a name that no file can have, say
+        return 2, f"{str(error.filename)[:200]}: {error.strerror}"
+    return 3, f"internal error: {text} (see `qat --debug`)"
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_DEBUG] = True
+
+
+@click.group("qat", cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qat")
+@click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show the traceback of an error."
+)
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Quantization-aware fine-tuning of binary BNext networks, exported as integer ONNX graphs."""
+    if not ctx.meta.get(_DEBUG):
+        warnings.simplefilter("ignore")

@@ -1,0 +1,66 @@
+"""`qat recipe`: list, show, copy, schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from qat.cli.group import main
+from qat.cli.options import RECIPE, NonEmptyPath, set_option
+
+
+@main.group()
+def recipe() -> None:
+    """List, show and copy recipes, or print their JSON schema."""
+
+
+@recipe.command("list")
+def recipe_list() -> None:
+    """The packaged recipes, one per line."""
+    from qat.recipe import load_recipe, recipe_names
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "task", "network", "data"):
+        table.add_column(heading)
+    for name in recipe_names():
+        content = load_recipe(name).recipe
+        table.add_row(name, content.task, f"BNext {content.model.size}", content.data.dataset)
+    Console().print(table)
+
+
+@recipe.command("show")
+@click.argument("name", type=RECIPE)
+@click.option("--resolved", is_flag=True, help="With every default written out, without comments.")
+@set_option("Override one key; implies --resolved.")
+def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
+    """Print a recipe."""
+    from qat.recipe import load_recipe, recipe_yaml
+
+    loaded = load_recipe(name, overrides)
+    if resolved or overrides:
+        click.echo(recipe_yaml(loaded.recipe), nl=False)
+    else:
+        click.echo(loaded.path.read_text(encoding="utf-8"), nl=False)
+
+
+@recipe.command("copy")
+@click.argument("name", type=RECIPE)
+@click.argument("destination", type=NonEmptyPath(), default=".")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def recipe_copy(name: str, destination: Path, force: bool) -> None:
+    """Copy a packaged recipe to DESTINATION (a folder or a file) as a start for your own."""
+    from qat.recipe import copy_recipe
+
+    click.echo(copy_recipe(name, destination, force))
+
+
+@recipe.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from qat.recipe import recipe_schema as schema
+
+    click.echo(json.dumps(schema(), indent=2))

@@ -1,0 +1,55 @@
+"""What commands show: tables on standard output, a spinner on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+#: One console for all, which knows that a warning must not be written into a spinner's line.
+_ERRORS: Final = Console(stderr=True)
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is text and whose others are numbers.
+
+    Where it doesn't fit, the first column is folded. Headings of numbers, often longer than the numbers,
+    take a line per word.
+    """
+    # No string may be taken for rich's markup: names of files can have brackets.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, collapse_padding=True)
+    for index, heading in enumerate(headings):
+        if index == 0:
+            table.add_column(Text(heading), overflow="fold")
+        else:
+            table.add_column(
+                Text(heading.replace(" ", "\n")), justify="right", vertical="bottom", no_wrap=True
+            )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def warn(text: str) -> None:
+    """A warning on standard error."""
+    _ERRORS.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[Callable[[str], None]]:
+    """Show that work goes on, while the block runs, where standard error is a terminal; else nothing.
+
+    Gives a function that replaces ``text``.
+    """
+    if not (sys.stderr.isatty() and _ERRORS.is_interactive):
+        yield lambda _: None
+        return
+    # Seldom enough not to show in what `qat bench` measures meanwhile.
+    with _ERRORS.status(Text(text), refresh_per_second=4) as status:
+        yield lambda news: status.update(Text(news))

@@ -1,0 +1,182 @@
+"""What `qat export` does: lower a checkpoint, emit the graph, verify it, write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import onnx
+
+from export.exactness import Exactness, exactness, sample
+from export.floatgraph import emit_float
+from export.integer import IntegerNetwork
+from export.networkfile import load_network, save_network
+from export.portable import InputKind, emit
+from export.verify import Comparison, OnnxModel, compare
+from qat.bnext import is_binary
+from qat.commands.lowering import Source, build_and_lower, class_names, facts, load
+from qat.commands.sources import load_test_split
+from qat.errors import CheckpointError, OutputError
+from qat.evaluate import predictor
+from qat.files import write_atomically
+from qat.loading import build, float_network, highest_temperature
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write.
+
+    Attributes:
+        onnx: file of the model; ``None`` is one beside the checkpoint.
+        image_size: side of the model's input; ``None`` is what the network was trained on.
+        input_kind: type and layout of the images it takes.
+        strict: only operators that every runtime reads alike.
+        network: file for the integer network, too.
+    """
+
+    onnx: Path | None
+    image_size: int | None = None
+    input_kind: InputKind = "float32 NCHW"
+    strict: bool = False
+    network: Path | None = None
+
+
+class _Result(Protocol):
+    def problems(self) -> list[str]: ...
+
+
+Result = TypeVar("Result", bound=_Result)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported integer model.
+
+    Attributes:
+        path: of the model, which is there only if no bound is broken.
+        network: its integers.
+        comparison: the model against the network it came from.
+        exactness: the model against the integer reference.
+    """
+
+    path: Path
+    network: IntegerNetwork
+    comparison: Comparison
+    exactness: Exactness
+
+    def problems(self) -> list[str]:
+        """Each bound that is broken, in words."""
+        return self.exactness.problems() + self.comparison.problems()
+
+    def require(self) -> None:
+        """Raise ``VerificationError`` where a bound is broken; what names tensors first."""
+        self.exactness.require()
+        self.comparison.require()
+
+
+def export_onnx(source: Source, target: Target) -> Exported:
+    """Export a fine-tuned checkpoint to ONNX and compare the written file with the network.
+
+    Raises:
+        QatError: nothing to export, something that can't be lowered, missing data, or a file that can't be
+            written.
+    """
+    if target.network is not None:
+        _require_network_file(target.network)
+    checkpoint, data = load(source, target.image_size)
+    model, network = build_and_lower(checkpoint, data)
+    # The data first: without it the model could not be verified, and should not be written.
+    split = load_test_split(data, len(network.class_names))
+    path = target.onnx or Path(checkpoint.source).with_name("model.onnx")
+
+    def check(candidate: Path) -> Exported:
+        comparison = compare(predictor(model), OnnxModel(candidate), network, split, data)
+        images = sample(split, data.image_size)
+        return Exported(path, network, comparison, exactness(candidate, network, images))
+
+    graph = emit(network, input_kind=target.input_kind, strict=target.strict)
+    if target.network is None:
+        return _write_if_good(path, graph, check)
+    with _unverified(target.network, partial(save_network, network)):
+        exported = _write_if_good(path, graph, check)
+        if not exported.problems():
+            save_network(network, target.network)
+    return exported
+
+
+def export_float32(source: Source, target: Target, warn: Callable[[str], None]) -> tuple[Path, Comparison]:
+    """Export the float32 network of a checkpoint: the baseline that integer exports are measured against.
+
+    Args:
+        source: where the checkpoint and its data are.
+        target: what to write; only its file and its image size matter.
+        warn: told that the network is not binary yet.
+
+    Returns:
+        The file, which is written only if no bound is broken, and its comparison with the network.
+
+    Raises:
+        QatError: nothing to export, a value that is not finite, or missing data.
+    """
+    checkpoint, data = load(source, target.image_size)
+    network = float_network(checkpoint)
+    if not is_binary(network):
+        warn(
+            f"{checkpoint.source}: the weights in use are not binary: the temperature is "
+            f"{highest_temperature(network):.3g}, binary means below 1e-7"
+        )
+    split = load_test_split(data, network.architecture.num_classes)
+    path = target.onnx or Path(checkpoint.source).with_name("float32.onnx")
+    graph = emit_float(
+        build(checkpoint),
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        class_names=class_names(checkpoint),
+        metadata=facts(checkpoint, data.image_size, as_float=True),
+    )
+
+    def check(candidate: Path) -> Comparison:
+        return compare(predictor(network), OnnxModel(candidate), None, split, data)
+
+    return path, _write_if_good(path, graph, check)
+
+
+def _write_if_good(path: Path, graph: onnx.ModelProto, check: Callable[[Path], Result]) -> Result:
+    """Write under another name, check, and rename: an earlier good model stays if this one is not."""
+    content = graph.SerializeToString(deterministic=True)
+    with _unverified(path, lambda candidate: write_atomically(candidate, content)) as candidate:
+        result = check(candidate)
+        if not result.problems():
+            write_atomically(path, content)
+    return result
+
+
+@contextmanager
+def _unverified(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+    """A file beside ``path`` while a block runs; where none can be written, the long part needn't start."""
+    if path.is_dir():
+        raise OutputError(f"{path}: cannot be written: it is a folder")
+    candidate = path.with_name(f".{path.stem}.unverified{path.suffix}")
+    try:
+        write(candidate)
+    except OutputError as error:  # nobody asked for the candidate: name what they asked for
+        raise OutputError(str(error).replace(str(candidate), str(path))) from error
+    try:
+        yield candidate
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def _require_network_file(path: Path) -> None:
+    """Refuse to replace anything but an integer network: checkpoints have the same ending."""
+    if not path.is_file():
+        return
+    try:
+        load_network(path)
+    except CheckpointError as error:
+        raise OutputError(f"{path}: not replaced: it is no integer network that qat export wrote") from error

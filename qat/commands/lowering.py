@@ -1,0 +1,119 @@
+"""A fine-tuned checkpoint, found, checked and lowered, for the commands that export and verify it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.integer import IntegerNetwork
+from export.lower import lower
+from qat import __version__
+from qat.bnext import BNext
+from qat.checkpoint import Checkpoint, load_checkpoint
+from qat.commands.sources import only_data, own_recipe
+from qat.errors import QuantizationError, RecipeError
+from qat.loading import build
+from qat.recipe import Data
+from qat.rundir import find_run, newest_run
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a command finds its checkpoint and its data.
+
+    Attributes:
+        run: run directory; ``None`` means the newest one under ``runs``.
+        checkpoint: checkpoint file instead of a run.
+        overrides: ``data.key=value`` texts.
+        runs: folder of run directories.
+    """
+
+    run: Path | None
+    checkpoint: Path | None
+    overrides: Sequence[str] = ()
+    runs: Path = Path("runs")
+
+    def find(self) -> Path:
+        """Path of the checkpoint.
+
+        Raises:
+            QatError: no such run.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint
+        return (find_run(self.run) if self.run is not None else newest_run(self.runs)).best
+
+
+def load(source: Source, image_size: int | None) -> tuple[Checkpoint, Data]:
+    """The checkpoint, and the data it is exported for and verified on.
+
+    Args:
+        source: where they are.
+        image_size: side of the images; ``None`` is what the network was trained on.
+
+    Raises:
+        QatError: it can't be read, or carries no recipe, or an override is refused.
+    """
+    checkpoint = load_checkpoint(source.find())
+    if checkpoint.recipe is None:
+        raise RecipeError(
+            f"{checkpoint.source}: carries no recipe; this needs a checkpoint that qat finetune or qat "
+            "pretrain wrote"
+        )
+    fixed = "fixed by the checkpoint, which was trained with it"
+    only_data(source.overrides, {"mean": fixed, "std": fixed, "image_size": "say it with --image-size"})
+    data = own_recipe(checkpoint, source.overrides).data
+    return checkpoint, data if image_size is None else data.model_copy(update={"image_size": image_size})
+
+
+def build_and_lower(checkpoint: Checkpoint, data: Data) -> tuple[BNext, IntegerNetwork]:
+    """The fake-quantized network of ``checkpoint`` and its integers.
+
+    Raises:
+        QuantizationError: a float-rest network, or something that can't be lowered, naming the layer.
+    """
+    if checkpoint.quantization is None:
+        raise QuantizationError(
+            f"{checkpoint.source}: a float-rest network has no integers: fine-tune it first (qat finetune), "
+            "or export it as it is (qat export --onnx --float32)"
+        )
+    model = build(checkpoint)
+    try:
+        return model, lower(
+            model,
+            image_size=data.image_size,
+            mean=data.mean,
+            std=data.std,
+            class_names=class_names(checkpoint),
+            metadata=facts(checkpoint, data.image_size),
+        )
+    except QuantizationError as error:
+        raise QuantizationError(f"{checkpoint.source}: {error}") from error
+
+
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Class names a checkpoint carries; empty where it carries none or not as many as classes."""
+    try:
+        names = json.loads(checkpoint.metadata.get("class_names", "[]"))
+    except ValueError:
+        return ()
+    fits = isinstance(names, list) and len(names) == checkpoint.architecture.num_classes
+    return tuple(str(name) for name in names) if fits else ()
+
+
+def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) -> Mapping[str, str]:
+    """Facts for the exported file: recipe (with the size it takes), versions, accuracy of the network.
+
+    The accuracy is that of the checkpoint: not of the float network (``as_float``) of a quantized one.
+    """
+    assert checkpoint.recipe is not None
+    data = checkpoint.recipe.data.model_copy(update={"image_size": image_size})
+    recipe = checkpoint.recipe.model_copy(update={"data": data})
+    found = {"recipe": recipe.model_dump_json(), "exporter": f"bnext-qat {__version__}"}
+    for key in ("versions", "accuracy", "test_fingerprint"):
+        of_another = key == "accuracy" and as_float and checkpoint.quantization is not None
+        if key in checkpoint.metadata and not of_another:
+            found[key] = checkpoint.metadata[key]
+    return found

@@ -1,0 +1,78 @@
+"""Where a model's recipe and its data come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from export.verify import OnnxModel
+from qat.checkpoint import Checkpoint
+from qat.data import Split, check_fits, load_split
+from qat.errors import CheckpointError, RecipeError
+from qat.recipe import Data, Recipe, parse_recipe
+
+
+def only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:
+    """Refuse overrides of other sections, which change nothing here, and of ``data`` keys for a reason.
+
+    Args:
+        overrides: ``section.key=value`` texts.
+        refused: the reason against each key of ``data`` that must not be set.
+
+    Raises:
+        RecipeError: the first override that is refused.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        section, _, name = key.partition(".")
+        if section != "data":
+            raise RecipeError(f"--set {override}: {key}: no effect here; only keys of `data` may be set")
+        if "=" in override and not name:
+            raise RecipeError(f"--set {override}: {key}: set its keys one by one, as data.KEY=VALUE")
+        if reason := refused.get(name.partition(".")[0]):
+            raise RecipeError(f"--set {override}: {key}: {reason}")
+
+
+def own_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Recipe:
+    """The recipe a checkpoint carries, with ``overrides`` applied.
+
+    Raises:
+        RecipeError: it carries none, or an override is wrong.
+    """
+    if checkpoint.recipe is None:
+        raise RecipeError(
+            f"{checkpoint.source}: carries no recipe, so its data is unknown: give one with --recipe"
+        )
+    return parse_recipe(checkpoint.recipe.model_dump(mode="json"), checkpoint.source, overrides)
+
+
+def recipe_of_onnx(model: OnnxModel, overrides: Sequence[str], otherwise: str) -> Recipe:
+    """The recipe an exported model carries, with ``overrides`` applied.
+
+    Args:
+        model: the model.
+        overrides: ``section.key=value`` texts.
+        otherwise: what to do about a model without a recipe.
+
+    Raises:
+        CheckpointError: it carries none that can be read.
+        RecipeError: an override is wrong.
+    """
+    try:
+        mapping = json.loads(model.metadata["recipe"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{model.path}: metadata 'recipe' is missing or damaged: {otherwise}"
+        ) from error
+    return parse_recipe(mapping, str(model.path), overrides)
+
+
+def load_test_split(data: Data, num_classes: int) -> Split:
+    """The test split that ``data`` names.
+
+    Raises:
+        DataError: it cannot be read, or has another number of classes than ``num_classes``.
+    """
+    split = load_split(data, "test")
+    check_fits(split, num_classes)
+    return split

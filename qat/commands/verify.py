@@ -1,0 +1,98 @@
+"""What `qat verify` does: compare an exported model with the network it came from, and with the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from export.exactness import Exactness, exactness, sample
+from export.networkfile import load_network
+from export.onnxmodel import OnnxModel, require_integers
+from export.verify import Comparison, compare
+from qat.commands.lowering import Source, build_and_lower, load
+from qat.commands.sources import load_test_split, only_data, recipe_of_onnx
+from qat.errors import CheckpointError, QatError
+from qat.evaluate import predictor
+from qat.rundir import find_run
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A model against where it came from.
+
+    Attributes:
+        path: the model.
+        exactness: against the integer reference.
+        comparison: against the torch network on the whole test set, if there is one.
+    """
+
+    path: Path
+    exactness: Exactness
+    comparison: Comparison | None
+
+    def problems(self) -> list[str]:
+        """Each bound that is broken, in words."""
+        return self.exactness.problems() + (self.comparison.problems() if self.comparison else [])
+
+    def require(self) -> None:
+        """Raise ``VerificationError`` where a bound is broken; what names tensors first."""
+        self.exactness.require()
+        if self.comparison:
+            self.comparison.require()
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(
+            {
+                "model": str(self.path),
+                "verified": not self.problems(),
+                "problems": self.problems(),
+                "comparison": asdict(self.comparison) if self.comparison else None,
+                "exactness": self.exactness.to_dict(),
+            },
+            indent=2,
+        )
+
+
+def verify_model(path: Path, source: Source, network_path: Path | None) -> Verified:
+    """Compare the exported model ``path`` with its checkpoint, or with an integer network file alone.
+
+    Args:
+        path: the .onnx file.
+        source: where the checkpoint and the data are; where it names neither run nor checkpoint, the run that
+            the model lies in.
+        network_path: an integer network file instead of a checkpoint.
+
+    Raises:
+        QatError: a file can't be read, is foreign, or the model was made from another network.
+    """
+    only_data(source.overrides, dict.fromkeys(("image_size", "mean", "std"), "fixed by the model"))
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; expected an exported model")
+    model = OnnxModel(path)
+    require_integers(model.metadata, path)
+    if network_path is not None:
+        network = load_network(network_path)
+        data = recipe_of_onnx(model, source.overrides, "give --run or --checkpoint").data
+        model.check_data(data)
+        split = load_test_split(data, model.num_classes)
+        return Verified(path, exactness(path, network, sample(split, model.image_size)), None)
+    if source.run is None and source.checkpoint is None:
+        source = replace(source, run=_run_around(path))
+    checkpoint, data = load(source, model.image_size)
+    torch_network, network = build_and_lower(checkpoint, data)
+    split = load_test_split(data, len(network.class_names))
+    # Refuses a model of another network, before the long part.
+    exact = exactness(path, network, sample(split, model.image_size))
+    return Verified(path, exact, compare(predictor(torch_network), model, network, split, data))
+
+
+def _run_around(path: Path) -> Path:
+    try:
+        return find_run(path.parent).path
+    except QatError as error:
+        raise QatError(
+            f"{path}: does not lie in a run directory: say what it was exported from with --run, "
+            "--checkpoint or --integer-network"
+        ) from error
