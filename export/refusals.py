@@ -1,7 +1,8 @@
 """What lowering refuses of a fake-quantized network before it takes its constants, each rule by module name.
 
-Expressed, and therefore never refused, are: gains of batch normalizations that are zero or negative (the
-weights' signs flip), variances of zero, slopes that are zero, negative or above 1, weights of zero.
+Expressed, and therefore not refused: gains of batch normalizations that are zero (their channel is constant)
+or negative (the signs of its weights flip), variances of zero, slopes that are zero, negative or above 1,
+rows of zeros in stem, channel attention and classifier.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from qat.errors import QuantizationError
 from qat.folding import folded_constants
 from qat.layers import BinaryConv2d
+from qat.tensorchecks import not_finite
 from qat.twinblock import FakeQuantSubBlock
 
 #: Steps of grids lie between the inverse of this and this: any ratio of two is a float32 number above 0.
@@ -29,11 +31,12 @@ def refuse_values(model: nn.Module) -> None:
         QuantizationError: naming the state-dict key.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and "activation_post_process" not in name:
-            if not bool(torch.isfinite(tensor).all()):
-                raise QuantizationError(f"{name}: holds NaN or infinity")
-            if name.endswith("running_var") and bool((tensor < 0).any()):
-                raise QuantizationError(f"{name}: a variance is negative")
+        if "activation_post_process" in name:
+            continue
+        if problem := not_finite(name, tensor, in_float_network=True):
+            raise QuantizationError(f"{name}: {problem}")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise QuantizationError(f"{name}: a variance is negative")
 
 
 def refuse_weights(conv: BinaryConv2d, name: str) -> None:
