@@ -120,7 +120,7 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     # Threads that wait by spinning would slow the model that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        # Without `enable_fallback`, a model that can't be loaded is loaded a second time, with a printed note.
+        # Its own fallback would print to the terminal, then try the same again.
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:
         reason = _first_line(error)

@@ -35,8 +35,13 @@ def compare_constants(
 
 
 def _structure(graph: onnx.GraphProto) -> tuple[list[bytes], list[tuple[str, int, tuple[int, ...]]]]:
-    """Nodes, and name, type and shape of each constant."""
-    nodes = [node.SerializeToString(deterministic=True) for node in graph.node]
+    """Nodes as far as they compute, and name, type and shape of each constant."""
+    nodes = []
+    for node in graph.node:
+        bare = onnx.NodeProto()
+        bare.CopyFrom(node)
+        bare.name = bare.doc_string = ""
+        nodes.append(bare.SerializeToString(deterministic=True))
     return nodes, [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer]
 
 

@@ -170,11 +170,18 @@ class Exactness:
             name, column = _CELLS.get(level.optimizations, (level.name, level.optimizations))
             found.setdefault(name, {})[column] = level
         rows = []
+        if not self.constants_compared:
+            rows.append(("constants", "not compared", "", "", ""))
         for name, settings in found.items():
             shares = [settings[key].share if key in settings else "" for key in ("off", "on")]
             worst = max(settings.values(), key=lambda level: (level.largest, level.different))
             rows.append((name, f"{worst.elements:,}", shares[0], shares[1], f"{worst.largest:g}"))
         return rows
+
+    @property
+    def constants_compared(self) -> bool:
+        """Whether the model's graph is the one that this version exports, so that its constants could be."""
+        return any(tensor.optimizations == "none" for tensor in self.tensors)
 
     def worst(self) -> list[str]:
         """For people: of each level where anything differs, the tensor with the largest difference."""
@@ -217,6 +224,7 @@ class Exactness:
                 }
                 for level in self.levels()
             ],
+            "constants_compared": self.constants_compared,
             "missing": list(self.missing),
             "problems": self.problems(),
         }

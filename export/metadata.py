@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-#: Float32 normalized images (batch, 3, S, S), and logits (batch, classes).
+#: Images (batch, 3, S, S) or (batch, S, S, 3), and logits (batch, classes).
 INPUT: Final = "image"
 OUTPUT: Final = "logits"
 

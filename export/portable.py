@@ -19,6 +19,7 @@ from export.operators import TO_FIRST, TO_LAST, ZERO, IntegerOperators
 from export.pixels import fold_normalization
 from export.strictoperators import StrictOperators
 from qat import __version__
+from qat.errors import QuantizationError
 
 OPSET: Final = 13
 #: Endings of the names of weights.
@@ -56,9 +57,12 @@ def emit(
         strict: only operators that every runtime reads alike; the same numbers, slower in onnxruntime.
 
     Raises:
-        QuantizationError: the normalization can't be folded into raw pixels exactly.
+        QuantizationError: an image size below 1; the normalization can't be folded into raw pixels exactly;
+            or, in the strict form, sums too large for float32.
     """
-    size = image_size or network.image_size
+    size = network.image_size if image_size is None else image_size
+    if size < 1:
+        raise QuantizationError(f"an image size of {size}; allowed: 1 or more")
     builder = GraphBuilder()
     operators = (StrictOperators if strict else IntegerOperators)(builder)
     _Walk(operators, network, size, input_kind)

@@ -8,6 +8,8 @@ onnxruntime computes the same numbers, about five times slower than :mod:`export
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from export.graph import FLOAT, INT32, UINT8, GraphBuilder
@@ -15,13 +17,21 @@ from export.integer import Affine, BinaryConv, Grid
 from export.metadata import INPUT
 from export.operators import TO_FIRST, TO_LAST, ZERO, Array, Factor, IntegerOperators, per_pixel
 from qat.dyadic import ACCUMULATOR_UNIT
+from qat.errors import QuantizationError
+
+#: Integers up to here are float32 numbers.
+_EXACT: Final = 2**24
 
 
 class StrictOperators(IntegerOperators):
-    """Integers in float32, where sums are exact below 2²⁴.
+    """Integers in float32, where sums up to 2²⁴ are exact; what can exceed that is refused.
 
-    The largest sum of a binary convolution is 64 · 9 · 2048; a sum over an image stays below up to 362×362
-    pixels of the trunk, far beyond what the network is used on.
+    The largest sum of a binary convolution is 64 · 9 · 2048. Larger biases are rounded, as the sum is before
+    it is multiplied; a channel with such a bias saturates.
+
+    Raises:
+        QuantizationError: from :meth:`mean` for images beyond 362×362 pixels of the trunk, and from
+            :meth:`affine_conv` for layers whose weights are too many and too large.
     """
 
     def __init__(self, builder: GraphBuilder) -> None:
@@ -121,8 +131,18 @@ class StrictOperators(IntegerOperators):
         factor = self.builder.constant(layer.multiplier.reshape(1, -1, 1, 1), f"{output}.multiplier")
         return self.integer(self.builder.node("Mul", [total, factor], f"{output}.real"), grid, output)
 
+    def affine_conv(
+        self, x: str, layer: Affine, source: Grid, grid: Grid, output: str, *, strides: int = 1, pads: int = 0
+    ) -> str:
+        """See the base class."""
+        weights = np.abs(layer.weight.astype(np.int64)).reshape(len(layer.weight), -1).sum(1)
+        reach = max(source.high - source.zero_point, source.zero_point - source.low)
+        _require_exact(int(weights.max()) * reach, output)
+        return super().affine_conv(x, layer, source, grid, output, strides=strides, pads=pads)
+
     def mean(self, x: str, channels: int, pixels: int, multiplier: Array, output: str) -> str:
         """See the base class."""
+        _require_exact(ZERO * pixels, output)
         last = self.builder.node("Transpose", [x], f"{output}.last", perm=TO_LAST)
         axes = self.builder.constant(np.array([1, 2]))
         total = self.builder.node("ReduceSum", [last, axes], f"{output}.sum")
@@ -133,3 +153,11 @@ class StrictOperators(IntegerOperators):
         """See the base class."""
         mean = self.builder.node("AveragePool", [x], f"{output}.real", kernel_shape=[2, 2], strides=[2, 2])
         return self.integer(mean, Grid(1.0, 8, signed=True), output)
+
+
+def _require_exact(largest: int, output: str) -> None:
+    if largest > _EXACT:
+        raise QuantizationError(
+            f"{output}: sums up to {largest:,} don't fit float32, which holds integers up to {_EXACT:,}: "
+            "no strict form of this network and image size; the default form has no such limit"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 from networks import (
     float_network,
@@ -19,9 +20,12 @@ from networks import (
     toy,
 )
 
-from export.integer import IntegerNetwork
+from export.graph import GraphBuilder
+from export.integer import Affine, Grid, IntegerNetwork
 from export.portable import OPSET, emit
 from export.reference import Interpreter
+from export.strictoperators import StrictOperators
+from qat.errors import QuantizationError
 
 
 def extreme(seed: int) -> IntegerNetwork:
@@ -60,8 +64,19 @@ def test_binary_weights_take_one_bit_in_the_file_here_too() -> None:
     assert strict < fast + 40_000
 
 
+def test_sums_that_float32_cannot_hold_are_refused() -> None:
+    network = ordinary()[1]
+    emit(network, 362, strict=True)
+    with pytest.raises(QuantizationError, match="input_mean: sums up to 16,866,432"):
+        emit(network, 363, strict=True)
+    fc_like = np.full((2, 2000, 1, 1), 127, np.int8)
+    layer = Affine(fc_like, np.zeros(2, np.int32), np.ones(2, np.float32))
+    signed = Grid(1.0, 8, signed=True)
+    with pytest.raises(QuantizationError, match="hidden: sums up to 32,512,000"):
+        StrictOperators(GraphBuilder()).affine_conv("x", layer, signed, signed, "hidden")
+
+
 def in_openvino(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    openvino = pytest.importorskip("openvino", reason="needs openvino")
     core = openvino.Core()
     # Without the hint, processors with bfloat16 compute in it.
     compiled = core.compile_model(
