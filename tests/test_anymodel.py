@@ -30,10 +30,18 @@ from qat.errors import CheckpointError, QatError, VerificationError
     ],
 )
 def test_images_fit_the_input(shape: Shape, fed: tuple[int, ...], tmp_path: Path) -> None:
-    model = AnyModel(image_model(tmp_path / "model.onnx", shape), batch=2, resolution=12)
+    resolution = 12 if "height" in shape else None
+    model = AnyModel(image_model(tmp_path / "model.onnx", shape), batch=2, resolution=resolution)
     images = model.input.random(0)
     assert images.shape == fed
     model.check(images)
+
+
+def test_another_resolution_than_the_model_s_own_is_refused(tmp_path: Path) -> None:
+    path = image_model(tmp_path / "model.onnx", ("batch", 3, 8, 8))
+    assert AnyModel(path, resolution=8).input.shape == (1, 3, 8, 8)
+    with pytest.raises(CheckpointError, match="takes sides of 8, not of 12"):
+        AnyModel(path, resolution=12)
 
 
 @pytest.mark.parametrize(

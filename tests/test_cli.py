@@ -191,7 +191,12 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
 def test_an_interrupt_ends_a_run_with_130_and_its_checkpoint_stays_readable(
     toys: Path, tmp_path: Path
 ) -> None:
-    process = start(*tune(toys, tmp_path, "schedule.epochs=500"))
+    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(*tune(toys, tmp_path, "schedule.epochs=500"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 1/"):
