@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qat.errors import CheckpointError, VerificationError
+from qat.errors import CheckpointError, VerificationError, first_line
 
 Array = NDArray[Any]
 #: Types of images, by onnxruntime's names.
@@ -84,7 +84,7 @@ class AnyModel:
         try:
             outputs: list[Any] = self.session.run(None, {self.input.name: images})
         except Exception as error:  # onnxruntime's exception classes share no base of their own
-            raise CheckpointError(f"{self.path}: onnxruntime can't run it: {_first_line(error)}") from error
+            raise CheckpointError(f"{self.path}: onnxruntime can't run it: {first_line(error)}") from error
         return outputs
 
     def check(self, images: Array) -> None:
@@ -123,7 +123,7 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
         # Its own fallback would print to the terminal, then try the same again.
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise CheckpointError(f"{path}: not a model that onnxruntime can load: {reason}") from error
 
 
@@ -162,7 +162,3 @@ def _sides(shape: list[Any]) -> tuple[int, int] | None:
         if isinstance(shape[channels], int) and 1 <= shape[channels] <= _MOST_CHANNELS:
             return sides
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from export.metadata import INPUT, OUTPUT
 from export.portable import InputKind
-from qat.errors import CheckpointError, DataError, nearest
+from qat.errors import CheckpointError, DataError, first_line, nearest
 from qat.recipe import Data
 
 
@@ -179,7 +179,7 @@ def open_session(model: Path | bytes, source: object, *, optimize: bool = True) 
         return ort.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exception classes share no base of their own
         raise CheckpointError(
-            f"{source}: not a model that onnxruntime can load: {_first_line(error)}"
+            f"{source}: not a model that onnxruntime can load: {first_line(error)}"
         ) from error
 
 
@@ -196,9 +196,5 @@ def run_session(
     try:
         found: list[NDArray[Any]] = session.run(list(names), {INPUT: images}, options)
     except Exception as error:
-        raise CheckpointError(f"{source}: onnxruntime can't run it: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: onnxruntime can't run it: {first_line(error)}") from error
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from qat import __version__
 from qat.bnext import Architecture, BNext, binary_convolutions
-from qat.errors import CheckpointError, QatError, QuantizationError
+from qat.errors import CheckpointError, QatError, QuantizationError, first_line
 from qat.files import write_atomically
 from qat.prepare import quantization_map
 from qat.published import is_safetensors, read_published, read_safetensors
@@ -281,7 +281,7 @@ def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) ->
     try:
         found = tensors_hash(tensors)
     except (RuntimeError, TypeError) as error:  # types that torch can't show the bytes of; we write none
-        raise CheckpointError(f"its tensors are damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"its tensors are damaged: {first_line(error)}") from error
     if found != header.tensors_sha256:
         raise CheckpointError(
             f"its tensors are damaged: their SHA-256 is {found[:12]}…, {header.tensors_sha256[:12]!r}… was "
@@ -293,7 +293,7 @@ def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) ->
             None if header.quantization is None else Quantization.model_validate(header.quantization)
         )
     except (QatError, pydantic.ValidationError) as error:
-        raise CheckpointError(f"its settings are not valid: {_first_line(error)}") from error
+        raise CheckpointError(f"its settings are not valid: {first_line(error)}") from error
     packed = {key.removesuffix(_BITS) for key in tensors if key.endswith(_BITS)}
     if odd := sorted(packed ^ header.sign_bits.keys()):
         raise CheckpointError(f"sign bits and recorded shapes disagree: {listed(odd)}")
@@ -320,7 +320,7 @@ def _read_header(text: str) -> _Header:
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its metadata is not JSON: {_first_line(error)}") from error
+        raise CheckpointError(f"its metadata is not JSON: {first_line(error)}") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version < 1:
         raise CheckpointError("its metadata has no format version")
@@ -370,7 +370,3 @@ def float_shapes(architecture: Architecture) -> Mapping[str, torch.Size]:
     with torch.device("meta"):
         state: dict[str, Tensor] = BNext.from_architecture(architecture).state_dict()
     return {key: value.shape for key, value in state.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

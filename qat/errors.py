@@ -51,3 +51,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the allowed name closest to ``name``, else an empty string."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
