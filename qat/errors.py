@@ -47,6 +47,22 @@ class VerificationError(QatError):
     exit_code = 1
 
 
+class BaselineError(QatError):
+    """A baseline is missing or damaged, or was recorded of something that cannot be compared."""
+
+
+class GateError(QatError):
+    """The accuracy gate failed: a model got worse than its baseline, or than was asked for."""
+
+    exit_code = 1
+
+
+class NotBinaryError(QatError):
+    """A network was required to use weights of exactly ±1, and doesn't."""
+
+    exit_code = 1
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the allowed name closest to ``name``, else an empty string."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

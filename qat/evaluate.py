@@ -39,10 +39,25 @@ class Accuracy:
         return json.dumps(asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None})
 
 
+def ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes stand before the label, int64 (N,): 0 where top-1 is right, below 5 for top-5.
+
+    Of equal logits, which quantized networks have, the lower class stands first. With a NaN among the logits
+    of an image its rank is beyond every number of classes: such an answer is wrong.
+
+    Args:
+        logits: (N, classes).
+        labels: int64 (N,).
+    """
+    own = logits.gather(1, labels[:, None])
+    lower = torch.arange(logits.shape[1], device=labels.device) < labels[:, None]
+    before = ((logits > own) | ((logits == own) & lower)).sum(1)
+    return before.masked_fill(logits.isnan().any(1), torch.iinfo(torch.int64).max)
+
+
 def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> int:
-    """Number of rows of ``logits`` (N, classes) whose label is among the ``k`` largest."""
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((top == labels[:, None]).any(dim=1).sum())
+    """Number of rows of ``logits`` (N, classes) whose label is among the ``k`` largest, see :func:`ranks`."""
+    return int((ranks(logits, labels) < k).sum())
 
 
 def percent(share: float, digits: int = 2) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 __all__ = ["MemorySplit", "Split", "SplitName"]
 
 SplitName = Literal["train", "test"]
+
+#: Images of one batch where all are kept in memory anyway.
+_LOADED_AT_ONCE: Final = 64
 
 
 class Split(ABC):
@@ -51,9 +54,27 @@ class Split(ABC):
         count = self.batch_count(batch_size, drop_last)
         return self._load([order[i * batch_size : (i + 1) * batch_size] for i in range(count)])
 
+    def evenly(self, count: int) -> tuple[Tensor, Tensor]:
+        """uint8 images (count, 3, H, W) and labels (count,), evenly spaced over the split, in its order.
+
+        Folders are sorted by class: the first images would be of a few classes. ``count`` is 1 to the
+        number of images.
+        """
+        order = torch.arange(count) * len(self) // count
+        batches = [order[i : i + _LOADED_AT_ONCE] for i in range(0, count, _LOADED_AT_ONCE)]
+        images, labels = zip(*self._load(batches), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 that changes when an image, a label or the order does."""
+
+    def content_fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the images and labels in order, whatever the files are called.
+
+        It reads every image. Where :meth:`fingerprint` does that, too, they are the same.
+        """
+        return self.fingerprint()
 
     @abstractmethod
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

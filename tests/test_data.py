@@ -166,7 +166,7 @@ def test_a_fingerprint_changes_with_a_pixel_a_label_and_the_order() -> None:
         MemorySplit(split.class_names, split._images.flip(0), split.labels.flip(0)),
     ]
     assert len({variant.fingerprint() for variant in variants}) == 4
-    assert small_split().fingerprint() == split.fingerprint()
+    assert small_split().fingerprint() == split.fingerprint() == split.content_fingerprint()
 
 
 def test_a_network_with_other_classes_than_the_data_is_refused() -> None:
@@ -245,6 +245,37 @@ def test_a_fingerprint_does_not_depend_on_where_the_folder_lies(tree: Path, tmp_
     before = load_split(folder(tree), "train").fingerprint()
     tree.rename(tmp_path / "moved")
     assert load_split(folder(tmp_path / "moved"), "train").fingerprint() == before
+
+
+def test_a_content_fingerprint_depends_on_bytes_labels_and_order_not_on_names(
+    tree: Path, tmp_path: Path
+) -> None:
+    def found() -> str:
+        return load_split(folder(tree), "train").content_fingerprint()
+
+    before, cat = found(), tree / "train" / "cat"
+    (cat / "0.png").rename(cat / "00.png")
+    for split in ("train", "test"):
+        (tree / split / "cat").rename(tree / split / "bird")
+    assert found() == before
+    bird = tree / "train" / "bird"
+    (bird / "00.png").rename(bird / "9.png")  # now the last of its class
+    assert found() != before
+    (bird / "9.png").rename(bird / "00.png")
+    content = (bird / "1.png").read_bytes()
+    (bird / "1.png").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    assert found() != before
+    (bird / "1.png").write_bytes(content)
+    assert found() == before
+    (bird / "2.png").rename(tree / "train" / "dog" / "!.png")  # the same bytes in the same order
+    assert found() != before
+
+
+def test_a_content_fingerprint_names_a_file_that_has_gone(tree: Path) -> None:
+    split = load_split(folder(tree), "train")
+    (tree / "train" / "dog" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"dog/1\.png: cannot be read: No such file"):
+        split.content_fingerprint()
 
 
 def test_loading_a_folder_asks_the_network_nothing(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

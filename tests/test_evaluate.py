@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qat.data import MemorySplit
-from qat.evaluate import Accuracy, accuracy_of, collect_logits, correct_in_top, evaluate, percent, predictor
+from qat.evaluate import (
+    Accuracy,
+    accuracy_of,
+    collect_logits,
+    correct_in_top,
+    evaluate,
+    percent,
+    predictor,
+    ranks,
+)
 from qat.recipe import Data
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
@@ -19,6 +28,29 @@ LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 
 def split(count: int, classes: int = 3) -> MemorySplit:
     images = torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1).repeat(1, 1, 8, 8)
     return MemorySplit([str(i) for i in range(classes)], images, torch.arange(count) % classes)
+
+
+def test_a_rank_counts_the_classes_before_the_label() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
+    assert ranks(logits, torch.tensor([0, 0, 1])).tolist() == [0, 2, 1]
+
+
+def test_of_equal_logits_the_lower_class_is_the_answer() -> None:
+    logits = torch.tensor([[2.0, 2.0, 1.0], [2.0, 2.0, 1.0], [0.0, 0.0, 0.0], [0.0, -0.0, 1.0]])
+    assert ranks(logits, torch.tensor([0, 1, 2, 1])).tolist() == [0, 1, 2, 2]
+
+
+def test_infinite_logits_are_numbers_like_others() -> None:
+    logits = torch.tensor([[torch.inf, 0.0], [-torch.inf, 0.0]])
+    assert ranks(logits, torch.tensor([0, 0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_answer_with_nan_is_wrong_wherever_the_nan_is(place: int) -> None:
+    logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
+    logits[0, place] = torch.nan
+    for k in (1, 5):
+        assert correct_in_top(logits, torch.tensor([0, 0]), k) == 1
 
 
 @pytest.mark.parametrize(("k", "correct"), [(1, 2), (2, 3), (3, 4), (5, 4)])

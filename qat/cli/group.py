@@ -31,7 +31,7 @@ _INTERRUPTED = 130
 _DEBUG = "qat.debug"
 
 
-class _Command(click.Command):
+class Command(click.Command):
     """A command that takes --debug after its name, too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class _Command(click.Command):
 class _Group(click.Group):
     """Turns the project's errors into messages and exit codes; --debug shows the traceback."""
 
-    command_class = _Command
+    command_class = Command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):

@@ -1,0 +1,222 @@
+"""`qat gate` and `qat gate record`: whether a model got worse, for CI."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import click
+
+from qat.cli.group import Command, main
+from qat.cli.options import RECIPE, F, NonEmptyPath, set_option
+from qat.cli.terminal import print_table, spinner, warn
+from qat.errors import OutputError
+
+
+class _Gate(Command, click.Group):
+    """A command with a MODEL, unless its first argument is the name of a subcommand."""
+
+    command_class = Command
+    # As a group it would end at the first argument, and take further ones for names of subcommands.
+    allow_interspersed_args = True
+    allow_extra_args = False
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of this command, or of the subcommand that the first argument names."""
+        if args and (command := self.commands.get(args[0])):
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Both ways to call it."""
+        formatter.write_usage(ctx.command_path, "[OPTIONS] MODEL --baseline FILE")
+        formatter.write_usage(ctx.command_path, "record [OPTIONS] MODEL -o FILE", prefix="       ")
+
+
+def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
+    """The value of an option that is a rule of the gate."""
+    from qat.gate.decision import Rules
+
+    try:
+        Rules(**{str(option.name): value})
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, option) from error
+    return value
+
+
+def _junit_file(ctx: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    # Whatever else the name means, a model or a baseline say, must not be overwritten.
+    if value is not None and value.suffix.lower() != ".xml":
+        raise click.BadParameter(f"{str(value)!r} does not end in .xml", ctx, option)
+    return value
+
+
+def _data_options(function: F) -> F:
+    """--recipe and --set, which say what the data is."""
+    function = set_option(
+        "Override a key of the data, such as --set data.root=DIR. Repeatable.", metavar="data.KEY=VALUE"
+    )(function)
+    return click.option(
+        "--recipe",
+        type=RECIPE,
+        metavar="FILE|NAME",
+        help="Take the data of this recipe instead of the model's.",
+    )(function)
+
+
+_EPILOG: Final = (
+    "Exit codes: 0 pass, improved, or inconclusive; 1 fail, or inconclusive with --on-inconclusive fail; "
+    "2 wrong input, or a baseline of other data, classes or preprocessing."
+)
+
+
+@main.group("gate", cls=_Gate, invoke_without_command=True, no_args_is_help=False, epilog=_EPILOG)
+@click.argument("model", type=NonEmptyPath())
+@click.option("--baseline", type=NonEmptyPath(), metavar="FILE", help="What `qat gate record` wrote.")
+@click.option(
+    "--max-drop",
+    type=float,
+    default=1.0,
+    show_default=True,
+    callback=_checked,
+    metavar="POINTS",
+    help="Largest drop of top-1 that is allowed, in percentage points.",
+)
+@click.option(
+    "--confidence",
+    type=float,
+    default=0.95,
+    show_default=True,
+    callback=_checked,
+    metavar="SHARE",
+    help="Confidence of each bound of the change, above 0.5 and below 1.",
+)
+@click.option(
+    "--floor",
+    type=float,
+    callback=_checked,
+    metavar="PERCENT",
+    help="Fail where the measured top-1 lies below, whatever the baseline says.",
+)
+@click.option(
+    "--on-inconclusive",
+    type=click.Choice(["pass", "fail"]),
+    default="pass",
+    show_default=True,
+    help="Exit code where the images are too few to tell.",
+)
+@_data_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--junit",
+    "junit_path",
+    type=NonEmptyPath(),
+    callback=_junit_file,
+    metavar="FILE",
+    help="Also write JUnit XML to this .xml file, refusals included.",
+)
+def gate(
+    model: Path,
+    baseline: Path | None,
+    max_drop: float,
+    confidence: float,
+    floor: float | None,
+    on_inconclusive: Literal["pass", "fail"],
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    junit_path: Path | None,
+) -> None:
+    """Tell whether MODEL got worse than a recorded baseline, in a way that statistics back.
+
+    MODEL is a run, a checkpoint or an .onnx file. Its answers are paired with the baseline's, image by image.
+    With the confidence asked for, it fails if top-1 fell by more than --max-drop, and passes if it did not;
+    else the result is inconclusive, and says how many images would tell. Below --floor it always fails.
+
+    The data is the test split that the model's own recipe names, changed by --set data.KEY=VALUE, or that of
+    --recipe. In a GitHub job, a summary is appended to the file that GITHUB_STEP_SUMMARY names.
+    """
+    if baseline is None:
+        raise click.UsageError(
+            "--baseline FILE is missing; `qat gate record MODEL -o FILE` writes one for a model that is good"
+        )
+    from qat.commands.gate import judge_model
+    from qat.files import write_atomically
+    from qat.gate.decision import Rules
+    from qat.gate.output import junit, junit_of_error, markdown, markdown_of_error
+
+    rules = Rules(max_drop, confidence, floor, on_inconclusive)
+    started = time.monotonic()
+    try:
+        with spinner("evaluating"):
+            decision = judge_model(model, baseline, rules, recipe, overrides)
+    except Exception as error:
+        message = str(error) or type(error).__name__
+        _summarize(markdown_of_error(message, str(model)))
+        if junit_path is not None:
+            try:
+                write_atomically(junit_path, junit_of_error(message, time.monotonic() - started))
+            except OutputError as second:
+                warn(str(second))  # the first error says more
+        raise
+    seconds = time.monotonic() - started
+    record = _record_command(model, baseline, recipe, overrides)
+    if as_json:
+        click.echo(decision.to_json())
+    else:
+        print_table(f"{model} against {baseline}", ("", "value", "bound"), decision.rows())
+    for text in decision.warnings:
+        warn(text)
+    if decision.verdict == "inconclusive" and decision.passes:
+        warn("inconclusive passes, as --on-inconclusive says: a drop may have gone unseen")
+    _summarize(markdown(decision, str(model), record))
+    if junit_path is not None:
+        write_atomically(junit_path, junit(decision, seconds))
+    decision.require()
+    if as_json:
+        return
+    if decision.verdict == "improved":
+        click.echo(f"record it as the new baseline: {record}")
+    click.echo(f"{model}: {decision.verdict}: {decision.reason}")
+
+
+def _record_command(model: Path, baseline: Path, recipe: str | None, overrides: Sequence[str]) -> str:
+    words = ["qat", "gate", "record", str(model), "-o", str(baseline)]
+    if recipe is not None:
+        words += ["--recipe", recipe]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
+
+
+def _summarize(text: str) -> None:
+    from qat.gate.output import append_summary
+
+    if problem := append_summary(text):
+        warn(problem)
+
+
+@gate.command("record", short_help="Write the baseline of MODEL to FILE.")
+@click.argument("model", type=NonEmptyPath())
+@click.option(
+    "-o", "--output", type=NonEmptyPath(), required=True, metavar="FILE", help="New, or an older baseline."
+)
+@_data_options
+def record(model: Path, output: Path, recipe: str | None, overrides: tuple[str, ...]) -> None:
+    """Record what MODEL gets right as the baseline that `qat gate` compares with.
+
+    MODEL is a run, a checkpoint or an .onnx file. FILE is JSON, small enough to be kept in a repository.
+    """
+    from qat.commands.gate import record_baseline
+
+    with spinner("evaluating"):
+        recorded = record_baseline(model, output, recipe, overrides, warn)
+    click.echo(
+        f"{output}: top-1 {recorded.top1:.2f}%  top-5 {recorded.top5:.2f}%  of {recorded.images} images, "
+        f"{output.stat().st_size / 1000:.1f} kB"
+    )

@@ -1,0 +1,80 @@
+"""What `qat gate` does: record what a model gets right, and judge another model by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qat.checkpoint import file_hash
+from qat.commands.opening import Opened, open_model
+from qat.commands.sources import load_test_split
+from qat.data import Split
+from qat.evaluate import collect_logits
+from qat.gate.baseline import Baseline, DataFacts, ModelFacts, describe_data, file_name, observe
+from qat.gate.baselinefile import check_replaceable, read_baseline, write_baseline
+from qat.gate.comparable import check_comparable
+from qat.gate.decision import Decision, Rules, judge
+
+
+def record_baseline(
+    path: Path, output: Path, recipe: str | None, overrides: Sequence[str], warn: Callable[[str], None]
+) -> Baseline:
+    """Measure the model ``path`` and write its baseline to ``output``.
+
+    Args:
+        path, recipe, overrides, warn: as in :func:`qat.commands.opening.open_model`.
+        output: a new file, or a baseline to replace.
+
+    Raises:
+        QatError: the model or its data cannot be read, or ``output`` cannot be written.
+    """
+    check_replaceable(output)  # before the long part
+    model = open_model(path, recipe, overrides, warn)
+    split = load_test_split(model.data, model.num_classes)
+    baseline = _observe(model, split, describe_data(split, model.data), warn)
+    write_baseline(output, baseline)
+    return baseline
+
+
+def judge_model(
+    path: Path,
+    baseline_path: Path,
+    rules: Rules,
+    recipe: str | None,
+    overrides: Sequence[str],
+) -> Decision:
+    """Measure the model ``path`` and compare it with the baseline in ``baseline_path``.
+
+    Args:
+        path, recipe, overrides: as in :func:`qat.commands.opening.open_model`; its warnings are among those
+            of the decision.
+        baseline_path: what :func:`record_baseline` wrote.
+        rules: what is asked of the model.
+
+    Raises:
+        QatError: a file or the data cannot be read, or the baseline is of other data, classes or
+            preprocessing.
+    """
+    baseline = read_baseline(baseline_path)
+    warnings: list[str] = []
+    model = open_model(path, recipe, overrides, warnings.append)
+    split = load_test_split(model.data, model.num_classes)
+    facts = describe_data(split, model.data)
+    # Before the long part; with the name of the file, too.
+    check_comparable(baseline, facts, model.num_classes, len(split), str(baseline_path))
+    decision = judge(baseline, _observe(model, split, facts, warnings.append), rules)
+    return replace(decision, warnings=(*warnings, *decision.warnings))
+
+
+def _observe(model: Opened, split: Split, facts: DataFacts, warn: Callable[[str], None]) -> Baseline:
+    logits = collect_logits(model.predict, split, model.data)
+    if unusable := int(logits.isnan().any(1).sum()):
+        warn(f"{model.file}: logits of {unusable} of {len(split)} images are NaN; they count as wrong")
+    described = ModelFacts(
+        file=file_name(model.file),
+        sha256=file_hash(model.file),
+        format=model.format,
+        architecture=model.architecture,
+    )
+    return observe(logits, split, facts, described, model.recipe)

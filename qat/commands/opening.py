@@ -1,0 +1,134 @@
+"""Opening any model whose accuracy can be measured: a run, a checkpoint or an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.verify import OnnxModel
+from qat.bnext import is_binary
+from qat.checkpoint import Checkpoint, load_checkpoint
+from qat.commands.sources import only_data, own_recipe, recipe_of_onnx
+from qat.errors import DataError, QatError
+from qat.evaluate import Predict, predictor
+from qat.loading import architecture_of, build, highest_temperature
+from qat.recipe import Data, LoadedRecipe, Recipe, load_recipe
+from qat.rundir import find_run
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, ready to predict.
+
+    Attributes:
+        predict: images → logits.
+        data: the images to measure it on, and how they are preprocessed.
+        num_classes: width of its logits.
+        recipe: of the run it came from, as stored in it; ``None`` where it has none.
+        format: of the file, such as ``bnext-qat`` or ``bnext-qat portable 1``.
+        architecture: one line of text.
+        file: what was read; of a run directory, its best checkpoint.
+    """
+
+    predict: Predict
+    data: Data
+    num_classes: int
+    recipe: Recipe | None
+    format: str
+    architecture: str
+    file: Path
+
+
+def open_model(
+    path: Path, recipe: str | None, overrides: Sequence[str], warn: Callable[[str], None]
+) -> Opened:
+    """Open a run directory's best checkpoint, a checkpoint file or an exported model.
+
+    Args:
+        path: the model.
+        recipe: take the data section of this recipe rather than of the model's own. For published weights it
+            tells the stem's stride, too.
+        overrides: ``data.key=value`` texts that change the recipe.
+        warn: told what makes the accuracy another than the one asked for.
+
+    Raises:
+        QatError: the model or the recipe cannot be read, or don't fit each other.
+    """
+    only_data(overrides, {})
+    chosen = load_recipe(recipe, overrides) if recipe is not None else None
+    if path.suffix.lower() == ".onnx" and not path.is_dir():
+        return _open_onnx(OnnxModel(path), chosen, overrides)
+    file = find_run(path).best if path.is_dir() else path
+    checkpoint = load_checkpoint(file, stem_stride=chosen.recipe.model.stem_stride if chosen else None)
+    if chosen is not None:
+        _check_model(checkpoint, chosen, warn)
+    data = (chosen.recipe if chosen else own_recipe(checkpoint, overrides)).data
+    _check_data(checkpoint, data, warn)
+    network = build(checkpoint)
+    if not is_binary(network):
+        warn(
+            f"{checkpoint.source}: the weights in use are not binary: the temperature is "
+            f"{highest_temperature(network):.3g}, binary means below 1e-7"
+        )
+    return Opened(
+        predictor(network),
+        data,
+        network.architecture.num_classes,
+        checkpoint.recipe,
+        checkpoint.format,
+        str(checkpoint.architecture),
+        file,
+    )
+
+
+def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequence[str]) -> Opened:
+    data = (chosen.recipe if chosen else recipe_of_onnx(model, overrides, "give --recipe")).data
+    model.check_data(data)
+    try:
+        recipe = recipe_of_onnx(model, (), "")
+    except QatError:  # not needed: --recipe was given
+        recipe = None
+    return Opened(
+        model,
+        data,
+        model.num_classes,
+        recipe,
+        model.metadata["format"],
+        model.metadata.get("architecture", "unknown"),
+        model.path,
+    )
+
+
+def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[str], None]) -> None:
+    """Say that a recipe, taken for its data, describes another network than the checkpoint holds."""
+    asked = architecture_of(loaded.recipe.model)
+    if asked != checkpoint.architecture:
+        warn(
+            f"{loaded.path}: model: describes {asked}; evaluated is what {checkpoint.source} holds, "
+            f"{checkpoint.architecture}"
+        )
+
+
+def _check_data(checkpoint: Checkpoint, data: Data, warn: Callable[[str], None]) -> None:
+    """Compare ``data`` with what the network was trained on.
+
+    Another normalization is refused for a quantized network, whose image grid is made for one, as it is for
+    an exported model. Anything else is merely unusual.
+    """
+    if checkpoint.recipe is None:
+        return
+    trained = checkpoint.recipe.data
+    for key, ours, theirs in (("mean", data.mean, trained.mean), ("std", data.std, trained.std)):
+        if not np.allclose(ours, theirs, atol=1e-6):
+            if checkpoint.quantization is not None:
+                raise DataError(
+                    f"data.{key} is {list(ours)}, {checkpoint.source} was made for {list(theirs)}"
+                )
+            warn(f"data.{key} is {list(ours)}, {checkpoint.source} was trained with {list(theirs)}")
+    if data.image_size != trained.image_size:
+        warn(
+            f"data.image_size is {data.image_size}, {checkpoint.source} was trained with {trained.image_size}"
+        )

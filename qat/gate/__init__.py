@@ -1,0 +1,1 @@
+"""The accuracy gate: baselines, the paired comparison, its verdict and how that is told."""

@@ -1,0 +1,86 @@
+"""Whether a model's answers can be compared with a baseline's, and what may have changed beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from qat.errors import BaselineError
+from qat.gate.baseline import Baseline, DataFacts
+
+
+def check_comparable(
+    baseline: Baseline, data: DataFacts, num_classes: int, images: int, source: str = "the baseline"
+) -> None:
+    """Refuse to compare answers to other questions.
+
+    Args:
+        baseline: recorded before.
+        data, num_classes, images: of the model in question.
+        source: what the baseline is called in the message.
+
+    Raises:
+        BaselineError: the first difference in class count, preprocessing, or images and labels.
+    """
+
+    def refuse(key: str, ours: object, theirs: object) -> BaselineError:
+        return BaselineError(
+            f"{source} cannot be compared with: {key} is {ours} here and {theirs} there; measure on the same "
+            "data (--recipe, --set data.KEY=VALUE), or record a new baseline"
+        )
+
+    theirs = baseline.data
+    if num_classes != baseline.num_classes:
+        raise refuse("the number of classes", num_classes, baseline.num_classes)
+    if data.dataset != theirs.dataset:
+        raise refuse("data.dataset", repr(data.dataset), repr(theirs.dataset))
+    for key in ("image_size", "resize"):
+        if getattr(data, key) != getattr(theirs, key):
+            raise refuse(f"data.{key}", getattr(data, key), getattr(theirs, key))
+    for key in ("mean", "std"):
+        if not np.allclose(getattr(data, key), getattr(theirs, key), rtol=0, atol=1e-6):
+            raise refuse(f"data.{key}", getattr(data, key), getattr(theirs, key))
+    if images != baseline.images:
+        raise refuse("the number of images", images, baseline.images)
+    if data.fingerprint != theirs.fingerprint:
+        raise refuse(
+            "the SHA-256 of images and labels", f"{data.fingerprint[:12]}…", f"{theirs.fingerprint[:12]}…"
+        )
+
+
+def differences(baseline: Baseline, observed: Baseline) -> Iterable[str]:
+    """What may have changed answers beside the model, a sentence each."""
+    theirs, ours = baseline.processor, observed.processor
+    if (theirs.name, theirs.architecture) != (ours.name, ours.architecture):
+        yield (
+            f"another processor: {ours.name or 'unknown'} ({ours.architecture}); the baseline is of "
+            f"{theirs.name or 'unknown'} ({theirs.architecture})"
+        )
+    gone, new = (
+        sorted(set(one.instruction_sets or ()) - set(other.instruction_sets or ()))
+        for one, other in ((theirs, ours), (ours, theirs))
+    )
+    if gone or new:
+        parts = [f"{word} {', '.join(names)}" for word, names in (("without", gone), ("with", new)) if names]
+        yield f"other instruction sets: {' and '.join(parts)}, unlike where the baseline was recorded"
+    changed = [
+        f"{name} {observed.versions.get(name)} ({baseline.versions.get(name)})"
+        for name in sorted(observed.versions.keys() | baseline.versions.keys())
+        if observed.versions.get(name) != baseline.versions.get(name)
+    ]
+    if changed:
+        yield f"other versions than the baseline's, which are in brackets: {', '.join(changed)}"
+    if baseline.class_names != observed.class_names:
+        yield _other_names(baseline.class_names, observed.class_names)
+
+
+def _other_names(theirs: list[str] | str, ours: list[str] | str) -> str:
+    if isinstance(theirs, str) or isinstance(ours, str):
+        return "classes have other names than in the baseline"
+    different = [index for index, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]]
+    first = different[0]
+    return (
+        f"{len(different)} of {len(ours)} classes have other names than in the baseline: class {first} is "
+        f"{ours[first]!r}, was {theirs[first]!r}"
+    )

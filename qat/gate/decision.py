@@ -1,0 +1,265 @@
+"""The accuracy gate: did a model get worse than its baseline, and can the data tell?
+
+Both models answered the same images, so they are compared in pairs: only images that one has right and the
+other wrong say something about the change in top-1. :mod:`qat.stats` has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from qat.errors import GateError
+from qat.evaluate import percent
+from qat.gate.baseline import Baseline
+from qat.gate.comparable import check_comparable, differences
+from qat.stats import Pairs, detectable_drop, images_needed, lower_bound, mcnemar_p, upper_bound
+
+Verdict = Literal["pass", "improved", "fail", "inconclusive"]
+#: Chance with which ``images_needed`` images pass a model as good as the baseline, and with which a
+#: ``detectable_drop`` fails.
+POWER: Final = 0.8
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is asked of a model.
+
+    Args:
+        max_drop: the largest drop of top-1 that is allowed, in percentage points, 0 to 100.
+        confidence: of the one-sided bounds of the change, between 0.5 and 1.
+        floor: least top-1 in percent, 0 to 100; the measured one is compared, without statistics.
+        on_inconclusive: what a comparison that cannot tell ends as.
+
+    Raises:
+        ValueError: out of range; the message says what is allowed.
+    """
+
+    max_drop: float = 1.0
+    confidence: float = 0.95
+    floor: float | None = None
+    on_inconclusive: Literal["pass", "fail"] = "pass"
+
+    def __post_init__(self) -> None:
+        """Check the ranges; comparisons are written so that NaN fails them."""
+        if not 0 <= self.max_drop <= 100:
+            raise ValueError(f"{self.max_drop:g} is not a drop in percentage points, 0 to 100")
+        if not 0.5 < self.confidence < 1:
+            hint = f": write {self.confidence / 100:g}" if 50 < self.confidence < 100 else ", such as 0.95"
+            raise ValueError(f"{self.confidence:g} is not a share between 0.5 and 1, both excluded{hint}")
+        if self.floor is not None and not 0 <= self.floor <= 100:
+            raise ValueError(f"{self.floor:g} is not an accuracy in percent, 0 to 100")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A model against its baseline. Changes of top-1 are in percentage points, below 0 where it fell.
+
+    Attributes:
+        baseline, observed, rules: what was compared, and how.
+        pairs: images by who has them right.
+        p: two-sided exact p-value of McNemar's test that nothing changed.
+        lower, upper: one-sided bounds of the change, each with ``rules.confidence``.
+        comparison: verdict of the comparison alone, without the floor.
+        floor_broken: whether top-1 lies below ``rules.floor``.
+        needed: of an inconclusive comparison, images that would tell; ``None`` where no number would.
+        detectable: of an inconclusive comparison, the least real drop that these images would find.
+        warnings: what else differs between the two measurements.
+    """
+
+    baseline: Baseline
+    observed: Baseline
+    rules: Rules
+    pairs: Pairs
+    p: float
+    lower: float
+    upper: float
+    comparison: Verdict
+    floor_broken: bool
+    needed: int | None
+    detectable: float | None
+    warnings: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of all: a broken floor fails, whatever the comparison says."""
+        return "fail" if self.floor_broken else self.comparison
+
+    @property
+    def reason(self) -> str:
+        """Why, in one sentence."""
+        if not self.floor_broken:
+            return self.comparison_reason
+        more = f"; {self.comparison_reason}" if self.comparison == "fail" else ""
+        return f"{self.floor_reason}{more}"
+
+    @property
+    def comparison_reason(self) -> str:
+        """Why the comparison, without the floor, ended as it did, in one sentence."""
+        allowed, sure = f"{self.rules.max_drop:g}", f"with {100 * self.rules.confidence:g} % confidence"
+        if _identical(self.baseline, self.observed, self.pairs):
+            return "the same file as the baseline's, with the same answers"
+        change = 100 * self.pairs.change
+        verb = (
+            "did not change"
+            if change == 0
+            else f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points"
+        )
+        if self.comparison == "fail":
+            return f"top-1 {verb}; {sure}, by at least {-self.upper:.2f}, and {allowed} is allowed"
+        if self.comparison == "improved":
+            return f"top-1 {verb}; {sure}, it is better than the baseline's"
+        if self.comparison == "pass":
+            most = max(-self.lower, 0)
+            return f"top-1 {verb}; {sure}, it did not fall by more than {most:.2f}, and {allowed} is allowed"
+        if self.needed is None:
+            more = "no number of images would"
+        else:
+            more = f"about {self.needed:,} images would, here are {self.pairs.n:,}"
+        return (
+            f"top-1 {verb}; whether the real change, from {points(self.lower)} to {points(self.upper)} (each "
+            f"bound {sure}), is a drop of more than {allowed}, the data can't tell; {more}"
+        )
+
+    @property
+    def floor_reason(self) -> str:
+        """Where top-1 stands against the floor; empty without a floor."""
+        if self.rules.floor is None:
+            return ""
+        side = "below" if self.floor_broken else "not below"
+        return f"top-1 is {_exact(self.observed)}, {side} the floor of {self.rules.floor:g} %"
+
+    @property
+    def passes(self) -> bool:
+        """Whether the gate opens."""
+        if self.verdict == "inconclusive":
+            return self.rules.on_inconclusive == "pass"
+        return self.verdict != "fail"
+
+    def require(self) -> None:
+        """Raise where the gate stays shut.
+
+        Raises:
+            GateError: with verdict and reason.
+        """
+        if not self.passes:
+            raise GateError(f"{self.verdict}: {self.reason}")
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Table for people: what, value, bound."""
+        rules, sure = self.rules, f"{100 * self.rules.confidence:g} %"
+        rows = [
+            ("images", f"{self.pairs.n:,}", ""),
+            ("top-1, baseline", _exact(self.baseline), ""),
+            (
+                "top-1, this model",
+                _exact(self.observed),
+                "" if rules.floor is None else f"≥ {rules.floor:g} %",
+            ),
+            ("top-5, baseline", percent(self.baseline.top5), ""),
+            ("top-5, this model", percent(self.observed.top5), ""),
+            ("images that only the baseline has right", f"{self.pairs.lost:,}", ""),
+            ("images that only this model has right", f"{self.pairs.gained:,}", ""),
+            ("change of top-1, points", points(100 * self.pairs.change), ""),
+            (f"change, at least ({sure} sure)", points(self.lower), f"≥ {points(-rules.max_drop)} passes"),
+            (f"change, at most ({sure} sure)", points(self.upper), f"< {points(-rules.max_drop)} fails"),
+            ("McNemar's exact p", f"{self.p:.3g}", ""),
+        ]
+        if self.detectable is not None:
+            rows.append((f"real drop that fails, {POWER:.0%} of the time", f"{self.detectable:.2f}", ""))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`to_json` prints."""
+        return {
+            "verdict": self.verdict,
+            "passes": self.passes,
+            "reason": self.reason,
+            "warnings": list(self.warnings),
+            "images": self.pairs.n,
+            "top1": self.observed.top1,
+            "top5": self.observed.top5,
+            "baseline_top1": self.baseline.top1,
+            "baseline_top5": self.baseline.top5,
+            "lost": self.pairs.lost,
+            "gained": self.pairs.gained,
+            "change": 100 * self.pairs.change,
+            "change_at_least": self.lower,
+            "change_at_most": self.upper,
+            "mcnemar_p": self.p,
+            "images_needed": self.needed,
+            "detectable_drop": self.detectable,
+            "max_drop": self.rules.max_drop,
+            "confidence": self.rules.confidence,
+            "floor": self.rules.floor,
+            "on_inconclusive": self.rules.on_inconclusive,
+            "model": self.observed.model.model_dump(mode="json"),
+            "baseline": self.baseline.model.model_dump(mode="json") | {"recorded": self.baseline.recorded},
+        }
+
+    def to_json(self) -> str:
+        """One JSON object; accuracies in percent, changes in percentage points."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def judge(baseline: Baseline, observed: Baseline, rules: Rules) -> Decision:
+    """Compare a model with its baseline.
+
+    Args:
+        baseline: recorded before.
+        observed: of the model in question, on the same images.
+        rules: what is asked of it.
+
+    Raises:
+        BaselineError: the two cannot be compared.
+    """
+    check_comparable(baseline, observed.data, observed.num_classes, observed.images)
+    before, now = baseline.answers(), observed.answers()
+    pairs = Pairs(len(now), int(np.sum(before & ~now)), int(np.sum(now & ~before)))
+    lower, upper = (100 * bound(pairs, rules.confidence) for bound in (lower_bound, upper_bound))
+    needed = detectable = None
+    if upper < -rules.max_drop:
+        verdict: Verdict = "fail"
+    elif _identical(baseline, observed, pairs):
+        verdict = "pass"
+    elif lower >= -rules.max_drop:
+        verdict = "improved" if lower > 0 else "pass"
+    else:
+        verdict = "inconclusive"
+        # Without a pair that differs, the share of such images is not 0 but unknown and small.
+        discordance, allowed = max(pairs.discordant, 1) / pairs.n, rules.max_drop / 100
+        needed = images_needed(discordance, allowed, rules.confidence, POWER)
+        drop = detectable_drop(pairs.n, discordance, allowed, rules.confidence, POWER)
+        detectable = None if drop is None else 100 * drop
+    return Decision(
+        baseline=baseline,
+        observed=observed,
+        rules=rules,
+        pairs=pairs,
+        p=mcnemar_p(pairs),
+        lower=lower,
+        upper=upper,
+        comparison=verdict,
+        floor_broken=rules.floor is not None and 100 * int(now.sum()) / len(now) < rules.floor,
+        needed=needed,
+        detectable=detectable,
+        warnings=tuple(differences(baseline, observed)),
+    )
+
+
+def points(change: float) -> str:
+    """A change in percentage points as text with its sign, such as ``−0.28``."""
+    text = f"{change:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def _exact(one: Baseline) -> str:
+    return percent(100 * one.correct_count / one.images)
+
+
+def _identical(baseline: Baseline, observed: Baseline, pairs: Pairs) -> bool:
+    """The same file with the same answers: there is nothing to infer."""
+    return pairs.discordant == 0 and baseline.model.sha256 == observed.model.sha256

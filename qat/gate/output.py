@@ -1,0 +1,153 @@
+"""What a CI job shows of the accuracy gate: JUnit XML, and Markdown for GitHub's summary of a job."""
+
+from __future__ import annotations
+
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from qat.gate.decision import Decision
+
+#: The environment variable that names the file of a GitHub job's summary.
+SUMMARY: Final = "GITHUB_STEP_SUMMARY"
+_SUITE: Final = "qat gate"
+_COMPARISON: Final = "top-1 against the baseline"
+_FLOOR: Final = "top-1 against the floor"
+#: What XML 1.0 has no way to write, not even as a reference.
+_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+#: Characters with a meaning in Markdown's running text or tables, or in HTML.
+_MARKUP: Final = re.compile(r"([\\`*_{}\[\]<>|~$#&!])")
+
+
+def junit(decision: Decision, seconds: float) -> str:
+    """JUnit XML of a decision: a test case for the comparison, and one for the floor if there is one.
+
+    An inconclusive comparison that passes is a skipped test, so that it shows.
+
+    Args:
+        decision: what was decided.
+        seconds: how long it took.
+    """
+    comparison = _case(_COMPARISON, seconds)
+    if decision.comparison == "inconclusive" and decision.rules.on_inconclusive == "pass":
+        _outcome(comparison, "skipped", f"inconclusive: {decision.comparison_reason}")
+    elif decision.comparison in ("fail", "inconclusive"):
+        reason = f"{decision.comparison}: {decision.comparison_reason}"
+        _outcome(comparison, "failure", reason, decision.comparison)
+    cases = [comparison]
+    if decision.rules.floor is not None:
+        floor = _case(_FLOOR, 0.0)
+        if decision.floor_broken:
+            _outcome(floor, "failure", f"fail: {decision.floor_reason}", "fail")
+        cases.append(floor)
+    lines = [f"{decision.verdict}: {decision.reason}", *(f"warning: {text}" for text in decision.warnings)]
+    lines += [f"{what}: {value}{bound and f' ({bound})'}" for what, value, bound in decision.rows()]
+    ET.SubElement(comparison, "system-out").text = _xml("\n".join(lines))
+    return _suite(cases, seconds)
+
+
+def junit_of_error(message: str, seconds: float) -> str:
+    """JUnit XML of a gate that could not decide: one test case with an error."""
+    case = _case(_COMPARISON, seconds)
+    _outcome(case, "error", message, "refused")
+    return _suite([case], seconds)
+
+
+def _case(name: str, seconds: float) -> ET.Element:
+    return ET.Element("testcase", classname=_SUITE, name=name, time=f"{seconds:.3f}")
+
+
+def _outcome(case: ET.Element, tag: str, message: str, kind: str | None = None) -> None:
+    outcome = ET.SubElement(case, tag, message=_xml(message))
+    if kind is not None:
+        outcome.set("type", kind)
+        outcome.text = _xml(message)
+
+
+def _suite(cases: list[ET.Element], seconds: float) -> str:
+    counts = {
+        "tests": len(cases),
+        "failures": sum(case.find("failure") is not None for case in cases),
+        "errors": sum(case.find("error") is not None for case in cases),
+        "skipped": sum(case.find("skipped") is not None for case in cases),
+    }
+    attributes = {"name": _SUITE} | {key: str(count) for key, count in counts.items()}
+    attributes["time"] = f"{seconds:.3f}"
+    root = ET.Element("testsuites", attributes)
+    suite = ET.SubElement(root, "testsuite", attributes)
+    suite.set("timestamp", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"))
+    suite.extend(cases)
+    ET.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(root, encoding="unicode")}\n'
+
+
+def _xml(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)
+
+
+def markdown(decision: Decision, model: str, record: str) -> str:
+    """Markdown of a decision: verdict, table, warnings, and the command that records a new baseline.
+
+    Args:
+        decision: what was decided.
+        model: what was checked, as the user named it.
+        record: the command.
+    """
+    sign = "✅" if decision.passes else "❌"
+    if decision.verdict == "inconclusive" and decision.passes:
+        sign = "⚠️"
+    lines = [
+        f"### {sign} Accuracy gate: {decision.verdict}",
+        "",
+        f"{_markup(model)}: {_markup(decision.reason)}.",
+        "",
+        "| | value | bound |",
+        "|:--|--:|--:|",
+        *(f"| {' | '.join(map(_markup, row))} |" for row in decision.rows()),
+        "",
+        *(f"- Warning: {_markup(text)}" for text in decision.warnings),
+        *([""] if decision.warnings else []),
+        "If this accuracy is the wanted one, record it as the new baseline:",
+        "",
+        *_code(record),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_of_error(message: str, model: str) -> str:
+    """Markdown of a gate that could not decide."""
+    return f"### ❌ Accuracy gate: refused\n\n{_markup(model)}:\n\n" + "\n".join(_code(message)) + "\n"
+
+
+def _markup(text: str) -> str:
+    """``text`` on one line, with nothing that Markdown or HTML would read as markup."""
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> list[str]:
+    """A code block, which no run of backquotes inside can end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence, text, fence]
+
+
+def append_summary(text: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Append ``text`` to the file that ``GITHUB_STEP_SUMMARY`` names, if it names one.
+
+    Returns:
+        Why it could not be written, for a warning: a summary that is missing must not decide a job.
+    """
+    name = environment.get(SUMMARY)
+    if not name:
+        return None
+    try:
+        with Path(name).open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{text}\n")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return f"{name}: the file that {SUMMARY} names cannot be written: {reason}"
+    return None

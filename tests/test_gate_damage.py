@@ -1,0 +1,102 @@
+"""The gate against damage to the network that ships: what a broken kernel or a wrong scale would do."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networkchanges import changed
+from numpy.typing import NDArray
+from toyruns import fail, qat, settings, succeed
+
+from export.integer import IntegerNetwork
+from export.portable import emit
+from qat.commands.lowering import Source, build_and_lower, load
+from qat.rundir import newest_run
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> IntegerNetwork:
+    """BNext-Tiny on the digits in int8, calibrated only, lowered."""
+    runs = tmp_path_factory.mktemp("runs")
+    short = [
+        f"output.dir={json.dumps(str(runs))}",
+        "schedule.epochs=0",
+        "schedule.calibration_batches=4",
+        "threads=1",
+        "device=cpu",
+    ]
+    succeed("finetune", "--recipe", "tiny_int8", *settings(short))
+    _, lowered = build_and_lower(*load(Source(newest_run(runs).path, None), None))
+    return lowered
+
+
+@pytest.fixture(scope="module")
+def baseline(network: IntegerNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("baseline")
+    succeed("gate", "record", _written(network, folder), "-o", folder / "baseline.json")
+    return folder / "baseline.json"
+
+
+def _written(network: IntegerNetwork, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(emit(network).SerializeToString())
+    return path
+
+
+def flip(count: int) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    """Flips ``count`` sign bits at random places; no weight twice."""
+
+    def flipped(sign_bits: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        bits = np.unpackbits(sign_bits)
+        bits[np.random.default_rng(0).choice(bits.size, count, replace=False)] ^= 1
+        return np.packbits(bits)
+
+    return flipped
+
+
+def double(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    return scale * np.float32(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("field", "damage"),
+    [
+        # 300 of the 1,024 weights of the first 1×1 convolution.
+        ("blocks.0.pointwise.0.conv.sign_bits", flip(300)),
+        # The attention of the first 3×3 sub-block counts twice.
+        ("blocks.0.spatial.attention.gain", double),
+    ],
+    ids=["signs", "se_scale"],
+)
+def test_a_damaged_network_is_caught(
+    network: IntegerNetwork,
+    baseline: Path,
+    tmp_path: Path,
+    field: str,
+    damage: Callable[[NDArray[np.generic]], NDArray[np.generic]],
+) -> None:
+    damaged = _written(changed(copy.deepcopy(network), field, damage), tmp_path)
+    assert "error: fail: top-1 fell by" in fail(1, "gate", damaged, "--baseline", baseline)
+    result = qat("gate", damaged, "--baseline", baseline, "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["verdict"]) == (1, "fail")
+    assert found["change_at_most"] < -1  # it is the paired comparison that finds it: no floor is set
+
+
+@pytest.mark.slow
+def test_the_network_itself_and_an_unseen_change_pass(
+    network: IntegerNetwork, baseline: Path, tmp_path: Path
+) -> None:
+    """What the gate cannot see: 300 of 2.4 million signs of the twelfth 3×3 convolution change no answer."""
+    untouched = _written(network, tmp_path)
+    assert "pass: the same file as the baseline's" in succeed("gate", untouched, "--baseline", baseline)
+    field = "blocks.11.spatial.conv.sign_bits"
+    unseen = _written(changed(network, field, flip(300)), tmp_path)
+    printed = succeed("gate", unseen, "--baseline", baseline)
+    assert "pass: top-1 did not change" in printed
