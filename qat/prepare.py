@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Final, Protocol, cast
+from typing import Final, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,10 @@ from qat.twins import (
 #: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+#: A group of the recipe's ``quantization`` section.
+GroupName = Literal["stem", "se", "classifier", "trunk"]
 
 
 class _Network(Protocol):
@@ -134,6 +138,29 @@ def _point_names(blocks: Sequence[Block]) -> list[str]:
                 names.append(f"feature.{index}.{child}.se")
         names += [f"feature.{index}.trunk_mid", f"feature.{index}.trunk_out"]
     return [*names, "prelu", "fc"]
+
+
+def group_of(layer: str) -> GroupName:
+    """The recipe's group that a module, named as globs know it, belongs to."""
+    if layer == "feature.0":
+        return "stem"
+    if layer == "fc":
+        return "classifier"
+    return "se" if layer.endswith(".se") else "trunk"
+
+
+def quantized_layers(model: nn.Module, quantization: Quantization) -> dict[str, GroupName]:
+    """The modules of ``model`` that ``quantization`` chooses, in forward order, with the group of each.
+
+    Raises:
+        QuantizationError: a glob that matches nothing.
+    """
+    names = _point_names([cast(Block, block) for block in list(cast(_Network, model).feature)[1:]])
+    chosen = _Selection(quantization, names)
+    groups = {name: group_of(name) for name in names}
+    return {
+        name: group for name, group in groups.items() if chosen(name, getattr(quantization, group).enabled)
+    }
 
 
 def model_is_prepared(model: nn.Module) -> bool:

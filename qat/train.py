@@ -43,12 +43,12 @@ def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     Raises:
         QatError: see the tree in :mod:`qat.errors`.
     """
-    recipe = _for_task(loaded, "finetune")
+    recipe = for_task(loaded, "finetune")
     assert recipe.quantization is not None  # the schema requires it for this task
-    device = _start(recipe)
-    train, test = _data(recipe)
+    device = begin(recipe)
+    train, test = splits_of(recipe)
     start = resolve_checkpoint(loaded)
-    float_model = _pretrained(start, recipe, report).to(device)
+    float_model = pretrained(start, recipe, report).to(device)
     model = copy.deepcopy(float_model)
     prepare(model, recipe.quantization, image_grid(recipe.data.mean, recipe.data.std))
     # Asked before there is a run directory, which a recipe that quantizes nothing must not leave behind.
@@ -63,7 +63,7 @@ def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     float_accuracy = evaluate(predictor(float_model), test, recipe.data, device)
     report.message(f"float rest: top-1 {float_accuracy.top1:.2f}% of {float_accuracy.n} images")
     if any(True for _ in activation_quantizers(model)):  # weights alone need no calibration
-        calibrate(model, lambda: _calibration_pass(model, train, recipe, device))
+        calibrate(model, lambda: calibration_pass(model, train, recipe, device))
     stored = as_stored(model, recipe.output.float_weights)
     calibrated = evaluate(predictor(stored), test, recipe.data, device)
     points = quantization_map(model)
@@ -101,9 +101,9 @@ def pretrain(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     Returns:
         The finished run's directory; ``best`` is the best epoch whose weights were exactly ±1.
     """
-    recipe = _for_task(loaded, "pretrain")
-    device = _start(recipe)
-    train, test = _data(recipe)
+    recipe = for_task(loaded, "pretrain")
+    device = begin(recipe)
+    train, test = splits_of(recipe)
     model = BNext.from_architecture(architecture_of(recipe.model))
     start = None if recipe.model.checkpoint is None else resolve_checkpoint(loaded)
     if start is not None:
@@ -152,7 +152,7 @@ def _summarize(job: Job, started: float, accuracies: dict[str, Any], name: str) 
     )
 
 
-def _calibration_pass(model: BNext, train: Split, recipe: Recipe, device: torch.device) -> None:
+def calibration_pass(model: BNext, train: Split, recipe: Recipe, device: torch.device) -> None:
     """Some batches of clean training images, in an order that depends on the seed alone."""
     batches = train.batches(recipe.data.batch_size, shuffle_seed=recipe.seed)
     for _, (images, _) in zip(range(recipe.schedule.calibration_batches), batches, strict=False):
@@ -166,8 +166,17 @@ def _centre(images: Tensor, side: int) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def _pretrained(path: Path, recipe: Recipe, report: Reporter) -> BNext:
-    """The recipe's network with the weights of the checkpoint at ``path``."""
+def pretrained(path: Path, recipe: Recipe, report: Reporter) -> BNext:
+    """The recipe's float-rest network with the weights of the checkpoint at ``path``.
+
+    Args:
+        path: of the checkpoint.
+        recipe: with the architecture, and the data that the checkpoint should have been trained on.
+        report: told what is unusual.
+
+    Raises:
+        CheckpointError: it can't be read, does not fit the network, or is not binary.
+    """
     architecture = architecture_of(recipe.model)
     checkpoint = load_checkpoint(path, latent=recipe.model.latent, stem_stride=architecture.stem_stride)
     if checkpoint.quantization is not None:
@@ -188,7 +197,12 @@ def _pretrained(path: Path, recipe: Recipe, report: Reporter) -> BNext:
     return model
 
 
-def _data(recipe: Recipe) -> tuple[Split, Split]:
+def splits_of(recipe: Recipe) -> tuple[Split, Split]:
+    """The training and the test split of a recipe.
+
+    Raises:
+        DataError: one can't be read, does not fit the network, or is too small for a batch.
+    """
     train, test = load_splits(recipe.data)
     for split in (train, test):
         check_fits(split, recipe.model.num_classes)
@@ -199,7 +213,7 @@ def _data(recipe: Recipe) -> tuple[Split, Split]:
     return train, test
 
 
-def _start(recipe: Recipe) -> torch.device:
+def begin(recipe: Recipe) -> torch.device:
     """Seed, thread count and device of a run."""
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
@@ -223,10 +237,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _for_task(loaded: LoadedRecipe, task: str) -> Recipe:
+def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Recipe:
+    """The recipe, if it is for ``task``; ``command`` is the one in use, ``task`` itself by default.
+
+    Raises:
+        RecipeError: it is for the other task.
+    """
     if loaded.recipe.task != task:
         raise RecipeError(
-            f"{loaded.path}: task: this recipe is for `qat {loaded.recipe.task}`, not `qat {task}`"
+            f"{loaded.path}: task: this recipe is for `qat {loaded.recipe.task}`, not `qat {command or task}`"
         )
     return loaded.recipe
 

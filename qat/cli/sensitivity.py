@@ -1,0 +1,225 @@
+"""`qat sensitivity`: what quantization costs, part by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from qat.cli.group import main
+from qat.cli.options import NonEmptyPath, recipe_options
+from qat.cli.terminal import print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qat.commands.sensitivity import Findings
+    from qat.prepare import GroupName
+
+
+class _Bits(click.types.StringParamType):
+    """Widths by commas, each 2 to 8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The widths, a tuple."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        if bad := [word for word in words if word not in {"2", "3", "4", "5", "6", "7", "8"}]:
+            self.fail(f"{bad[0]!r} is no width; write whole numbers of 2 to 8, such as 8,6,4", param, ctx)
+        return tuple(int(word) for word in words)
+
+
+class _Amount(click.types.FloatParamType):
+    """A finite number that is not negative."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not (math.isfinite(number) and number >= 0):
+            self.fail(f"{value} is not a number of at least 0", param, ctx)
+        return number
+
+
+def _html_file(_: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() not in (".html", ".htm"):
+        raise click.BadParameter(f"{str(value)!r} does not end in .html", param=param)
+    return value
+
+
+def _yaml_file(_: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() not in (".yaml", ".yml"):
+        raise click.BadParameter(f"{str(value)!r} does not end in .yaml", param=param)
+    return value
+
+
+@main.command()
+@recipe_options("tiny_int8")
+@click.option(
+    "--by",
+    type=click.Choice(["group", "layer", "both"]),
+    default="both",
+    show_default=True,
+    help="Measure groups, layers, or both.",
+)
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    type=click.Choice(["stem", "se", "classifier", "trunk"]),
+    help="Only this group and its layers. Repeatable [default: all that the recipe quantizes].",
+)
+@click.option(
+    "--bits", type=_Bits(), default="8,6,5,4,3,2", show_default=True, help="Widths to try, by commas."
+)
+@click.option(
+    "--images",
+    type=int,
+    help="Test images to measure on, evenly spaced [default: all, at most 512; for layers at most 160].",
+)
+@click.option(
+    "--tolerance",
+    type=_Amount(),
+    default=0.5,
+    show_default=True,
+    help="Points of top-1 that the suggestion may lose against the recipe.",
+)
+@click.option(
+    "--noise-budget",
+    type=_Amount(),
+    default=3.0,
+    show_default=True,
+    help="dB of signal to noise that it may lose.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=NonEmptyPath(),
+    callback=_html_file,
+    metavar="FILE.html",
+    help="Also write a page with charts.",
+)
+@click.option(
+    "--recipe-out",
+    type=NonEmptyPath(),
+    callback=_yaml_file,
+    metavar="FILE.yaml",
+    help="Also write the recipe with the suggested section, to a new file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything.")
+def sensitivity(
+    recipe: str,
+    overrides: tuple[str, ...],
+    by: Literal["group", "layer", "both"],
+    groups: tuple[GroupName, ...],
+    bits: tuple[int, ...],
+    images: int | None,
+    tolerance: float,
+    noise_budget: float,
+    output: Path | None,
+    recipe_out: Path | None,
+    as_json: bool,
+) -> None:
+    """Find out which parts of a network quantization hurts, and suggest mixed bits.
+
+    Before any fine-tuning, each group and layer is quantized by itself, then left out by itself, and each
+    number of bits is lowered by itself. Compared with the float-rest network are top-1 and the noise in the
+    logits: SQNR, signal to quantization noise in dB. The suggested section loses no more than --tolerance and
+    --noise-budget against the recipe's own.
+    """
+    from rich.console import Console
+
+    from qat.commands.sensitivity import Questions, measure_recipe, require_new, write_recipe
+    from qat.mixedbits import Limits
+    from qat.progress import ConsoleReporter
+    from qat.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if recipe_out is not None:
+        require_new(recipe_out)  # before the minutes that the measuring takes
+    questions = Questions(by, groups, bits, images, Limits(tolerance, noise_budget))
+    console = Console(stderr=True)
+    with _progress(console) as watch:
+        findings = measure_recipe(loaded, questions, ConsoleReporter(console), watch)
+    if as_json:
+        click.echo(findings.to_json())
+    else:
+        _print(findings)
+    written = []
+    if output is not None:
+        from qat.commands.sensitivitypage import page
+        from qat.files import write_atomically
+
+        write_atomically(output, page(findings))
+        written.append(output)
+    if recipe_out is not None:
+        write_recipe(findings, recipe_out)
+        written.append(recipe_out)
+    for path in written:
+        click.echo(f"{path}: {path.stat().st_size / 1e3:.0f} kB", err=as_json)
+
+
+def _print(findings: Findings) -> None:
+    from qat.commands.sensitivitypage import MOST_SENSITIVE, network_table, sensitivity_table, width_table
+
+    tables = [network_table(findings)]
+    if findings.groups:
+        tables.append(sensitivity_table(findings.groups, "Groups"))
+    if layers := findings.layers:
+        caption = f"Most sensitive of {len(layers)} layers"
+        tables.append(sensitivity_table(layers, caption, MOST_SENSITIVE))
+    if findings.widths:
+        tables.append(width_table(findings))
+    for table in tables:
+        print_table(table.caption, table.headings, table.rows)
+    for note in findings.notes():
+        click.echo(note)
+    click.echo(f"\n{findings.verdict()}\n\n{findings.section()}", nl=False)
+
+
+class _Watch:
+    """Counts variants on a bar."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.total = 0
+        self.task = self.bar.add_task("measuring", total=None)
+
+    def expect(self, steps: int) -> None:
+        """So many more variants will be measured."""
+        self.total += steps
+        self.bar.update(self.task, total=self.total)
+
+    def done(self, what: str) -> None:
+        """One variant is measured."""
+        self.bar.update(self.task, advance=1, description=what)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[_Watch]:
+    watch = _Watch(console)
+    with watch.bar:
+        yield watch
