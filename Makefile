@@ -1,10 +1,13 @@
 # make finetune   set everything up, fine-tune the default recipe, export it to ONNX
 # make test       set everything up, run linters, type checker, import contract and all tests
+# make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline
+# make baseline   record that baseline from the newest run under runs/
 VENV ?= .venv
 RECIPE ?= recipes/tiny_int8.yaml
 BIN := $(VENV)/bin
+BASELINE := tests/baselines/tiny_int8_digits.json
 
-.PHONY: finetune test lint pretrain clean
+.PHONY: finetune test lint gate baseline pretrain clean
 
 finetune: $(VENV)/.user
 	$(BIN)/qat finetune --recipe $(RECIPE)
@@ -18,6 +21,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A folder of its own: the newest run is this one. The floor is two images below the worst that was seen.
+gate: $(VENV)/.user
+	rm -rf runs/gate
+	$(BIN)/qat finetune --recipe tiny_int8 --set output.dir=runs/gate
+	$(BIN)/qat export --onnx runs/gate/model.onnx --runs runs/gate
+	$(BIN)/qat gate runs/gate/model.onnx --baseline $(BASELINE) --max-drop 1.0 --floor 98
+
+baseline: $(VENV)/.user
+	$(BIN)/qat export --onnx runs/baseline.onnx
+	$(BIN)/qat gate record runs/baseline.onnx -o $(BASELINE)
 
 pretrain: $(VENV)/.user
 	$(BIN)/qat pretrain --recipe recipes/tiny_digits_pretrain.yaml

@@ -3,7 +3,16 @@
 One module per group of commands. Importing a module adds its commands to ``main``.
 """
 
-from qat.cli import benchmarks, models, recipes, training  # noqa: F401, they add their commands to main
+from qat.cli import (  # noqa: F401, they add their commands to main
+    benchmarks,
+    gate,
+    inspection,
+    models,
+    recipes,
+    report,
+    sensitivity,
+    training,
+)
 from qat.cli.group import main
 
 __all__ = ["main"]

@@ -1,0 +1,110 @@
+"""What `qat report` does: one page on a run, from its directory and the images it is tested on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qat.bnext import BNext
+from qat.checkpoint import Checkpoint, file_hash, load_checkpoint
+from qat.commands.sources import load_test_split, only_data
+from qat.data import Split, normalize
+from qat.errors import CheckpointError, QatError, RecipeError
+from qat.evaluate import predictor
+from qat.files import write_atomically
+from qat.layerstats import measure
+from qat.loading import build, without_quantizers
+from qat.recipe import Data, LoadedRecipe, load_recipe, resolve_checkpoint
+from qat.report.answers import compare
+from qat.report.content import Measured, report_page
+from qat.report.files import RunFiles, read_run
+from qat.rundir import find_run, newest_run
+from qat.train import choose_device
+
+REPORT: Final = "report.html"
+#: Images that layers are measured on: their statistics settle long before.
+_MEASURED: Final = 256
+
+
+def write_report(
+    run: Path | None, output: Path | None = None, overrides: Sequence[str] = (), runs: Path = Path("runs")
+) -> Path:
+    """Write the report on a finished or broken-off run, over an older one.
+
+    Args:
+        run: run directory; ``None`` takes the newest fine-tuning run under ``runs``.
+        output: file to write; ``None`` means ``report.html`` in the run directory.
+        overrides: ``data.key=value`` texts, for test images that have moved.
+        runs: folder of run directories.
+
+    Returns:
+        The file written.
+
+    Raises:
+        QatError: no such run, its best checkpoint or its test images can't be read, an override is refused,
+            or the file can't be written.
+    """
+    directory = find_run(run) if run is not None else newest_run(runs)
+    fixed = "fixed by the checkpoint, which was trained with it"
+    only_data(overrides, {"mean": fixed, "std": fixed, "image_size": fixed})
+    loaded = load_recipe(directory.path / "recipe.yaml", overrides)
+    checkpoint = load_checkpoint(directory.best)
+    files = read_run(directory)
+    measured = _measure(checkpoint, loaded, files)
+    path = directory.path / REPORT if output is None else output
+    write_atomically(path, report_page(files, loaded.recipe, checkpoint, measured))
+    return path
+
+
+def _measure(checkpoint: Checkpoint, loaded: LoadedRecipe, files: RunFiles) -> Measured:
+    """Ask the networks about the test images, and look into the layers of the quantized one."""
+    data, notes = loaded.recipe.data, []
+    split = load_test_split(data, checkpoint.architecture.num_classes)
+    if files.test_fingerprint is not None and files.test_fingerprint != split.fingerprint():
+        notes.append(
+            "These are not the test images that the run was evaluated on: their fingerprint is another. "
+            "Accuracies here are of the present ones."
+        )
+    try:
+        device = choose_device(loaded.recipe.device)
+    except RecipeError:  # a report may be written on another machine than the run's
+        device = torch.device("cpu")
+    network = build(checkpoint).to(device)
+    start: BNext | None = None
+    if checkpoint.quantization is not None:
+        try:
+            start = _start(loaded, files).to(device)
+        except QatError as error:
+            notes.append(f"Without the float-rest network there is nothing to compare with. {error}.")
+    answers = compare(predictor(network), None if start is None else predictor(start), split, data, device)
+    if checkpoint.quantization is None:
+        return Measured(answers, [], 0, notes, device)
+    size = min(data.eval_batch_size, _MEASURED)
+    count = _MEASURED // size
+    layers = measure(network, _sample(split, data, size, count), start)
+    return Measured(answers, layers, min(count * size, answers.n), notes, device)
+
+
+def _start(loaded: LoadedRecipe, files: RunFiles) -> BNext:
+    """The float-rest network that fine-tuning started from.
+
+    Raises:
+        QatError: its file is gone, or another one has taken its place.
+    """
+    path = resolve_checkpoint(loaded)
+    if files.pretrained_sha256 is not None and files.pretrained_sha256 != file_hash(path):
+        raise CheckpointError(f"{path} has changed since the run")
+    model = loaded.recipe.model
+    found = load_checkpoint(path, latent=model.latent, stem_stride=model.stem_stride)
+    return build(without_quantizers(found))
+
+
+def _sample(split: Split, data: Data, size: int, count: int) -> Iterator[Tensor]:
+    """``count`` normalized batches of ``size`` test images, of all classes even where these are in order."""
+    for images, _ in itertools.islice(split.batches(size, shuffle_seed=0), count):
+        yield normalize(images, data.mean, data.std)

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: charts, tables, and the report on a run."""

@@ -1,0 +1,146 @@
+"""What two networks answer on the same images: which classes they confuse, and where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qat.data import Split
+from qat.evaluate import Predict, input_for
+from qat.recipe import Data
+from qat.stats import Pairs
+
+#: Images kept of each kind of change.
+KEPT: Final = 48
+
+
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image that the two networks put into different classes.
+
+    Attributes:
+        index: its place in the split.
+        pixels: uint8 (3, H, W), as the networks are given it but for the normalization.
+        label, before, after: the true class, and the two answers.
+    """
+
+    index: int
+    pixels: Tensor
+    label: int
+    before: int
+    after: int
+
+    @property
+    def better(self) -> bool:
+        """Wrong before, right now."""
+        return self.after == self.label
+
+    @property
+    def worse(self) -> bool:
+        """Right before, wrong now."""
+        return self.before == self.label
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The classes that a network, and the one it came from, put each image of a split into.
+
+    Attributes:
+        class_names: by label.
+        labels: true classes (N,), int64.
+        after: answers (N,) of the network.
+        before: answers (N,) of the network it came from; ``None`` where that isn't known.
+        changed: images with two answers, those that became wrong first, then those that became right, then
+            those that are wrong both times; at most :data:`KEPT` of each.
+    """
+
+    class_names: Sequence[str]
+    labels: Tensor
+    after: Tensor
+    before: Tensor | None
+    changed: Sequence[ChangedImage] = ()
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def correct(self) -> int:
+        """Images that the network has right."""
+        return int((self.after == self.labels).sum())
+
+    @property
+    def correct_before(self) -> int | None:
+        """Images that the network it came from has right."""
+        return None if self.before is None else int((self.before == self.labels).sum())
+
+    @property
+    def changes(self) -> int | None:
+        """Images with two answers."""
+        return None if self.before is None else int((self.before != self.after).sum())
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Images that became wrong, and that became right."""
+        if self.before is None:
+            return None
+        was, now = self.before == self.labels, self.after == self.labels
+        return Pairs(self.n, lost=int((was & ~now).sum()), gained=int((~was & now).sum()))
+
+    def confusion(self) -> Tensor:
+        """Counts (classes, classes) int64: true class by the network's answer."""
+        classes = len(self.class_names)
+        return torch.bincount(self.labels * classes + self.after, minlength=classes**2).view(classes, classes)
+
+    def confused(self, most: int) -> list[tuple[int, int, int]]:
+        """The commonest errors: true class, answer, and how many images; ties in class order."""
+        counts = self.confusion().fill_diagonal_(0)
+        found = [(row, column, int(counts[row, column])) for row, column in counts.nonzero().tolist()]
+        return sorted(found, key=lambda item: (-item[2], item[0], item[1]))[:most]
+
+
+def compare(
+    after: Predict, before: Predict | None, split: Split, data: Data, device: torch.device | str = "cpu"
+) -> Answers:
+    """Ask both networks about every image of ``split``, reading each image once.
+
+    Args:
+        after: a network.
+        before: the one it came from, if it is known.
+        split: labelled images.
+        data: how they are preprocessed, and how many at a time.
+        device: where both networks are.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    now: list[Tensor] = []
+    was: list[Tensor] = []
+    kinds: dict[int, list[ChangedImage]] = {0: [], 1: [], 2: []}
+    start = 0
+    for images, labels in split.batches(data.eval_batch_size):
+        found = images.to(device)
+        now.append(after(input_for(after, found, data)).argmax(dim=1).cpu())
+        if before is not None:
+            was.append(before(input_for(before, found, data)).argmax(dim=1).cpu())
+            for row in (now[-1] != was[-1]).nonzero().flatten().tolist():
+                one = ChangedImage(
+                    start + row, images[row].clone(), int(labels[row]), int(was[-1][row]), int(now[-1][row])
+                )
+                kept = kinds[0 if one.worse else 1 if one.better else 2]
+                if len(kept) < KEPT:
+                    kept.append(one)
+        start += len(labels)
+    changed = [one for kind in kinds.values() for one in kind]
+    return Answers(
+        split.class_names,
+        split.labels,
+        torch.cat(now),
+        torch.cat(was) if before is not None else None,
+        changed,
+    )

@@ -1,0 +1,163 @@
+"""The report's page: key figures, and what its template is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import torch
+
+from qat import __version__
+from qat.checkpoint import Checkpoint
+from qat.evaluate import percent
+from qat.layerstats import LayerStatistics
+from qat.operations import operations
+from qat.recipe import Recipe
+from qat.report.answers import Answers
+from qat.report.costs import (
+    Costs,
+    latency,
+    megabytes,
+    millions,
+    operations_figure,
+    operations_table,
+    size_table,
+    weight_bits,
+)
+from qat.report.files import BENCH, RunFiles, mapping
+from qat.report.layers import group_table, layer_figures, layer_table
+from qat.report.page import Tile, number, render
+from qat.report.sections import (
+    accuracy_figure,
+    change_interval,
+    comparison_table,
+    confused_table,
+    confusion_figure,
+    curves,
+    gallery,
+    interval_text,
+    points,
+    verdict,
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was computed for a report.
+
+    Attributes:
+        answers: of the network and the one it came from, on the test images.
+        layers: statistics of a quantized network's points.
+        images: how many images these are of.
+        notes: sentences on what could not be measured.
+        device: where.
+    """
+
+    answers: Answers
+    layers: Sequence[LayerStatistics]
+    images: int
+    notes: Sequence[str]
+    device: torch.device
+
+
+def report_page(files: RunFiles, recipe: Recipe, checkpoint: Checkpoint, measured: Measured) -> str:
+    """The report as HTML."""
+    quantized = checkpoint.quantization is not None
+    answers = measured.answers
+    counted = operations(checkpoint.architecture, recipe.data.image_size)
+    costs = Costs(counted, weight_bits(counted, checkpoint.quantization_map))
+    notes = [*files.problems, *measured.notes]
+    bench = None if files.bench is None else latency(files.bench)
+    if files.bench is not None and bench is None:
+        notes.append(f"{BENCH} is not what `qat bench --json` prints, and is left out.")
+    before = answers.correct_before
+    return render(
+        "report.html",
+        quantized=quantized,
+        name=files.run.path.resolve().name,
+        facts=_headline(files, checkpoint, recipe),
+        notes=notes,
+        verdict=verdict(answers, quantized),
+        tiles=_tiles(answers, costs, quantized, files),
+        accuracy=accuracy_figure(answers, files.summary, quantized),
+        comparison=comparison_table(answers),
+        curves=curves(files.metrics, None if before is None else 100 * before / answers.n),
+        best_epoch=number(files.summary.get("best_epoch")),
+        confusion=confusion_figure(answers),
+        confused=confused_table(answers),
+        changes=answers.changes,
+        gallery=gallery(answers),
+        layer_figures=layer_figures(measured.layers),
+        groups=group_table(measured.layers),
+        layers=layer_table(measured.layers),
+        measured=measured.images,
+        operations=operations_figure(costs, quantized),
+        operations_table=operations_table(costs),
+        sizes=size_table(costs, [files.run.best, files.model], quantized),
+        parameters=counted.parameters,
+        latency=bench,
+        recipe=files.recipe,
+        origin=_origin(files, recipe, measured),
+    )
+
+
+def _headline(files: RunFiles, checkpoint: Checkpoint, recipe: Recipe) -> str:
+    data = recipe.data
+    source = data.dataset if data.root is None else f"{data.dataset} {data.root}"
+    parts = [str(checkpoint.architecture), f"{source}, {data.image_size} × {data.image_size} pixels"]
+    finished = number(files.summary.get("finished"))
+    if finished is not None:
+        when = datetime.fromtimestamp(finished, UTC)
+        parts.append(f"finished\u00a0{when.day}\u00a0{when:%b}\u00a0{when.year}")
+    return " · ".join(parts)
+
+
+def _tiles(answers: Answers, costs: Costs, quantized: bool, files: RunFiles) -> list[Tile]:
+    top1 = percent(100 * answers.correct / answers.n)
+    interval = f"95 % confidence: {interval_text(answers.correct, answers.n)}"
+    tiles = []
+    if answers.pairs is not None and answers.correct_before is not None:
+        before = percent(100 * answers.correct_before / answers.n)
+        about = f"95 % confidence: {interval_text(answers.correct_before, answers.n)}"
+        tiles.append(Tile("Float-rest top-1", before, about))
+    tiles.append(Tile("int8 top-1" if quantized else "Top-1", top1, interval))
+    if answers.pairs is not None:
+        low, high = change_interval(answers.pairs)
+        # Coloured only where chance is unlikely.
+        tone: Literal["", "good", "bad"] = "good" if low > 0 else "bad" if high < 0 else ""
+        about = f"95 % confidence: {points(low)} to {points(high)}"
+        tiles.append(Tile("Change in points", points(answers.pairs.change), about, tone))
+    full = costs.operations.parameters.float32_bytes
+    tiles.append(
+        Tile("Parameters", megabytes(costs.bytes), f"{full / costs.bytes:.1f}× smaller than in float32")
+    )
+    if files.model.is_file():
+        tiles.append(Tile("model.onnx", megabytes(files.model.stat().st_size), "exported integer graph"))
+    about = f"{millions(costs.operations.bops)} BOPs / 64"
+    if quantized:
+        about = f"{millions(costs.operations.float_rest_ops)} before quantization"
+    tiles.append(Tile("OPs per image", millions(costs.ops()), about))
+    return tiles
+
+
+def _origin(files: RunFiles, recipe: Recipe, measured: Measured) -> list[tuple[str, Any]]:
+    """Versions, fingerprints, and where the report's own numbers come from."""
+    facts: list[tuple[str, Any]] = [("Task", recipe.task), ("Seed", recipe.seed)]
+    if recipe.model.checkpoint is not None:
+        facts.append(("Started from", recipe.model.checkpoint))
+    if files.pretrained_sha256 is not None:
+        facts.append(("SHA-256 of that file", files.pretrained_sha256))
+    names = {"train": "Training images, SHA-256", "test": "Test images, SHA-256"}
+    facts += [(name, files.data[key]) for key, name in names.items() if key in files.data]
+    versions = mapping(files.summary.get("versions"))
+    if versions:
+        facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    seconds = number(files.summary.get("seconds"))
+    if seconds is not None:
+        facts.append(("Training time", f"{seconds:,.0f} s"))
+    device = measured.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    facts.append(("This report", f"bnext-qat {__version__}, torch {torch.__version__}, on the {where}"))
+    return facts

@@ -1,0 +1,146 @@
+"""From a matplotlib figure to an inline ``svg`` element that takes its colours and fonts from the page.
+
+Matplotlib is given colours that stand for CSS variables (:data:`MARKS`); they are replaced afterwards. What
+is written is deterministic, short, and safe to put several times into one page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+import xml.etree.ElementTree as ElementTree
+from contextlib import AbstractContextManager
+from typing import Final, Literal
+
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Width of a chart and size of its text, in SVG units; a phone shows the width in some 340 pixels.
+WIDTH: Final = 420.0
+TEXT: Final = 14.0
+#: CSS variables that can be drawn with, and the colours that stand for them while matplotlib draws.
+COLOURS: Final = (
+    "ink",
+    "muted",
+    "line",
+    "good",
+    "bad",
+    "on-fill",
+    "series-1",
+    "series-2",
+    "series-3",
+    "series-4",
+    "series-5",
+    "series-6",
+)
+MARKS: Final = {name: f"#fe01{index:02x}" for index, name in enumerate(COLOURS)}
+_VARIABLES: Final = {mark: f"var(--{name})" for name, mark in MARKS.items()}
+_NAMESPACE: Final = "{http://www.w3.org/2000/svg}"
+_HREF: Final = "{http://www.w3.org/1999/xlink}href"
+_SETTINGS: Final = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bnext-qat",
+    "font.size": TEXT,
+    "path.simplify": False,
+    "axes.unicode_minus": True,
+}
+
+
+def chart_style() -> AbstractContextManager[None]:
+    """Matplotlib's own defaults with :data:`_SETTINGS`, whatever the user's configuration says."""
+    return style.context(_SETTINGS, after_reset=True)
+
+
+def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """A figure of the common width and of ``height`` SVG units, without a background."""
+    return Figure(figsize=(WIDTH / 72, height / 72), layout=layout, facecolor="none")
+
+
+def tidy(axes: Axes, grid: Literal["x", "y"] | None) -> None:
+    """Quiet axes: no frame, no tick marks, a fine grid."""
+    for side in ("left", "right", "top"):
+        axes.spines[side].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_edgecolor(MARKS["line"])
+    axes.set_facecolor("none")
+    axes.tick_params(which="both", length=0, pad=5, colors=MARKS["muted"])
+    axes.xaxis.label.set_color(MARKS["muted"])
+    axes.yaxis.label.set_color(MARKS["muted"])
+    if grid is not None:
+        axes.grid(axis=grid, color=MARKS["line"], linewidth=1.0)
+        axes.set_axisbelow(True)
+    for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label):
+        text.set_parse_math(False)
+
+
+def clean(text: str) -> str:
+    """Text without control characters and half surrogates, which no font has a place for."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most ``most`` letters; the middle gives way, ends of names say more."""
+    text = clean(text)
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def to_svg(figure: Figure, title: str) -> Markup:
+    """The figure as an ``svg`` element with CSS colours, a title, and identifiers of its own."""
+    file = io.StringIO()
+    with warnings.catch_warnings():
+        # Letters beyond matplotlib's font are drawn by the browser, which has others.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    title = clean(title)
+    content = file.getvalue()
+    # Several charts share a page: each has identifiers of its own.
+    key = "c" + hashlib.sha256(f"{title}\0{content}".encode()).hexdigest()[:10]
+    # Beside the drawing stand metadata, and a style that would change the whole page.
+    drawing = ElementTree.fromstring(content).find(f"{_NAMESPACE}g")
+    assert drawing is not None
+    height = figure.get_figheight() * 72
+    root = ElementTree.Element(
+        "svg",
+        {"class": "chart", "role": "img", "aria-label": title, "viewBox": f"0 0 {WIDTH:g} {height:g}"},
+    )
+    ElementTree.SubElement(root, "title").text = title
+    used = {element.get(_HREF, "").removeprefix("#") for element in drawing.iter()}
+    root.extend(_plain(drawing, key, used))
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _plain(element: ElementTree.Element, key: str, used: set[str]) -> list[ElementTree.Element]:
+    """An element of matplotlib's, and what is in it, as short as the same picture can be written."""
+    style_of = element.get("style", "")
+    if element.tag == f"{_NAMESPACE}path" and style_of == "fill: none":  # a background that isn't there
+        return []
+    children = [found for child in element for found in _plain(child, key, used)]
+    plain = ElementTree.Element(element.tag.removeprefix(_NAMESPACE))
+    for name, value in element.items():
+        if name == "id":
+            if value in used:
+                plain.set("id", key + value)
+        elif name == _HREF:
+            plain.set("href", value.replace("#", f"#{key}"))
+        elif name == "clip-path":  # to the axes, beyond which nothing is drawn here
+            continue
+        elif name == "style":
+            value = re.sub(r" ?font-family:[^;]*;", "", value)
+            plain.set("style", re.sub(r"#fe01\w\w", lambda found: _VARIABLES[found[0]], value))
+        elif not (name == "transform" and "rotate(-0 " in value):
+            value = re.sub(
+                r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value
+            )
+            plain.set(name, " ".join(value.split()))
+    plain.text = element.text if plain.tag in ("text", "tspan") else None
+    if plain.tag in ("g", "defs") and not plain.attrib and (plain.tag == "g" or not children):
+        return children
+    plain.extend(children)
+    return [plain]
