@@ -41,6 +41,12 @@ class TrainingError(QatError):
     exit_code = 1
 
 
+class Stopped(QatError):  # noqa: N818 - not an error: it did what it was asked for
+    """SIGTERM asked a training run to stop; its state is saved."""
+
+    exit_code = 143  # 128 + 15, as shells have it
+
+
 class VerificationError(QatError):
     """An exported model differs from the network it came from by more than the stated bound."""
 

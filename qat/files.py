@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qat.errors import OutputError
@@ -24,6 +26,23 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         OutputError: ``path`` or a parent folder cannot be written; the message has the reason.
     """
     payload = data.encode() if isinstance(data, str) else data
+    with replacing(path) as temporary:
+        temporary.write_bytes(payload)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path in the folder of ``path``; what the block writes there takes the name ``path`` at its end.
+
+    For content too large to be held in memory a second time; else see :func:`write_atomically`, which this
+    is the whole of.
+
+    Args:
+        path: file to create or replace.
+
+    Raises:
+        OutputError: ``path`` or a parent folder cannot be written, or the block raised ``OSError``.
+    """
     try:
         target = path.resolve()
         # Replacing a device such as /dev/null by a file would be much worse than refusing.
@@ -34,9 +53,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
         try:
             # Exclusive creation, with the permissions that the user's umask gives any new file.
-            with temporary.open("xb") as file:
-                file.write(payload)
-                file.flush()
+            temporary.open("xb").close()
+            yield temporary
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(target)
         except BaseException:

@@ -19,10 +19,13 @@ from qat.augment import Augmenter, normalize
 from qat.bnext import BNext, binary_convolutions, is_binary
 from qat.checkpoint import as_stored, save_checkpoint
 from qat.data import Split
-from qat.errors import CheckpointError, QuantizationError, TrainingError
-from qat.evaluate import Accuracy, correct_in_top, evaluate, predictor
+from qat.errors import CheckpointError, QuantizationError, Stopped, TrainingError
+from qat.evaluate import Accuracy, Predict, correct_in_top, evaluate, predictor
 from qat.recipe import Optimizer, Recipe, Temperature
+from qat.resume import Parts, begun, capture, restore, resume_command
 from qat.rundir import RunDirectory
+from qat.statefile import Running, State, write_state
+from qat.stopping import StopRequest
 
 
 class Reporter(Protocol):
@@ -34,8 +37,8 @@ class Reporter(Protocol):
     def warning(self, text: str) -> None:
         """Something the user should know and may want to change."""
 
-    def start(self, epochs: int, steps: int) -> None:
-        """Training begins: ``epochs`` of ``steps`` batches."""
+    def start(self, epochs: int, steps: int, done: int = 0) -> None:
+        """Training begins: ``epochs`` of ``steps`` batches, of which ``done`` are behind a resumed run."""
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """One batch is done: loss, top1 (percent), images_per_second, all running means of the epoch."""
@@ -49,7 +52,11 @@ class Reporter(Protocol):
 
 @dataclass
 class Job:
-    """Everything the loop works on, and the best epoch so far."""
+    """Everything the loop works on, how far it is, and the best epoch so far.
+
+    ``epoch`` counts whole epochs, ``accuracy`` is the one after the last of them and ``rows`` are their
+    metrics; ``running`` is the epoch after these.
+    """
 
     recipe: Recipe
     model: BNext
@@ -64,6 +71,39 @@ class Job:
     metadata: dict[str, str] = field(default_factory=dict)
     best: Accuracy | None = None
     best_epoch: int | None = None
+    epoch: int = 0
+    accuracy: Accuracy | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    running: Running = field(default_factory=Running)
+    #: Before training, by name.
+    accuracies: dict[str, Accuracy] = field(default_factory=dict)
+    #: Where to go on; ``None`` for a run that begins.
+    state: State | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    #: When it began, and the seconds it had taken before that if it was resumed.
+    started: float = field(default_factory=time.time)
+    seconds_before: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the run took so far, without the time that it lay idle."""
+        return self.seconds_before + time.time() - self.started
+
+    def check_stop(self) -> None:
+        """Raise ``Stopped`` where SIGTERM asked for it."""
+        if self.stop.requested:
+            again = resume_command(self.recipe.task, self.run.path)
+            raise Stopped(f"stopped by SIGTERM, everything is saved; go on with: {again}")
+
+    def predictor(self, model: BNext) -> Predict:
+        """:func:`qat.evaluate.predictor` of ``model`` that ends between two batches where SIGTERM asks."""
+        predict = predictor(model)
+
+        def stoppable(images: Tensor) -> Tensor:
+            self.check_stop()
+            return predict(images)
+
+        return stoppable
 
 
 def temperature_at(schedule: Temperature, share: float) -> float:
@@ -118,10 +158,15 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
 
 
 def fit(job: Job) -> None:
-    """Train for the recipe's epochs; each is evaluated, logged and kept.
+    """Train for the recipe's epochs, or for those that ``job.state`` leaves; each is evaluated and kept.
+
+    The state is saved first and the rest made of it: metrics and checkpoints never run ahead of what a
+    resumed run knows.
 
     Raises:
+        Stopped: SIGTERM came; the state is saved.
         TrainingError: a loss or a tensor is not finite any more.
+        CheckpointError: ``job.state`` is of another network.
         OutputError: the run's directory can't be written.
     """
     recipe, model = job.recipe, job.model
@@ -132,32 +177,63 @@ def fit(job: Job) -> None:
         optimizer, lambda step: learning_rate_factor(recipe.optimizer, step, epochs * steps)
     )
     augment = Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed)
-    job.report.start(epochs, steps)
+    parts = Parts(model, optimizer, scheduler, job.device)
+    if job.state is None:
+        _save(job, parts)
+    else:
+        restore(parts, job.state)
+    job.run.rewrite_log(job.rows)  # it may have lines from beyond the state
+    # Of a resumed run, too, which may have ended before it kept the epoch.
+    if job.accuracy is not None and not job.running.step:
+        keep(job, job.epoch, job.accuracy)
+    job.report.start(epochs, steps, job.epoch * steps + job.running.step)
     try:
-        for epoch in range(1, epochs + 1):
-            metrics = _epoch(job, epoch, steps, optimizer, scheduler, augment)
+        for epoch in range(job.epoch + 1, epochs + 1):
+            metrics = _epoch(job, epoch, steps, parts, augment)
             accuracy = _evaluate(job, epoch)
             metrics |= {"test_top1": accuracy.top1, "test_top5": accuracy.top5, "test_loss": accuracy.loss}
+            job.epoch, job.accuracy, job.running = epoch, accuracy, Running()
+            job.rows.append(metrics)
+            _save(job, parts)
             job.run.log(metrics)
             keep(job, epoch, accuracy)
             job.report.epoch(metrics)
+            if epoch < epochs:
+                job.check_stop()
+    except Stopped:
+        if job.running.step:  # else nothing was done since the last one
+            _save(job, parts)
+        raise
     finally:
         job.report.stop()
 
 
-def _epoch(
-    job: Job,
-    epoch: int,
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    augment: Augmenter,
-) -> dict[str, Any]:
-    recipe, model, device = job.recipe, job.model, job.device
-    seen, correct, loss_sum, started = 0, 0, 0.0, time.perf_counter()
-    learning_rate = 0.0
-    batches = job.train.batches(recipe.data.batch_size, shuffle_seed=recipe.seed + epoch, drop_last=True)
-    for step, (images, labels) in enumerate(batches):
+def _save(job: Job, parts: Parts) -> None:
+    tensors, fields = capture(parts)
+    record = begun(job.recipe, job.metadata, job.device).model_copy(
+        update={
+            "epoch": job.epoch,
+            "running": job.running,
+            "rows": job.rows,
+            "accuracy": job.accuracy,
+            "best": job.best,
+            "best_epoch": job.best_epoch,
+            "accuracies": job.accuracies,
+            "seconds": job.seconds,
+            **fields,
+        }
+    )
+    write_state(job.run.path, record, tensors, job.recipe.schedule.keep_states)
+
+
+def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -> dict[str, Any]:
+    recipe, model, device, sums = job.recipe, job.model, job.device, job.running
+    optimizer, scheduler, save_steps = parts.optimizer, parts.scheduler, recipe.schedule.save_steps
+    started = time.perf_counter() - sums.seconds
+    batches = job.train.batches(
+        recipe.data.batch_size, shuffle_seed=recipe.seed + epoch, drop_last=True, skip=sums.step
+    )
+    for step, (images, labels) in enumerate(batches, start=sums.step):
         model.train()
         job.before_step(((epoch - 1) * steps + step) / (recipe.schedule.epochs * steps))
         images = normalize(augment(images.to(device), epoch, step), recipe.data.mean, recipe.data.std)
@@ -176,16 +252,18 @@ def _epoch(
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
         if recipe.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
-        learning_rate = float(scheduler.get_last_lr()[-1])
+        sums.learning_rate = float(scheduler.get_last_lr()[-1])
         optimizer.step()
         scheduler.step()
-        seen += len(labels)
-        correct += correct_in_top(logits.detach(), labels, 1)
-        loss_sum += value * len(labels)
-        rate = seen / (time.perf_counter() - started)
-        job.report.step(
-            epoch, {"loss": loss_sum / seen, "top1": 100.0 * correct / seen, "images_per_second": rate}
-        )
+        sums.step = step + 1
+        sums.seen += len(labels)
+        sums.correct += correct_in_top(logits.detach(), labels, 1)
+        sums.loss_sum += value * len(labels)
+        sums.seconds = time.perf_counter() - started
+        job.report.step(epoch, _means(sums))
+        job.check_stop()
+        if save_steps and ((epoch - 1) * steps + sums.step) % save_steps == 0:
+            _save(job, parts)
     # A last step that spoils the weights shows in no loss any more, and a network with NaN must not go on
     # to be evaluated: its integers have no meaning.
     spoilt = next((name for name, value in model.state_dict().items() if _has_nan(value)), None)
@@ -194,14 +272,22 @@ def _epoch(
     # What is evaluated and kept is the network as the schedule has it now, not one step earlier: annealing
     # that ends with the training would otherwise never reach its end.
     job.before_step(epoch / recipe.schedule.epochs)
+    means = _means(sums)
     return {
         "epoch": epoch,
-        "loss": loss_sum / seen,
-        "top1": 100.0 * correct / seen,
-        "learning_rate": learning_rate,
+        **{key: means[key] for key in ("loss", "top1")},
+        "learning_rate": sums.learning_rate,
         "temperature": float(next(iter(binary_convolutions(model).values())).temperature),
-        "images_per_second": seen / (time.perf_counter() - started),
-        "seconds": time.perf_counter() - started,
+        "images_per_second": means["images_per_second"],
+        "seconds": sums.seconds,
+    }
+
+
+def _means(sums: Running) -> dict[str, float]:
+    return {
+        "loss": sums.loss_sum / sums.seen,
+        "top1": 100.0 * sums.correct / sums.seen,
+        "images_per_second": sums.seen / sums.seconds,
     }
 
 
@@ -210,7 +296,7 @@ def _evaluate(job: Job, epoch: int) -> Accuracy:
     try:
         # As stored: rounding to half precision may move an image or two, and the file is what is used.
         model = as_stored(job.model, job.recipe.output.float_weights)
-        accuracy = evaluate(predictor(model), job.test, job.recipe.data, job.device)
+        accuracy = evaluate(job.predictor(model), job.test, job.recipe.data, job.device)
     except QuantizationError as error:  # constants that are no numbers
         raise TrainingError(_not_finite(job, f"epoch {epoch}", "test loss", math.nan)) from error
     if not math.isfinite(accuracy.loss):

@@ -36,8 +36,8 @@ class ConsoleReporter:
         """One line, marked as a warning."""
         self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
-    def start(self, epochs: int, steps: int) -> None:
-        """Show the bar where the console is a terminal."""
+    def start(self, epochs: int, steps: int, done: int = 0) -> None:
+        """Show the bar where the console is a terminal; ``done`` steps of all are behind it."""
         self._epochs = epochs
         if not self.console.is_terminal or not epochs:
             return
@@ -53,7 +53,9 @@ class ConsoleReporter:
             console=self.console,
             transient=True,
         )
-        self._task = self._progress.add_task(f"epoch 1/{epochs}", total=epochs * steps, figures="")
+        self._task = self._progress.add_task(
+            f"epoch 1/{epochs}", total=epochs * steps, completed=done, figures=""
+        )
         self._progress.start()
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:

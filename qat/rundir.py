@@ -2,7 +2,7 @@
 
 A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
 per epoch), ``best.safetensors``, ``last.safetensors``, after fine-tuning ``quantization.json`` and, once
-finished, ``summary.json``.
+finished, ``summary.json``. Until then ``state/`` has what :mod:`qat.resume` goes on from.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ class RunDirectory:
                 file.write(json.dumps(metrics) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path / 'metrics.jsonl'}: {error.strerror or error}") from error
+
+    def rewrite_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make ``rows`` the whole of ``metrics.jsonl``, atomically; without rows there is no such file."""
+        path = self.path / "metrics.jsonl"
+        if rows:
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write ``content`` to the file ``name``, atomically."""

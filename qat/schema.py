@@ -246,6 +246,12 @@ class Schedule(Section):
     temperature: Temperature = Field(
         default=Temperature(), description="Anneal of the binary weights (pretraining only)."
     )
+    save_steps: Count | None = Field(
+        default=None,
+        description="Steps between two saved states, from which `--resume` goes on. Null: after each epoch "
+        "only.",
+    )
+    keep_states: int = Field(default=2, ge=1, description="Newest saved states that are kept.")
 
 
 class Optimizer(Section):

@@ -40,19 +40,25 @@ class Split(ABC):
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
     def batches(
-        self, batch_size: int, *, shuffle_seed: int | None = None, drop_last: bool = False
+        self,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        drop_last: bool = False,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 images (N, 3, H, W) and int64 labels (N,).
 
         The order is the split's own, or with ``shuffle_seed`` a permutation that depends on that seed
-        alone. The global random state is untouched. Raises ``DataError`` naming an image it cannot decode.
+        alone. The first ``skip`` batches are left out without being loaded. The global random state is
+        untouched. Raises ``DataError`` naming an image it cannot decode.
         """
         if shuffle_seed is None:
             order = torch.arange(len(self))
         else:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))
         count = self.batch_count(batch_size, drop_last)
-        return self._load([order[i * batch_size : (i + 1) * batch_size] for i in range(count)])
+        return self._load([order[i * batch_size : (i + 1) * batch_size] for i in range(skip, count)])
 
     def evenly(self, count: int) -> tuple[Tensor, Tensor]:
         """uint8 images (count, 3, H, W) and labels (count,), evenly spaced over the split, in its order.

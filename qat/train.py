@@ -6,11 +6,11 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,30 @@ from qat.bnext import BNext, binary_convolutions, is_binary, set_temperature
 from qat.checkpoint import as_stored, file_hash, load_checkpoint
 from qat.data import Split, check_fits, load_splits
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
-from qat.evaluate import evaluate, predictor
+from qat.evaluate import evaluate
 from qat.fakequant import activation_quantizers, freeze_observers
 from qat.loading import architecture_of, highest_temperature, load_state, without_quantizers
-from qat.loop import Job, Reporter, fit, keep, temperature_at
+from qat.loop import Job, Reporter, fit, temperature_at
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
+from qat.resume import Resumed, begun, check_same, held, resume_command
 from qat.rundir import SUMMARY, RunDirectory
+from qat.statefile import remove_states, write_state
 
 
-def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
+def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = None) -> RunDirectory:
     """Calibrate and fine-tune a pretrained binary network with fake quantization.
 
     Args:
-        loaded: a recipe with ``task: finetune``.
+        loaded: a recipe with ``task: finetune``; ``resumed.loaded`` for a run that goes on.
         report: told about progress.
+        resumed: the run that goes on, from :func:`qat.resume.open_run`.
 
     Returns:
         The finished run's directory.
 
     Raises:
+        Stopped: SIGTERM came; the run can be resumed.
         QatError: see the tree in :mod:`qat.errors`.
     """
     recipe = for_task(loaded, "finetune")
@@ -57,49 +61,57 @@ def finetune(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
             f"{loaded.path}: quantization: nothing is left to quantize; enable stem, se, classifier or "
             "trunk, or check include and exclude"
         )
-    run = RunDirectory.create(loaded)
-    report.message(f"{float_model.architecture}, run directory {run.path}")
+    job = _begin_job(loaded, recipe, model, (train, test), start, report, resumed)
+    job.before_step = lambda share: apply_freezes(model, recipe, share)
+    with _under_way(job):
+        if job.state is None:
+            _calibrate(job, float_model)
+        if recipe.schedule.freeze_binary:
+            for conv in binary_convolutions(model).values():
+                conv.weight.requires_grad_(False)
+        if recipe.teacher == "self":
+            job.teacher = float_model.eval().requires_grad_(False)
+        fit(job)
+        assert job.best is not None
+        _summarize(job, "int8")
+    report.message(
+        f"int8: top-1 {job.best.top1:.2f}% (epoch {job.best_epoch}), "
+        f"{job.best.top1 - job.accuracies['float'].top1:+.2f} points against float rest"
+    )
+    return job.run
 
-    float_accuracy = evaluate(predictor(float_model), test, recipe.data, device)
-    report.message(f"float rest: top-1 {float_accuracy.top1:.2f}% of {float_accuracy.n} images")
+
+def _calibrate(job: Job, float_model: BNext) -> None:
+    """Find the grids of ``job.model``; the accuracies before and after that, and the quantization map."""
+    recipe, model, report = job.recipe, job.model, job.report
+    before = evaluate(job.predictor(float_model), job.test, recipe.data, job.device)
+    report.message(f"float rest: top-1 {before.top1:.2f}% of {before.n} images")
     if any(True for _ in activation_quantizers(model)):  # weights alone need no calibration
-        calibrate(model, lambda: calibration_pass(model, train, recipe, device))
+        calibrate(model, lambda: calibration_pass(model, job.train, recipe, job.device, job.check_stop))
     stored = as_stored(model, recipe.output.float_weights)
-    calibrated = evaluate(predictor(stored), test, recipe.data, device)
+    calibrated = evaluate(job.predictor(stored), job.test, recipe.data, job.device)
     points = quantization_map(model)
     report.message(
         f"calibrated {len(points)} quantization points: top-1 {calibrated.top1:.2f}% before training"
     )
-    run.write_json("quantization.json", points)
-
-    if recipe.schedule.freeze_binary:
-        for conv in binary_convolutions(model).values():
-            conv.weight.requires_grad_(False)
-    job = Job(recipe, model, train, test, device, run, report, metadata=_metadata(train, test, start))
-    if recipe.teacher == "self":
-        job.teacher = float_model.eval().requires_grad_(False)
-    job.before_step = lambda share: apply_freezes(model, recipe, share)
-    keep(job, 0, calibrated)
-    started = time.time()
-    fit(job)
-    assert job.best is not None
-    _summarize(job, started, {"float": asdict(float_accuracy), "calibrated": asdict(calibrated)}, "int8")
-    report.message(
-        f"int8: top-1 {job.best.top1:.2f}% (epoch {job.best_epoch}), "
-        f"{job.best.top1 - float_accuracy.top1:+.2f} points against float rest"
-    )
-    return run
+    job.run.write_json("quantization.json", points)
+    job.accuracies = {"float": before, "calibrated": calibrated}
+    job.accuracy = calibrated
 
 
-def pretrain(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
+def pretrain(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = None) -> RunDirectory:
     """Train a binary network from random weights, annealing the weight temperature to binary.
 
     Args:
-        loaded: a recipe with ``task: pretrain``.
+        loaded: a recipe with ``task: pretrain``; ``resumed.loaded`` for a run that goes on.
         report: told about progress.
+        resumed: the run that goes on, from :func:`qat.resume.open_run`.
 
     Returns:
         The finished run's directory; ``best`` is the best epoch whose weights were exactly ±1.
+
+    Raises:
+        Stopped: SIGTERM came; the run can be resumed.
     """
     recipe = for_task(loaded, "pretrain")
     device = begin(recipe)
@@ -109,16 +121,65 @@ def pretrain(loaded: LoadedRecipe, report: Reporter) -> RunDirectory:
     if start is not None:
         load_state(model, without_quantizers(load_checkpoint(start, latent=recipe.model.latent)))
     model.to(device)
-    run = RunDirectory.create(loaded)
-    report.message(f"{model.architecture}, run directory {run.path}")
-    job = Job(recipe, model, train, test, device, run, report, metadata=_metadata(train, test, start))
+    job = _begin_job(loaded, recipe, model, (train, test), start, report, resumed)
     job.before_step = lambda share: set_temperature(model, temperature_at(recipe.schedule.temperature, share))
-    started = time.time()
-    fit(job)
-    assert job.best is not None  # the schema puts the end of the annealing below 1e-7
-    _summarize(job, started, {}, "binary")
+    with _under_way(job):
+        fit(job)
+        assert job.best is not None  # the schema puts the end of the annealing below 1e-7
+        _summarize(job, "binary")
     report.message(f"binary: top-1 {job.best.top1:.2f}% of {job.best.n} images (epoch {job.best_epoch})")
-    return run
+    return job.run
+
+
+def _begin_job(
+    loaded: LoadedRecipe,
+    recipe: Recipe,
+    model: BNext,
+    splits: tuple[Split, Split],
+    start: Path | None,
+    report: Reporter,
+    resumed: Resumed | None,
+) -> Job:
+    """A new run with its directory, or the one that goes on, as far as it was; its weights stay as they are.
+
+    ``recipe`` has the paths as they are to be read; checkpoints are given them as they were written first.
+    """
+    train, test = splits
+    facts, device = _metadata(train, test, start), next(model.parameters()).device
+    if resumed is None:
+        run = RunDirectory.create(loaded)
+        report.message(f"{model.architecture}, run directory {run.path}")
+        return Job(recipe, model, train, test, device, run, report, metadata=facts)
+    job = Job(resumed.recipe, model, train, test, device, resumed.run, report, metadata=facts)
+    if resumed.state is None:
+        report.message(f"{model.architecture}, run directory {job.run.path}: begins again, nothing was saved")
+        return job
+    check_same(resumed.state, facts, device, report)
+    record = resumed.state.record
+    job.state, job.rows, job.accuracies = resumed.state, list(record.rows), dict(record.accuracies)
+    job.epoch, job.running, job.accuracy = record.epoch, record.running, record.accuracy
+    job.best, job.best_epoch, job.seconds_before = record.best, record.best_epoch, record.seconds
+    steps = f" and {job.running.step} steps" if job.running.step else ""
+    report.message(
+        f"{model.architecture}, run directory {job.run.path}: goes on after {job.epoch} of "
+        f"{recipe.schedule.epochs} epochs{steps}"
+    )
+    return job
+
+
+@contextmanager
+def _under_way(job: Job) -> Iterator[None]:
+    """Hold the run's directory and heed SIGTERM; an interruption says how to go on, the end tidies up."""
+    path = job.run.path
+    with held(job.run):
+        try:
+            with job.stop:
+                if job.state is None:
+                    write_state(path, begun(job.recipe, job.metadata, job.device), {}, keep=1)
+                yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"go on with: {resume_command(job.recipe.task, path)}") from error
+        remove_states(path)
 
 
 def apply_freezes(model: BNext, recipe: Recipe, share: float) -> None:
@@ -131,20 +192,20 @@ def apply_freezes(model: BNext, recipe: Recipe, share: float) -> None:
                 module.eval()
 
 
-def _summarize(job: Job, started: float, accuracies: dict[str, Any], name: str) -> None:
+def _summarize(job: Job, name: str) -> None:
     assert job.best is not None
     job.run.write_json(
         SUMMARY,
         {
             "task": job.recipe.task,
             "architecture": str(job.model.architecture),
-            **accuracies,
+            **{when: asdict(accuracy) for when, accuracy in job.accuracies.items()},
             name: asdict(job.best),
             "best_epoch": job.best_epoch,
             "checkpoint": job.run.best.name,
             # Null where training started from random weights.
             "pretrained_sha256": job.metadata.get("pretrained_sha256"),
-            "seconds": time.time() - started,
+            "seconds": job.seconds,
             "finished": time.time(),
             "data": {"train": job.metadata["train_fingerprint"], "test": job.metadata["test_fingerprint"]},
             "versions": json.loads(job.metadata["versions"]),
@@ -152,10 +213,17 @@ def _summarize(job: Job, started: float, accuracies: dict[str, Any], name: str) 
     )
 
 
-def calibration_pass(model: BNext, train: Split, recipe: Recipe, device: torch.device) -> None:
+def calibration_pass(
+    model: BNext,
+    train: Split,
+    recipe: Recipe,
+    device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
+) -> None:
     """Some batches of clean training images, in an order that depends on the seed alone."""
     batches = train.batches(recipe.data.batch_size, shuffle_seed=recipe.seed)
     for _, (images, _) in zip(range(recipe.schedule.calibration_batches), batches, strict=False):
+        before_batch()
         if images.shape[-1] != recipe.data.image_size:  # larger where training crops at random
             images = _centre(images, recipe.data.image_size)
         model(normalize(images.to(device), recipe.data.mean, recipe.data.std))

@@ -144,6 +144,16 @@ def test_a_seed_alone_decides_the_order() -> None:
     assert torch.equal(first[:, 0, 0, 0] % 2, labels)
 
 
+@pytest.mark.parametrize("skip", [0, 1, 2, 3])
+def test_skipped_batches_are_the_first_and_the_others_stay_as_they_are(skip: int) -> None:
+    every = list(small_split().batches(4, shuffle_seed=3))
+    left = list(small_split().batches(4, shuffle_seed=3, skip=skip))
+    assert len(left) == len(every) - skip
+    for (images, labels), (others, other_labels) in zip(left, every[skip:], strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, other_labels)
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("count", [3, 8, 10])
 def test_batch_count_is_the_number_of_batches(count: int, drop_last: bool) -> None:
@@ -368,6 +378,14 @@ def test_a_broken_image_is_named(tree: Path, workers: int) -> None:
     with pytest.raises(DataError, match=r"cat/broken\.png: cannot be decoded") as caught:
         everything(split)
     assert "Traceback" not in str(caught.value)
+
+
+def test_images_of_skipped_batches_are_not_decoded(tree: Path) -> None:
+    (tree / "train" / "cat" / "0.png").write_bytes(b"not an image")
+    split = load_split(folder(tree), "train")
+    with pytest.raises(DataError, match=r"0\.png"):
+        next(split.batches(2))
+    assert [len(labels) for _, labels in split.batches(2, skip=1)] == [2, 1]
 
 
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:

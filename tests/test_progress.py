@@ -131,3 +131,13 @@ def test_stop_may_come_twice_and_without_a_start() -> None:
     reporter.stop()
     reporter.stop()
     reporter.step(1, {"loss": 0.0, "top1": 0.0, "images_per_second": 0.0})  # a late step moves nothing
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_goes_on() -> None:
+    reporter = ConsoleReporter(terminal()[0])
+    reporter.start(2, 10, 13)
+    try:
+        assert reporter._progress is not None
+        assert [(task.completed, task.total) for task in reporter._progress.tasks] == [(13, 20)]
+    finally:
+        reporter.stop()

@@ -270,6 +270,8 @@ FINETUNING = [
     ("schedule.freeze_observers", [0, 1], [-0.1, 1.1], "a number from 0"),
     ("schedule.freeze_batch_norm", [0, 1], [-0.1, 1.1], "a number from 0"),
     ("schedule.freeze_binary", [True], [1], "true or false"),
+    ("schedule.save_steps", [None, 1, 1000], [0, "1"], "an integer >= 1"),
+    ("schedule.keep_states", [1, 5], [0, None], "an integer >= 1"),
     ("distillation.teacher", [None, "self", "none"], ["selv", True], "'self', 'none', or null"),
 ]
 PRETRAINING = [

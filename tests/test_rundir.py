@@ -154,3 +154,18 @@ def test_no_run_at_all_says_how_to_make_one(tmp_path: Path, kind: str) -> None:
         root.write_text("x", encoding="utf-8")
     with pytest.raises(QatError, match=r"no finished finetune run here; run `qat finetune` first"):
         newest_run(root)
+
+
+def test_a_log_is_rewritten_whole_and_without_rows_there_is_none(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    rows = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 0.3}]
+    for row in rows:
+        run.log(row)
+    appended = (tmp_path / "metrics.jsonl").read_bytes()
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"epoch": 3, "lo')
+    run.rewrite_log(rows)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == appended
+    run.rewrite_log([])
+    assert list(tmp_path.iterdir()) == []
+    run.rewrite_log([])

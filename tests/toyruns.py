@@ -35,7 +35,8 @@ class Silent:
     def warning(self, text: str) -> None:
         self.warnings.append(text)
 
-    def start(self, epochs: int, steps: int) -> None:
+    def start(self, epochs: int, steps: int, done: int = 0) -> None:
+        self.done = done
         self.started = epochs, steps
 
     def step(self, epoch: int, metrics: Any) -> None:

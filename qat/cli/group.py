@@ -22,7 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 _EPILOG = (
     "Exit codes: 0 success; 1 the work ran, but its result is not good enough; 2 wrong input; "
-    "3 an error of this program; 130 interrupted."
+    "3 an error of this program; 130 interrupted; 143 a training run stopped by SIGTERM, its state saved."
 )
 
 #: Exit code of a command that SIGINT ended: 128 + 2, as shells have it.
@@ -62,7 +62,7 @@ class _Group(click.Group):
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             if isinstance(error, KeyboardInterrupt):
-                code, message = _INTERRUPTED, "interrupted"
+                code, message = _INTERRUPTED, "; ".join(filter(None, ("interrupted", str(error))))
             elif isinstance(error, QatError):
                 code, message = error.exit_code, str(error)
             else:

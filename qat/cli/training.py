@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from qat.cli.group import main
-from qat.cli.options import recipe_options
+from qat.cli.options import NonEmptyPath, recipe_options
 from qat.cli.terminal import spinner, warn
 from qat.errors import QatError, first_line
 from qat.progress import ConsoleReporter
 
+if TYPE_CHECKING:
+    from qat.recipe import LoadedRecipe
+    from qat.resume import Resumed
+
+
+_resume_option = click.option(
+    "--resume",
+    type=NonEmptyPath(),
+    metavar="RUN",
+    help="Go on with a run that was stopped, from its newest saved state, with its own recipe. On a CPU with "
+    "as many threads as before it ends with the same bytes as if it had never been stopped. --set may change "
+    "device, threads, data.workers and how often states are saved.",
+)
+
+
+def _opened(
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: Path | None,
+    reporter: ConsoleReporter,
+) -> tuple[LoadedRecipe, Resumed | None]:
+    """The recipe to run and, with --resume, the run that goes on; a finished one ends the command."""
+    from qat.recipe import load_recipe
+
+    if resume is None:
+        return load_recipe(recipe, overrides), None
+    from qat.resume import is_finished, open_run
+
+    context = click.get_current_context()
+    if context.get_parameter_source("recipe") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--resume goes on with the run's own recipe; leave out --recipe")
+    if is_finished(resume):
+        click.echo(f"{resume}: this run has finished; nothing is left to do")
+        context.exit(0)
+    resumed = open_run(resume, overrides, reporter)
+    return resumed.loaded, resumed
+
 
 @main.command()
 @recipe_options("tiny_int8")
-def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
+@_resume_option
+def finetune(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> None:
     """Fine-tune a pretrained binary network with fake quantization.
 
     Calibrates, fine-tunes and writes a run directory with checkpoints, metrics, a summary and a report.
+    SIGTERM saves the training's state and exits with 143.
     """
-    from qat.recipe import load_recipe
     from qat.train import finetune as run_finetune
 
-    run = run_finetune(load_recipe(recipe, overrides), ConsoleReporter(Console()))
+    reporter = ConsoleReporter(Console())
+    loaded, resumed = _opened(recipe, overrides, resume, reporter)
+    run = run_finetune(loaded, reporter, resumed)
     _report(run.path)
     click.echo(f"{run.path}: done. Export it with: qat export --onnx --run {run.path}")
 
@@ -46,13 +87,16 @@ def _report(run: Path) -> None:
 
 @main.command()
 @recipe_options("tiny_digits_pretrain")
-def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
+@_resume_option
+def pretrain(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> None:
     """Train a binary network from random weights.
 
-    The weight temperature is annealed until every binary weight is exactly ±1.
+    The weight temperature is annealed until every binary weight is exactly ±1. SIGTERM saves the training's
+    state and exits with 143.
     """
-    from qat.recipe import load_recipe
     from qat.train import pretrain as run_pretrain
 
-    run = run_pretrain(load_recipe(recipe, overrides), ConsoleReporter(Console()))
+    reporter = ConsoleReporter(Console())
+    loaded, resumed = _opened(recipe, overrides, resume, reporter)
+    run = run_pretrain(loaded, reporter, resumed)
     click.echo(f"{run.best}: written")
