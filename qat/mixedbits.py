@@ -24,8 +24,6 @@ from qat.sensitivity import (
     without,
 )
 
-#: Widths that are tried where none are asked for.
-WIDTHS: Final = (8, 6, 5, 4, 3, 2)
 #: At most so many layers are looked at as candidates for ``exclude``.
 _CANDIDATES: Final = 5
 

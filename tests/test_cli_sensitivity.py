@@ -185,3 +185,14 @@ def test_a_recipe_is_not_overwritten_and_that_is_said_before_measuring(toys: Pat
     message = fail(2, *arguments(toys, tmp_path, "model.checkpoint=none"), "--recipe-out", mine)
     assert "mine.yaml: exists already" in message
     assert mine.read_text(encoding="utf-8") == "# mine\n"
+
+
+@pytest.mark.parametrize("option", [("-o", "folder.html"), ("--recipe-out", "file/mixed.yaml")])
+def test_what_cannot_be_written_is_said_before_measuring(
+    toys: Path, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    # Measuring would find that there is no checkpoint.
+    message = fail(2, *arguments(toys, tmp_path, "model.checkpoint=none"), option[0], tmp_path / option[1])
+    assert "cannot be written" in message

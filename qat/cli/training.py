@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from qat.cli.group import main
 from qat.cli.options import recipe_options
-from qat.cli.terminal import spinner, warn
+from qat.cli.terminal import StandardOutput, spinner, warn
 from qat.errors import QatError, first_line
 from qat.progress import ConsoleReporter
 
@@ -24,7 +23,7 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
     from qat.recipe import load_recipe
     from qat.train import finetune as run_finetune
 
-    run = run_finetune(load_recipe(recipe, overrides), ConsoleReporter(Console()))
+    run = run_finetune(load_recipe(recipe, overrides), ConsoleReporter(StandardOutput()))
     _report(run.path)
     click.echo(f"{run.path}: done. Export it with: qat export --onnx --run {run.path}")
 
@@ -54,5 +53,5 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     from qat.recipe import load_recipe
     from qat.train import pretrain as run_pretrain
 
-    run = run_pretrain(load_recipe(recipe, overrides), ConsoleReporter(Console()))
+    run = run_pretrain(load_recipe(recipe, overrides), ConsoleReporter(StandardOutput()))
     click.echo(f"{run.best}: written")
