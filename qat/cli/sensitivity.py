@@ -17,8 +17,8 @@ from qat.cli.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qat.commands.sensitivity import Findings
     from qat.prepare import GroupName
+    from qat.sensitivity.findings import Findings
 
 
 class _Bits(click.types.StringParamType):
@@ -115,15 +115,17 @@ def sensitivity(
     Before any fine-tuning, each group and layer is quantized by itself, then left out by itself, and each
     number of bits is lowered by itself. Compared with the float-rest network are top-1 and the noise in the
     logits: SQNR, signal to quantization noise in dB. The suggested section loses no more than --tolerance and
-    --noise-budget against the recipe's own.
+    --noise-budget against the recipe's own. It is chosen on test images: judge it on others, after
+    fine-tuning.
     """
     from rich.console import Console
 
-    from qat.commands.sensitivity import Questions, measure_recipe, require_new, write_recipe
+    from qat.commands.sensitivity import measure_recipe, require_new, write_recipe
     from qat.files import require_writable, write_atomically
-    from qat.mixedbits import Limits
     from qat.progress import ConsoleReporter
     from qat.recipe import load_recipe
+    from qat.sensitivity.bitwidths import Limits
+    from qat.sensitivity.findings import Questions
 
     loaded = load_recipe(recipe, overrides)
     # Before the minutes that the measuring takes.
