@@ -42,7 +42,7 @@ class WeightGraph:
     """The initializers of a model by name, and which nodes make and read each tensor.
 
     Attributes:
-        arrays: the initializers.
+        arrays: the initializers, in the order in which the nodes first read them; then any that none reads.
         operators: types of the nodes.
         weights: names of the layers' weights, once :meth:`layers` has been through them.
 
@@ -53,12 +53,15 @@ class WeightGraph:
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         """Read ``model``; ``path`` names it in errors."""
         self.path = path
-        self.arrays: dict[str, Array] = {}
+        arrays: dict[str, Array] = {}
         for tensor in model.graph.initializer:
             try:
-                self.arrays[tensor.name] = numpy_helper.to_array(tensor)
+                arrays[tensor.name] = numpy_helper.to_array(tensor)
             except Exception as error:  # whatever NumPy raises for a size that doesn't fit
                 raise CheckpointError(f"{path}: {tensor.name}: damaged: {first_line(error)}") from error
+        # Nodes are in forward order in every valid graph; other tools may have written initializers in any.
+        read = [name for node in model.graph.node for name in node.input if name in arrays]
+        self.arrays = {name: arrays[name] for name in dict.fromkeys([*read, *arrays])}
         self.producers = {name: node for node in model.graph.node for name in node.output}
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in model.graph.node:
@@ -68,7 +71,7 @@ class WeightGraph:
         self.weights: set[str] = set()
 
     def layers(self, as_float: bool, grids: Any) -> Iterator[InspectedLayer]:
-        """Every layer with weights, in the order of the initializers, which is that of the layers.
+        """Every layer with weights, in forward order.
 
         Raises:
             CheckpointError: a layer is missing, or not made as this project makes it.

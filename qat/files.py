@@ -7,8 +7,12 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from qat.errors import OutputError
+
+#: What the file system says no with. RuntimeError: a loop of links, before Python 3.13.
+_REFUSALS: Final = (OSError, RuntimeError, ValueError)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -44,11 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OutputError: ``path`` or a parent folder cannot be written, or the block raised ``OSError``.
     """
     try:
-        target = path.resolve()
-        # Replacing a device such as /dev/null by a file would be much worse than refusing.
-        if target.exists() and not target.is_file():
-            kind = "a folder" if target.is_dir() else "not a regular file"
-            raise OutputError(f"{path}: cannot be written: it is {kind}")
+        target = _target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
         try:
@@ -61,6 +61,38 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputError(f"{path}: cannot be written: {reason}") from error
+    except _REFUSALS as error:
+        raise _unwritable(path, error) from error
+
+
+def require_writable(path: Path) -> None:
+    """Find out, before long work, that ``path`` can't be written after it; nothing is created.
+
+    Raises:
+        OutputError: :func:`write_atomically` would refuse it now. It may still fail later: disks fill up.
+    """
+    try:
+        folder = _target(path).parent
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise OutputError(f"{path}: cannot be written: {folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: cannot be written: no permission to write in {folder}")
+    except _REFUSALS as error:
+        raise _unwritable(path, error) from error
+
+
+def _target(path: Path) -> Path:
+    """The file to write, behind all links."""
+    target = path.resolve()
+    # Replacing a device such as /dev/null by a file would be much worse than refusing.
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "not a regular file"
+        raise OutputError(f"{path}: cannot be written: it is {kind}")
+    return target
+
+
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return OutputError(f"{path}: cannot be written: {reason}")

@@ -21,6 +21,7 @@ from qat.bnext import set_temperature
 from qat.checkpoint import load_checkpoint, save_checkpoint
 from qat.cli import main
 from qat.loading import build
+from qat.recipe import recipes_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,14 +179,15 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
-    for command in (["recipe", "schema"], ["recipe", "list"]):
+def test_a_reader_that_leaves_early_causes_no_traceback_and_no_verdict() -> None:
+    table = ["inspect", recipes_dir() / "checkpoints" / "bnext_tiny_digits.safetensors", "--layers"]
+    for command in (["recipe", "schema"], ["recipe", "list"], table):
         read, write = os.pipe()
         os.close(read)
         process = start(*command, stdout=write)
         os.close(write)
         _, errors = process.communicate(timeout=60)
-        assert errors == ""
+        assert (errors, process.returncode) == ("", 141)  # 1 would say that something is not good enough
 
 
 def test_an_interrupt_ends_a_run_with_130_and_its_checkpoint_stays_readable(

@@ -189,7 +189,7 @@ def test_too_few_images_pass_with_a_warning_or_fail_as_asked(toys: Path, changed
     )
     last = result.stdout.splitlines()[-1]
     assert last.startswith(f"{tuned(toys)}: inconclusive: top-1 fell by 0.28 points; whether the real change")
-    assert " images would, here are 360" in last
+    assert " images would if it is as good as the baseline, here are 360" in last
     message = fail(1, *arguments, "--on-inconclusive", "fail")
     assert message.startswith("error: inconclusive: top-1 fell by 0.28 points")
 

@@ -100,6 +100,10 @@ def test_files_for_ci_that_cannot_be_written_decide_nothing_but_are_told(
     (tmp_path / "j.xml").mkdir()
     junit = ("--junit", tmp_path / "j.xml")
     assert "j.xml: cannot be written" in fail(2, "gate", tuned(toys), "--baseline", recorded, *junit)
+    # A verdict of "fail" weighs more.
+    failed = fail(1, "gate", tuned(toys), "--baseline", recorded, "--floor", 100, *junit)
+    assert failed.splitlines()[0].startswith(f"warning: {tmp_path / 'j.xml'}: cannot be written")
+    assert failed.splitlines()[-1].startswith("error: fail: top-1 is ")
     # What went wrong first stays the error.
     message = fail(2, "gate", tuned(toys), "--baseline", tmp_path / "nowhere.json", *junit)
     assert message.splitlines()[0].startswith(f"warning: {tmp_path / 'j.xml'}: cannot be written")
@@ -135,6 +139,11 @@ def test_files_for_ci_that_cannot_be_written_decide_nothing_but_are_told(
         ("{model} --baseline {b} --floor 101", "'--floor': 101 is not an accuracy in percent, 0 to 100"),
         ("{model} --baseline {b} --on-inconclusive maybe", "'maybe' is not one of 'pass', 'fail'"),
         ("{model} --baseline {b} --junit {b}", "b.json' does not end in .xml"),
+        (
+            "{tmp}/m.xml --baseline {b} --junit {tmp}/../{tmp.name}/m.xml",
+            "overwrite MODEL, {tmp}/m.xml; name",
+        ),
+        ("{model} --baseline {tmp}/b.xml --junit {tmp}/b.xml", "overwrite --baseline, {tmp}/b.xml; name"),
         ("{model} --baseline {b} --set optimizer.lr=1", "only keys of `data` may be set"),
         ("{model} --baseline {b} --recipe nowhere", "no such recipe file"),
         ("record", "Missing argument 'MODEL'"),
@@ -156,3 +165,11 @@ def test_a_wrong_call_ends_with_2_and_says_why(
     assert part.format(**names) in fail(2, "gate", *words)
     assert recorded.read_bytes() == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_image_size_is_refused_before_any_image_is_read(
+    toys: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qat.commands.gate.load_test_split", lambda *_: pytest.fail("images were read"))
+    message = fail(2, "gate", tuned(toys), "--baseline", recorded, "--set", "data.image_size=100000")
+    assert "data.image_size is 100000 here and 8 there" in message

@@ -66,7 +66,8 @@ def test_a_report_that_fails_does_not_fail_the_finetune(
         ("report --runs {tmp}", "no finished finetune run here"),
         ("report ''", "is empty; give a path"),
         ("report {run} -o ''", "is empty; give a path"),
-        ("report {run} -o {tmp}", "it is a folder"),
+        ("report {run} -o {tmp}/report.txt", "does not end in .html"),
+        ("report {run} -o {run}/best.safetensors", "does not end in .html"),
         ("report {run} --set schedule.epochs=1", "only keys of `data` may be set"),
         ("report {run} --set data.image_size=16", "fixed by the checkpoint"),
         ("report {run} --set data.eval_batch_size=0", "data.eval_batch_size"),
@@ -81,6 +82,18 @@ def test_a_wrong_report_ends_with_2_and_says_why(
     message = fail(2, *(word.format(tmp=tmp_path, run=run) for word in shlex.split(arguments)))
     assert part in message
     assert (run / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("output", "part"), [("pages.html", "it is a folder"), ("file/x.html", "is not a folder")]
+)
+def test_a_report_that_cannot_be_written_is_refused_before_measuring(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, part: str
+) -> None:
+    (tmp_path / "pages.html").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(qat.commands.report, "load_checkpoint", lambda _: pytest.fail("measured already"))
+    assert part in fail(2, "report", tuned(toys).parent, "-o", tmp_path / output)
 
 
 def test_the_help_says_how_to_add_latency() -> None:

@@ -106,6 +106,7 @@ def test_the_terminal_shows_tables_notes_and_the_section_last(quick: list[str]) 
     assert text.count("feature.") - text.partition("One of 60 images")[2].count("feature.") == 10
     assert "One of 60 images is 1.67 points of top-1" in text
     assert "noise decides" in text
+    assert "The suggestion was chosen on these test images" in text
     section = text[text.rindex("quantization:\n") :]
     loaded = yaml.safe_load(section)
     assert list(loaded) == ["quantization"]
@@ -135,6 +136,7 @@ def test_by_leaves_out_the_other_kind(toys: Path, tmp_path: Path, by: str, absen
     out = tmp_path / "page.html"
     text = succeed(*command, "-o", out)
     assert "No setting can do with fewer bits" in text
+    assert "chosen on these test images" not in text  # nothing was chosen
     assert out.read_text(encoding="utf-8").count("<svg") == (3 if by == "group" else 4)
 
 
@@ -185,3 +187,14 @@ def test_a_recipe_is_not_overwritten_and_that_is_said_before_measuring(toys: Pat
     message = fail(2, *arguments(toys, tmp_path, "model.checkpoint=none"), "--recipe-out", mine)
     assert "mine.yaml: exists already" in message
     assert mine.read_text(encoding="utf-8") == "# mine\n"
+
+
+@pytest.mark.parametrize("option", [("-o", "folder.html"), ("--recipe-out", "file/mixed.yaml")])
+def test_what_cannot_be_written_is_said_before_measuring(
+    toys: Path, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    # Measuring would find that there is no checkpoint.
+    message = fail(2, *arguments(toys, tmp_path, "model.checkpoint=none"), option[0], tmp_path / option[1])
+    assert "cannot be written" in message

@@ -49,6 +49,15 @@ def test_only_the_first_column_is_folded_where_the_table_is_too_wide(
     assert "".join(row[0] for row in words) == name
 
 
+def test_on_a_terminal_that_is_too_narrow_lines_are_longer_than_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    print_table("a title", HEADINGS, [("binary convolutions", "3,409,920", "99.9999 %", "0.00374175")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["binary", "convolutions", "3,409,920", "99.9999", "%", "0.00374175"] in lines
+
+
 def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("[bold]t[/]", ("target", "ms"), [("a [b] [red]c", "1"), ("[/]", "2")])
     warn("[red]x[/nothing] [1, 2]")

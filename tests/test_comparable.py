@@ -77,8 +77,16 @@ def test_the_same_circumstances_warn_of_nothing() -> None:
         ),
         (
             {"versions": {"bnext-qat": "0.1.0", "torch": "2.12.0", "numpy": "2.4"}},
-            "other versions than the baseline's, which are in brackets: numpy 2.4 (None), "
+            "other versions than the baseline's, which are in brackets: numpy 2.4 (unknown), "
             "torch 2.12.0 (2.11.0)",
+        ),
+        (
+            {"processor": {"name": "B\x1b[2J\n::error::"}},
+            r"another processor: 'B\x1b[2J\n::error::' (x86_64); the baseline is of A (x86_64)",
+        ),
+        (
+            {"processor": {"architecture": None}},
+            "another processor: A (unknown); the baseline is of A (x86_64)",
         ),
         (
             {"class_names": [*"0123456", "seven", "8", "nine"]},

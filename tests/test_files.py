@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qat.errors import OutputError
-from qat.files import write_atomically
+from qat.files import require_writable, write_atomically
 
 
 def test_a_file_is_written_with_its_folders_and_replaced(tmp_path: Path) -> None:
@@ -72,3 +72,22 @@ def test_a_write_that_fails_midway_leaves_the_old_file_alone(
         write_atomically(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
+
+
+def test_what_cannot_be_written_is_said_beforehand_and_nothing_is_created(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (".", "file/below", "file/far/below", "loop", "\0"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            require_writable(tmp_path / name)
+    for name in ("file", "new", "folder/new"):
+        require_writable(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_folder_without_write_permission_is_said_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="no permission to write in"):
+        require_writable(tmp_path / "new")

@@ -91,9 +91,20 @@ def test_too_few_images_are_inconclusive_and_say_how_many_would_tell(rule: str, 
     assert found.reason == (
         f"top-1 fell by 0.28 points; whether the real change, from {points(found.lower)} to "
         f"{points(found.upper)} (each bound with 95 % confidence), is a drop of more than 1, the data can't "
-        f"tell; about {needed:,} images would, here are 360"
+        f"tell; about {needed:,} images would if it is as good as the baseline, here are 360"
     )
     assert ("real drop that fails, 80% of the time", f"{100 * drop:.2f}", "") in found.rows()
+
+
+def test_images_that_would_pass_an_equal_model_are_not_said_to_be_too_few() -> None:
+    found = decide(5000, 50, 0)
+    assert found.verdict == "inconclusive"
+    assert found.needed is not None
+    assert found.needed < 5000
+    assert found.reason.endswith(
+        f"the data can't tell; about {found.needed:,} images usually pass a model as good as the baseline, "
+        "here are 5,000, so it is likely worse, but near what is allowed"
+    )
 
 
 def test_where_no_number_of_images_would_tell_it_says_so() -> None:
@@ -194,6 +205,13 @@ def test_the_table_has_a_row_for_each_figure_and_the_bounds_that_decide() -> Non
     assert rows["change of top-1, points"] == ("−0.08", "")
     assert rows["change, at least (95 % sure)"] == (points(found.lower), "≥ −2.50 passes")
     assert rows["change, at most (95 % sure)"] == (points(found.upper), "< −2.50 fails")
+
+
+def test_neither_a_confidence_nor_a_change_is_rounded_to_one_that_it_is_not() -> None:
+    found = decide(50_000, 1, 0, confidence=0.9999999)
+    assert found.reason.startswith("top-1 fell by less than 0.01 points; with 99.99999 % confidence, ")
+    assert "change, at least (99.99999 % sure)" in [row[0] for row in found.rows()]
+    assert decide(360, 3, 2, confidence=0.57, max_drop=5).reason.count("with 57 % confidence") == 1
 
 
 def test_json_has_figures_rules_and_both_models() -> None:

@@ -83,6 +83,7 @@ def test_damaged_metadata_tell_nothing_and_break_nothing(recipe: str) -> None:
 
 def test_what_is_json_to_python_alone_stays_text() -> None:
     assert parsed('{"loss": NaN}') == {"loss": "NaN"}
+    assert parsed('{"top1": 1e999, "top5": 9.5}') == {"top1": "1e999", "top5": 9.5}
     assert parsed("[" * 100_000).startswith("[[")
 
 

@@ -106,7 +106,7 @@ def test_names_break_after_their_dots_and_stay_escaped() -> None:
     assert breakable("a.b_c/<d>") == Markup("a.<wbr>b_<wbr>c/<wbr>&lt;d&gt;")
 
 
-@pytest.mark.parametrize("value", [None, "1", True, math.nan, math.inf, [1]])
+@pytest.mark.parametrize("value", [None, "1", True, math.nan, math.inf, 1e15, -1e308, 10**400, [1]])
 def test_only_finite_numbers_are_numbers(value: object) -> None:
     assert number(value) is None
     assert number(2) == 2.0

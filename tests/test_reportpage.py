@@ -106,12 +106,26 @@ def test_what_went_wrong_is_said_on_top(tmp_path: Path) -> None:
 def test_the_best_epoch_is_named(tmp_path: Path, best: int, words: str) -> None:
     text = page(tmp_path, answers([0], [0]), summary={"best_epoch": best}, metrics=[{"epoch": 1}])
     assert f"The best checkpoint {words}" in text
+    assert "It was chosen by its accuracy on the test images" in text
+
+
+@pytest.mark.parametrize("finished", [1e300, -1e18, 10**400, "today", [1]])
+def test_a_date_that_no_calendar_has_is_left_out(tmp_path: Path, finished: object) -> None:
+    assert "finished" not in page(tmp_path, answers([0], [0]), summary={"finished": finished})
+    assert "finished\u00a01\u00a0Jan\u00a01970" in page(tmp_path, answers([0], [0]), summary={"finished": 0})
 
 
 def test_a_run_of_no_epochs_says_so(tmp_path: Path) -> None:
     assert "No epoch was trained, so there are no curves: this is the network as calibrated." in page(
         tmp_path, answers([0], [0])
     )
+
+
+def test_widths_other_than_eight_are_said_where_int8_is_written(tmp_path: Path) -> None:
+    eight = [layer("feature.1.FFN.input"), binary_layer("feature.1.FFN.binary_conv")]
+    assert "int8 stands for" not in page(tmp_path, answers([0], [0]), eight)
+    fewer = [*eight, layer("fc.input", group="classifier", bits=4, type="int4")]
+    assert "Some points have 4 bits. Below, int8 stands for" in page(tmp_path, answers([0], [0]), fewer)
 
 
 def test_no_change_and_no_error_are_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 from reports import answers
@@ -166,6 +167,20 @@ def test_a_temperature_that_changes_has_a_curve() -> None:
 def test_without_an_epoch_there_are_no_curves() -> None:
     assert curves([], 99.0) == []
     assert curves([{"loss": 1.0}, {"epoch": "x"}], 99.0) == []
+
+
+def test_numbers_beyond_all_measuring_are_drawn_or_left_out() -> None:
+    rows: list[dict[str, Any]] = [
+        {"epoch": 1, "loss": -1e308, "learning_rate": 9e14, "temperature": 0},
+        {"epoch": 9e14, "loss": 1e308, "learning_rate": -9e14, "temperature": 1e-300},
+        {"epoch": 10**400, "loss": 1},
+    ]
+    assert [figure.title for figure in curves(rows, None)] == [
+        "Loss",
+        "Accuracy",
+        "Learning rate",
+        "Weight temperature",
+    ]
 
 
 def test_numbers_that_are_none_leave_gaps() -> None:

@@ -19,19 +19,8 @@ from qat.errors import CheckpointError, QuantizationError
 from qat.fakequant import activation_quantizers
 from qat.prepare import group_of, quantization_map
 from qat.recipe import Quantization
-from qat.sensitivity import (
-    GROUPS,
-    Grids,
-    Measure,
-    Part,
-    Sensitivity,
-    Variants,
-    grids_of,
-    parts_of,
-    ranks_of,
-    signal_to_noise,
-    without,
-)
+from qat.sensitivity.parts import GROUPS, Part, Sensitivity, measure_parts, parts_of, ranks_of, without
+from qat.sensitivity.variants import Grids, Measure, Variants, grids_of, signal_to_noise
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +115,7 @@ def test_variants_have_the_grids_of_the_fully_quantized_network(variants: Varian
 
 def test_measuring_changes_nothing_in_the_float_rest_network(variants: Variants, grids: Grids) -> None:
     before = {key: value.clone() for key, value in variants.model.state_dict().items()}
-    variants.sensitivities(every_part(variants)[:6], FULL, grids, Counter())
+    measure_parts(variants, every_part(variants)[:6], FULL, grids, Counter())
     variants.calibrated(FULL)
     after = variants.model.state_dict()
     assert after.keys() == before.keys()
@@ -136,7 +125,7 @@ def test_measuring_changes_nothing_in_the_float_rest_network(variants: Variants,
 
 def test_the_figures_are_those_of_the_variants(variants: Variants, grids: Grids) -> None:
     parts, watch = every_part(variants)[:3], Counter()
-    found = variants.sensitivities(parts, FULL, grids, watch)
+    found = measure_parts(variants, parts, FULL, grids, watch)
     assert watch.expected == len(watch.names) == 2 * len(parts) + 2
     whole = variants.measure(variants.build(FULL, grids))
     for part, one in zip(parts, found, strict=True):
@@ -145,7 +134,7 @@ def test_the_figures_are_those_of_the_variants(variants: Variants, grids: Grids)
         assert one.loss == 100.0 - one.alone.top1
         assert one.gain == one.left_out.top1 - whole.top1
         assert one.gain_db == one.left_out.sqnr - whole.sqnr
-    assert found == variants.sensitivities(parts, FULL, grids, Counter())
+    assert found == measure_parts(variants, parts, FULL, grids, Counter())
 
 
 @pytest.mark.parametrize(
@@ -161,7 +150,7 @@ def test_a_ruined_layer_ranks_first_everywhere(
         for key, value in grids.items()
     }
     parts = parts_of(variants.model, FULL, "layer", GROUPS)
-    ranks = ranks_of(variants.sensitivities(parts, FULL, spoilt, Counter()))
+    ranks = ranks_of(measure_parts(variants, parts, FULL, spoilt, Counter()))
     assert ranks[ruined].by_loss == ranks[ruined].by_noise == 1
     assert ranks[ruined].by_gain == ranks[ruined].by_noise_gain == 1
 

@@ -171,7 +171,13 @@ def tango_upper(pairs: Pairs, confidence: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("n", "lost", "gained"), [(5000, 200, 180), (20_000, 900, 700), (50_000, 1000, 1000), (50_000, 300, 600)]
+    ("n", "lost", "gained"),
+    [
+        (5000, 200, 180),
+        (20_000, 900, 700),
+        pytest.param(50_000, 1000, 1000, marks=pytest.mark.slow),
+        pytest.param(50_000, 300, 600, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("confidence", [0.9, 0.99])
 def test_for_many_images_the_bound_nears_tangos_interval(
@@ -206,7 +212,7 @@ def line(change: float, points: int = 97) -> tuple[Shares, Shares]:
     return smaller + max(-change, 0), smaller + max(change, 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 12])
+@pytest.mark.parametrize("n", [1, 2, 6, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("confidence", [0.6, 0.95])
 def test_the_region_of_power_is_where_the_bounds_say_pass_or_fail(n: int, confidence: float) -> None:
     lost, gained = outcomes(n)
@@ -221,7 +227,7 @@ def test_the_region_of_power_is_where_the_bounds_say_pass_or_fail(n: int, confid
             assert power_to_pass(n, p_lost, p_gained, max_drop, confidence) == pytest.approx(pass_, abs=1e-7)
 
 
-@pytest.mark.parametrize("n", [20, 60, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [20] + [pytest.param(n, marks=pytest.mark.slow) for n in (60, 100)])
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
 @pytest.mark.parametrize("max_drop", [0.0, 0.01, 0.037, 0.2])
 def test_wrong_verdicts_are_never_likelier_than_the_error_rate(
@@ -238,7 +244,9 @@ def test_wrong_verdicts_are_never_likelier_than_the_error_rate(
         assert (outside @ passed).max() <= 1 - confidence + 1e-6
 
 
-@pytest.mark.parametrize(("n", "confidence"), [(20, 0.8), (20, 0.99), (45, 0.95)])
+@pytest.mark.parametrize(
+    ("n", "confidence"), [(20, 0.8), (20, 0.99), pytest.param(45, 0.95, marks=pytest.mark.slow)]
+)
 def test_no_bound_of_this_order_is_tighter(n: int, confidence: float) -> None:
     """Outcomes at least as extreme have the error rate at the bound: more just beyond it, less before it."""
     for pairs in (Pairs(n, 5, 1), Pairs(n, 0, 0), Pairs(n, 3, 9), Pairs(n, 12, 8)):
@@ -297,7 +305,9 @@ def test_the_probability_of_a_region_is_the_sum_over_its_outcomes(
 
 
 @pytest.mark.parametrize("drop", [-0.02, 0.0, 0.005])
-@pytest.mark.parametrize("n", [361, 2000, 20_000])
+@pytest.mark.parametrize(
+    "n", [361, pytest.param(2000, marks=pytest.mark.slow), pytest.param(20_000, marks=pytest.mark.slow)]
+)
 def test_on_a_far_finer_grid_too_the_region_keeps_the_error_rate_and_a_larger_one_does_not(
     n: int, drop: float
 ) -> None:
@@ -343,6 +353,7 @@ def test_no_number_of_images_shows_that_nothing_at_all_was_lost() -> None:
     assert images_needed(0.1, 1.0, 0.95) == 1
 
 
+@pytest.mark.slow
 def test_images_needed_agree_with_the_normal_formula_where_they_are_many() -> None:
     for discordance, max_drop in ((0.2, 0.005), (0.2, 0.0025), (0.05, 0.001), (0.02, 0.0005)):
         wanted = (norm.ppf(0.95) + norm.ppf(0.8)) ** 2 * discordance / max_drop**2

@@ -65,6 +65,15 @@ def test_sign_bits_are_unpacked_to_the_weights_of_the_network(model: Model) -> N
         assert (layer.values, layer.exact_in_use) == ((-1.0, 1.0), 1.0)
 
 
+def test_layers_are_in_forward_order_whatever_the_order_of_the_initializers(model: Model) -> None:
+    expected = layers(model)
+    tensors = list(model.graph.initializer)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(reversed(tensors))
+    assert layers(model) == expected
+    assert [layer.name for layer in expected][:: len(expected) - 1] == ["feature.0", "fc"]
+
+
 def test_a_table_of_other_values_makes_weights_that_are_not_binary(model: Model) -> None:
     """What is stored is judged by what the graph unpacks it to, not by its name."""
     (name,) = (tensor.name for tensor in model.graph.initializer if list(tensor.dims) == [256, 8])

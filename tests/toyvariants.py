@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import toyruns
+from conftest import build_float_toy
 
 from qat.bnext import BNext
 from qat.data import MemorySplit
 from qat.evaluate import predictor
 from qat.recipe import Quantization
-from qat.sensitivity import Variants
+from qat.sensitivity.bitwidths import Limits, Width, measure_widths, settings_of
+from qat.sensitivity.parts import GROUPS
+from qat.sensitivity.suggestion import Candidate, Suggestion, suggest
+from qat.sensitivity.variants import Grids, Measure, Variants, grids_of
 
 FULL = Quantization()
+SETTINGS = settings_of(FULL, GROUPS)
+ANYTHING = Limits(100.0, 1000.0)
 
 
 class Counter:
@@ -48,3 +55,36 @@ def make_variants(model: BNext, count: int = 64) -> Variants:
 def layer_of(point: str, layers: Sequence[str]) -> str:
     """The innermost layer around a quantization point."""
     return max((name for name in layers if f"{point}.".startswith(f"{name}.")), key=len)
+
+
+@dataclasses.dataclass
+class Study:
+    """A toy, measured as the recipe ``FULL`` quantizes it, and with fewer bits."""
+
+    variants: Variants
+    grids: Grids
+    float_rest: Measure
+    recipe: Measure
+    widths: list[Width]
+
+    def suggest(
+        self, limits: Limits, candidates: tuple[Candidate, ...] = (), widths: list[Width] | None = None
+    ) -> Suggestion:
+        chosen = [judged(one, limits) for one in (self.widths if widths is None else widths)]
+        return suggest(
+            self.variants, self.float_rest, self.recipe, FULL, chosen, candidates, limits, Counter()
+        )
+
+
+def judged(width: Width, limits: Limits) -> Width:
+    within = width.loss <= limits.tolerance and width.drop <= limits.noise_budget
+    return dataclasses.replace(width, within=within)
+
+
+def make_study() -> Study:
+    """A toy of three stages, each setting tried at 4 and 2 bits."""
+    variants = make_variants(build_float_toy(widths=(8, 8, 16)))
+    full = variants.calibrated(FULL)
+    grids, recipe = grids_of(full, variants.model), variants.measure(full)
+    widths = measure_widths(variants, recipe, FULL, grids, SETTINGS, (4, 2), ANYTHING, Counter())
+    return Study(variants, grids, variants.measure(variants.model), recipe, widths)

@@ -145,6 +145,9 @@ def gate(
         raise click.UsageError(
             "--baseline FILE is missing; `qat gate record MODEL -o FILE` writes one for a model that is good"
         )
+    for name, taken in (("MODEL", model), ("--baseline", baseline)):
+        if junit_path is not None and junit_path.resolve() == taken.resolve():
+            raise click.UsageError(f"--junit would overwrite {name}, {taken}; name another file")
     from qat.commands.gate import judge_model
     from qat.files import write_atomically
     from qat.gate.decision import Rules
@@ -166,6 +169,14 @@ def gate(
         raise
     seconds = time.monotonic() - started
     record = _record_command(model, baseline, recipe, overrides)
+    # Files first: whatever becomes of the terminal, a closed pipe say, a CI job finds them.
+    _summarize(markdown(decision, str(model), record))
+    unwritten = None
+    if junit_path is not None:
+        try:
+            write_atomically(junit_path, junit(decision, seconds))
+        except OutputError as error:
+            unwritten = error
     if as_json:
         click.echo(decision.to_json())
     else:
@@ -174,15 +185,15 @@ def gate(
         warn(text)
     if decision.verdict == "inconclusive" and decision.passes:
         warn("inconclusive passes, as --on-inconclusive says: a drop may have gone unseen")
-    _summarize(markdown(decision, str(model), record))
-    if junit_path is not None:
-        write_atomically(junit_path, junit(decision, seconds))
+    if unwritten is not None:
+        warn(str(unwritten))
     decision.require()
-    if as_json:
-        return
-    if decision.verdict == "improved":
-        click.echo(f"record it as the new baseline: {record}")
-    click.echo(f"{model}: {decision.verdict}: {decision.reason}")
+    if not as_json:
+        if decision.verdict == "improved":
+            click.echo(f"record it as the new baseline: {record}")
+        click.echo(f"{model}: {decision.verdict}: {decision.reason}")
+    if unwritten is not None:
+        raise unwritten
 
 
 def _record_command(model: Path, baseline: Path, recipe: str | None, overrides: Sequence[str]) -> str:

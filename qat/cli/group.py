@@ -27,6 +27,8 @@ _EPILOG = (
 
 #: Exit code of a command that SIGINT ended: 128 + 2, as shells have it.
 _INTERRUPTED = 130
+#: And of one whose output nobody reads any more: 128 + 13, SIGPIPE.
+_BROKEN_PIPE = 141
 #: Where a click context notes that --debug was given.
 _DEBUG = "qat.debug"
 
@@ -56,8 +58,12 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise  # click's own
+        except BrokenPipeError:
+            # click would end with 1, which says that a gate failed. What is left to be flushed goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(_BROKEN_PIPE)
         except (KeyboardInterrupt, Exception) as error:
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()

@@ -24,6 +24,21 @@ class NonEmptyPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class FileToWrite(NonEmptyPath):
+    """The path of a file with one of ``endings``, so that no model or recipe is overwritten by mistake."""
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__()
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, if it ends as it should."""
+        path = super().convert(value, param, ctx)
+        if Path(path).suffix.lower() not in self.endings:
+            self.fail(f"{str(path)!r} does not end in {self.endings[0]}", param, ctx)
+        return path
+
+
 class NonEmptyText(click.types.StringParamType):
     """A text that is not empty; ``wanted`` says what to write."""
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from qat.cli.group import main
 from qat.cli.options import RECIPE, NonEmptyPath, set_option
+from qat.cli.terminal import StandardOutput
 
 
 @main.group()
@@ -29,7 +29,7 @@ def recipe_list() -> None:
     for name in recipe_names():
         content = load_recipe(name).recipe
         table.add_row(name, content.task, f"BNext {content.model.size}", content.data.dataset)
-    Console().print(table)
+    StandardOutput().print(table)
 
 
 @recipe.command("show")

@@ -7,13 +7,15 @@ from pathlib import Path
 import click
 
 from qat.cli.group import main
-from qat.cli.options import NonEmptyPath, set_option
+from qat.cli.options import FileToWrite, NonEmptyPath, set_option
 from qat.cli.terminal import spinner
 
 
 @main.command()
 @click.argument("run", required=False, type=NonEmptyPath())
-@click.option("-o", "--output", type=NonEmptyPath(), help="File to write [default: RUN/report.html].")
+@click.option(
+    "-o", "--output", type=FileToWrite(".html", ".htm"), help="File to write [default: RUN/report.html]."
+)
 @click.option("--runs", type=NonEmptyPath(), default="runs", show_default=True, help="Where runs are.")
 @set_option(
     "Override where the test images are found, such as --set data.root=DIR. Repeatable.",

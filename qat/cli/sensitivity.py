@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from qat.cli.group import main
-from qat.cli.options import NonEmptyPath, recipe_options
+from qat.cli.options import FileToWrite, recipe_options
 from qat.cli.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qat.commands.sensitivity import Findings
     from qat.prepare import GroupName
+    from qat.sensitivity.findings import Findings
 
 
 class _Bits(click.types.StringParamType):
@@ -43,18 +43,6 @@ class _Amount(click.types.FloatParamType):
         if not (math.isfinite(number) and number >= 0):
             self.fail(f"{value} is not a number of at least 0", param, ctx)
         return number
-
-
-def _html_file(_: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix.lower() not in (".html", ".htm"):
-        raise click.BadParameter(f"{str(value)!r} does not end in .html", param=param)
-    return value
-
-
-def _yaml_file(_: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix.lower() not in (".yaml", ".yml"):
-        raise click.BadParameter(f"{str(value)!r} does not end in .yaml", param=param)
-    return value
 
 
 @main.command()
@@ -98,15 +86,13 @@ def _yaml_file(_: click.Context, param: click.Parameter, value: Path | None) -> 
 @click.option(
     "-o",
     "--output",
-    type=NonEmptyPath(),
-    callback=_html_file,
+    type=FileToWrite(".html", ".htm"),
     metavar="FILE.html",
     help="Also write a page with charts.",
 )
 @click.option(
     "--recipe-out",
-    type=NonEmptyPath(),
-    callback=_yaml_file,
+    type=FileToWrite(".yaml", ".yml"),
     metavar="FILE.yaml",
     help="Also write the recipe with the suggested section, to a new file.",
 )
@@ -129,18 +115,25 @@ def sensitivity(
     Before any fine-tuning, each group and layer is quantized by itself, then left out by itself, and each
     number of bits is lowered by itself. Compared with the float-rest network are top-1 and the noise in the
     logits: SQNR, signal to quantization noise in dB. The suggested section loses no more than --tolerance and
-    --noise-budget against the recipe's own.
+    --noise-budget against the recipe's own. It is chosen on test images: judge it on others, after
+    fine-tuning.
     """
     from rich.console import Console
 
-    from qat.commands.sensitivity import Questions, measure_recipe, require_new, write_recipe
-    from qat.mixedbits import Limits
+    from qat.commands.sensitivity import measure_recipe, require_new, write_recipe
+    from qat.files import require_writable, write_atomically
     from qat.progress import ConsoleReporter
     from qat.recipe import load_recipe
+    from qat.sensitivity.bitwidths import Limits
+    from qat.sensitivity.findings import Questions
 
     loaded = load_recipe(recipe, overrides)
+    # Before the minutes that the measuring takes.
     if recipe_out is not None:
-        require_new(recipe_out)  # before the minutes that the measuring takes
+        require_new(recipe_out)
+    for path in (output, recipe_out):
+        if path is not None:
+            require_writable(path)
     questions = Questions(by, groups, bits, images, Limits(tolerance, noise_budget))
     console = Console(stderr=True)
     with _progress(console) as watch:
@@ -152,7 +145,6 @@ def sensitivity(
     written = []
     if output is not None:
         from qat.commands.sensitivitypage import page
-        from qat.files import write_atomically
 
         write_atomically(output, page(findings))
         written.append(output)

@@ -8,10 +8,22 @@ from contextlib import contextmanager
 from typing import Final
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+
+class StandardOutput(Console):
+    """A console that leaves a closed pipe to the command, as any other output does."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again; rich would end the process with exit code 1."""
+        raise
+
+
+#: Columns that the first column of a table gets at least, where its texts are as long.
+_LEAST_NAME: Final = 24
 #: One console for all, which knows that a warning must not be written into a spinner's line.
 _ERRORS: Final = Console(stderr=True)
 
@@ -33,7 +45,19 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
             )
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    console = StandardOutput()
+    console.width = max(console.width, _least_width(headings, rows))
+    console.print(table)
+
+
+def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Width that all numbers and the begin of the first column need.
+
+    On a terminal still narrower, long lines are better than names folded to nothing.
+    """
+    columns = [[*heading.split(), *cells] for heading, *cells in zip(headings, *rows, strict=True)]
+    first, *numbers = (max(map(cell_len, cells), default=0) for cells in columns)
+    return min(first, _LEAST_NAME) + sum(numbers) + 2 * (len(columns) + 1)
 
 
 def warn(text: str) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from qat.cli.group import main
 from qat.cli.options import NonEmptyPath, recipe_options
-from qat.cli.terminal import spinner, warn
+from qat.cli.terminal import StandardOutput, spinner, warn
 from qat.errors import QatError, first_line
 from qat.progress import ConsoleReporter
 
@@ -63,7 +62,7 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     """
     from qat.train import finetune as run_finetune
 
-    reporter = ConsoleReporter(Console())
+    reporter = ConsoleReporter(StandardOutput())
     loaded, resumed = _opened(recipe, overrides, resume, reporter)
     run = run_finetune(loaded, reporter, resumed)
     _report(run.path)
@@ -96,7 +95,7 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     """
     from qat.train import pretrain as run_pretrain
 
-    reporter = ConsoleReporter(Console())
+    reporter = ConsoleReporter(StandardOutput())
     loaded, resumed = _opened(recipe, overrides, resume, reporter)
     run = run_pretrain(loaded, reporter, resumed)
     click.echo(f"{run.best}: written")

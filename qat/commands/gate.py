@@ -13,7 +13,7 @@ from qat.data import Split
 from qat.evaluate import collect_logits
 from qat.gate.baseline import Baseline, DataFacts, ModelFacts, describe_data, file_name, observe
 from qat.gate.baselinefile import check_replaceable, read_baseline, write_baseline
-from qat.gate.comparable import check_comparable
+from qat.gate.comparable import check_comparable, check_preprocessing
 from qat.gate.decision import Decision, Rules, judge
 
 
@@ -59,9 +59,10 @@ def judge_model(
     baseline = read_baseline(baseline_path)
     warnings: list[str] = []
     model = open_model(path, recipe, overrides, warnings.append)
+    # Before the long part; with the name of the file, too.
+    check_preprocessing(baseline, model.data, model.num_classes, str(baseline_path))
     split = load_test_split(model.data, model.num_classes)
     facts = describe_data(split, model.data)
-    # Before the long part; with the name of the file, too.
     check_comparable(baseline, facts, model.num_classes, len(split), str(baseline_path))
     decision = judge(baseline, _observe(model, split, facts, warnings.append), rules)
     return replace(decision, warnings=(*warnings, *decision.warnings))

@@ -16,7 +16,7 @@ from qat.commands.sources import load_test_split, only_data
 from qat.data import Split, normalize
 from qat.errors import CheckpointError, QatError, RecipeError
 from qat.evaluate import predictor
-from qat.files import write_atomically
+from qat.files import require_writable, write_atomically
 from qat.layerstats import measure
 from qat.loading import build, without_quantizers
 from qat.recipe import Data, LoadedRecipe, load_recipe, resolve_checkpoint
@@ -28,7 +28,7 @@ from qat.train import choose_device
 
 REPORT: Final = "report.html"
 #: Images that layers are measured on: their statistics settle long before.
-_MEASURED: Final = 256
+_MEASURED: Final = 128
 
 
 def write_report(
@@ -50,13 +50,14 @@ def write_report(
             or the file can't be written.
     """
     directory = find_run(run) if run is not None else newest_run(runs)
+    path = directory.path / REPORT if output is None else output
+    require_writable(path)
     fixed = "fixed by the checkpoint, which was trained with it"
     only_data(overrides, {"mean": fixed, "std": fixed, "image_size": fixed})
     loaded = load_recipe(directory.path / "recipe.yaml", overrides)
     checkpoint = load_checkpoint(directory.best)
     files = read_run(directory)
     measured = _measure(checkpoint, loaded, files)
-    path = directory.path / REPORT if output is None else output
     write_atomically(path, report_page(files, loaded.recipe, checkpoint, measured))
     return path
 

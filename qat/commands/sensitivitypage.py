@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qat.commands.sensitivity import Findings, decibels
 from qat.evaluate import percent
-from qat.mixedbits import Setting, Width
 from qat.report.charts import Bar, Series, bar_chart, line_chart
 from qat.report.page import ABSENT, Figure, Table, Tile, render
-from qat.sensitivity import GROUPS, Measure, Sensitivity, ranks_of
+from qat.sensitivity.bitwidths import Setting, Width
+from qat.sensitivity.findings import Findings, decibels
+from qat.sensitivity.parts import GROUPS, Sensitivity, ranks_of
+from qat.sensitivity.variants import Measure
 
 #: Layers in the short table and in bar charts.
 MOST_SENSITIVE = 10

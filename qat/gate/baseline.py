@@ -18,14 +18,13 @@ from typing import Annotated, Any, Final
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qat.data import FolderSplit, Split
 from qat.evaluate import ranks
 from qat.machine import machine
 from qat.recipe import Data, Recipe
-from qat.schema import Section
 
 FORMAT: Final = "bnext-qat baseline"
 FORMAT_VERSION: Final = 1
@@ -44,7 +43,11 @@ _Percent = Annotated[float, Field(ge=0, le=100)]
 _Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-class ModelFacts(Section):
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelFacts(_Strict):
     """Which model: file name, SHA-256 of the file, its format, and the network in one line."""
 
     file: str
@@ -53,7 +56,7 @@ class ModelFacts(Section):
     architecture: str
 
 
-class DataFacts(Section):
+class DataFacts(_Strict):
     """Which images, in which order, and how they were preprocessed; see :func:`describe_data`."""
 
     dataset: str
@@ -65,7 +68,7 @@ class DataFacts(Section):
     std: _Channels
 
 
-class Processor(Section):
+class Processor(_Strict):
     """What the predictions were computed on, as :func:`qat.machine.machine` finds it."""
 
     name: str | None
@@ -73,7 +76,7 @@ class Processor(Section):
     instruction_sets: list[str] | None
 
 
-class Baseline(Section):
+class Baseline(_Strict):
     """The predictions of one model on one data set, as right or wrong.
 
     Attributes:

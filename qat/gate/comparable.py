@@ -8,6 +8,33 @@ import numpy as np
 
 from qat.errors import BaselineError
 from qat.gate.baseline import Baseline, DataFacts
+from qat.recipe import Data
+
+
+def check_preprocessing(
+    baseline: Baseline, data: Data | DataFacts, num_classes: int, source: str = "the baseline"
+) -> None:
+    """Refuse to compare where settings alone show that the questions differ, before any image is read.
+
+    Args:
+        baseline: recorded before.
+        data, num_classes: of the model in question.
+        source: what the baseline is called in the message.
+
+    Raises:
+        BaselineError: the first difference in class count, data set, image size or normalization.
+    """
+    theirs = baseline.data
+    if num_classes != baseline.num_classes:
+        raise _refusal(source, "the number of classes", num_classes, baseline.num_classes)
+    if data.dataset != theirs.dataset:
+        raise _refusal(source, "data.dataset", repr(data.dataset), repr(theirs.dataset))
+    if data.image_size != theirs.image_size:
+        raise _refusal(source, "data.image_size", data.image_size, theirs.image_size)
+    for key in ("mean", "std"):
+        ours, recorded = list(getattr(data, key)), list(getattr(theirs, key))
+        if not np.allclose(ours, recorded, rtol=0, atol=1e-6):
+            raise _refusal(source, f"data.{key}", ours, recorded)
 
 
 def check_comparable(
@@ -23,30 +50,22 @@ def check_comparable(
     Raises:
         BaselineError: the first difference in class count, preprocessing, or images and labels.
     """
-
-    def refuse(key: str, ours: object, theirs: object) -> BaselineError:
-        return BaselineError(
-            f"{source} cannot be compared with: {key} is {ours} here and {theirs} there; measure on the same "
-            "data (--recipe, --set data.KEY=VALUE), or record a new baseline"
-        )
-
+    check_preprocessing(baseline, data, num_classes, source)
     theirs = baseline.data
-    if num_classes != baseline.num_classes:
-        raise refuse("the number of classes", num_classes, baseline.num_classes)
-    if data.dataset != theirs.dataset:
-        raise refuse("data.dataset", repr(data.dataset), repr(theirs.dataset))
-    for key in ("image_size", "resize"):
-        if getattr(data, key) != getattr(theirs, key):
-            raise refuse(f"data.{key}", getattr(data, key), getattr(theirs, key))
-    for key in ("mean", "std"):
-        if not np.allclose(getattr(data, key), getattr(theirs, key), rtol=0, atol=1e-6):
-            raise refuse(f"data.{key}", getattr(data, key), getattr(theirs, key))
+    if data.resize != theirs.resize:
+        raise _refusal(source, "data.resize", data.resize, theirs.resize)
     if images != baseline.images:
-        raise refuse("the number of images", images, baseline.images)
+        raise _refusal(source, "the number of images", images, baseline.images)
     if data.fingerprint != theirs.fingerprint:
-        raise refuse(
-            "the SHA-256 of images and labels", f"{data.fingerprint[:12]}…", f"{theirs.fingerprint[:12]}…"
-        )
+        ours, recorded = f"{data.fingerprint[:12]}…", f"{theirs.fingerprint[:12]}…"
+        raise _refusal(source, "the SHA-256 of images and labels", ours, recorded)
+
+
+def _refusal(source: str, key: str, ours: object, theirs: object) -> BaselineError:
+    return BaselineError(
+        f"{source} cannot be compared with: {key} is {ours} here and {theirs} there; measure on the same "
+        "data (--recipe, --set data.KEY=VALUE), or record a new baseline"
+    )
 
 
 def differences(baseline: Baseline, observed: Baseline) -> Iterable[str]:
@@ -54,18 +73,22 @@ def differences(baseline: Baseline, observed: Baseline) -> Iterable[str]:
     theirs, ours = baseline.processor, observed.processor
     if (theirs.name, theirs.architecture) != (ours.name, ours.architecture):
         yield (
-            f"another processor: {ours.name or 'unknown'} ({ours.architecture}); the baseline is of "
-            f"{theirs.name or 'unknown'} ({theirs.architecture})"
+            f"another processor: {_shown(ours.name)} ({_shown(ours.architecture)}); the baseline is of "
+            f"{_shown(theirs.name)} ({_shown(theirs.architecture)})"
         )
     gone, new = (
         sorted(set(one.instruction_sets or ()) - set(other.instruction_sets or ()))
         for one, other in ((theirs, ours), (ours, theirs))
     )
     if gone or new:
-        parts = [f"{word} {', '.join(names)}" for word, names in (("without", gone), ("with", new)) if names]
+        parts = [
+            f"{word} {', '.join(map(_shown, names))}"
+            for word, names in (("without", gone), ("with", new))
+            if names
+        ]
         yield f"other instruction sets: {' and '.join(parts)}, unlike where the baseline was recorded"
     changed = [
-        f"{name} {observed.versions.get(name)} ({baseline.versions.get(name)})"
+        f"{_shown(name)} {_shown(observed.versions.get(name))} ({_shown(baseline.versions.get(name))})"
         for name in sorted(observed.versions.keys() | baseline.versions.keys())
         if observed.versions.get(name) != baseline.versions.get(name)
     ]
@@ -73,6 +96,13 @@ def differences(baseline: Baseline, observed: Baseline) -> Iterable[str]:
         yield f"other versions than the baseline's, which are in brackets: {', '.join(changed)}"
     if baseline.class_names != observed.class_names:
         yield _other_names(baseline.class_names, observed.class_names)
+
+
+def _shown(text: str | None) -> str:
+    """A text of a file that anyone may have edited: what a terminal or CI would act on is escaped."""
+    if text is None:
+        return "unknown"
+    return text if text.isprintable() else ascii(text)
 
 
 def _other_names(theirs: list[str] | str, ours: list[str] | str) -> str:

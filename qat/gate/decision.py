@@ -65,7 +65,8 @@ class Decision:
         lower, upper: one-sided bounds of the change, each with ``rules.confidence``.
         comparison: verdict of the comparison alone, without the floor.
         floor_broken: whether top-1 lies below ``rules.floor``.
-        needed: of an inconclusive comparison, images that would tell; ``None`` where no number would.
+        needed: of an inconclusive comparison, images with which a model as good as the baseline usually
+            passes; ``None`` where no number suffices. Within ``pairs.n``, the model is likely worse.
         detectable: of an inconclusive comparison, the least real drop that these images would find.
         warnings: what else differs between the two measurements.
     """
@@ -99,15 +100,12 @@ class Decision:
     @property
     def comparison_reason(self) -> str:
         """Why the comparison, without the floor, ended as it did, in one sentence."""
-        allowed, sure = f"{self.rules.max_drop:g}", f"with {100 * self.rules.confidence:g} % confidence"
+        allowed, sure = f"{self.rules.max_drop:g}", f"with {_sure(self.rules)} confidence"
         if _identical(self.baseline, self.observed, self.pairs):
             return "the same file as the baseline's, with the same answers"
         change = 100 * self.pairs.change
-        verb = (
-            "did not change"
-            if change == 0
-            else f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points"
-        )
+        amount = f"{abs(change):.2f}" if abs(change) >= 0.005 else "less than 0.01"
+        verb = "did not change" if change == 0 else f"{'rose' if change > 0 else 'fell'} by {amount} points"
         if self.comparison == "fail":
             return f"top-1 {verb}; {sure}, by at least {-self.upper:.2f}, and {allowed} is allowed"
         if self.comparison == "improved":
@@ -117,8 +115,16 @@ class Decision:
             return f"top-1 {verb}; {sure}, it did not fall by more than {most:.2f}, and {allowed} is allowed"
         if self.needed is None:
             more = "no number of images would"
+        elif self.needed > self.pairs.n:
+            more = (
+                f"about {self.needed:,} images would if it is as good as the baseline, here are "
+                f"{self.pairs.n:,}"
+            )
         else:
-            more = f"about {self.needed:,} images would, here are {self.pairs.n:,}"
+            more = (
+                f"about {self.needed:,} images usually pass a model as good as the baseline, here are "
+                f"{self.pairs.n:,}, so it is likely worse, but near what is allowed"
+            )
         return (
             f"top-1 {verb}; whether the real change, from {points(self.lower)} to {points(self.upper)} (each "
             f"bound {sure}), is a drop of more than {allowed}, the data can't tell; {more}"
@@ -150,7 +156,7 @@ class Decision:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Table for people: what, value, bound."""
-        rules, sure = self.rules, f"{100 * self.rules.confidence:g} %"
+        rules, sure = self.rules, _sure(self.rules)
         rows = [
             ("images", f"{self.pairs.n:,}", ""),
             ("top-1, baseline", _exact(self.baseline), ""),
@@ -254,6 +260,11 @@ def points(change: float) -> str:
     """A change in percentage points as text with its sign, such as ``−0.28``."""
     text = f"{change:+.2f}"
     return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def _sure(rules: Rules) -> str:
+    """The confidence in percent, to more digits than ``:g`` has: 0.9999999 is not 100 %."""
+    return f"{100 * rules.confidence:.12g} %"
 
 
 def _exact(one: Baseline) -> str:

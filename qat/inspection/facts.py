@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any, Final
 
 Range = tuple[float, float]
@@ -205,8 +205,13 @@ def facts_of(metadata: Mapping[str, str], recipe: Mapping[str, Any] | None = Non
 
 def parsed(text: str) -> Any:
     """A metadata text: what it is as JSON, else itself. (NaN and the like are JSON to Python alone.)"""
+
+    def number(digits: str) -> float | str:
+        value = float(digits)
+        return value if isfinite(value) else digits  # 1e999 would become Infinity
+
     try:
-        return json.loads(text, parse_constant=str)
+        return json.loads(text, parse_constant=str, parse_float=number)
     except (ValueError, RecursionError):
         return text
 

@@ -186,7 +186,6 @@ def bar_chart(
                     "ha": side,
                     "color": MARKS[ink],
                     "transform": across,
-                    "parse_math": False,
                 }
                 axes.text(x, row + 0.34, what, **look)
         axes.set_xlabel(x_label)
@@ -274,7 +273,7 @@ def _frame(axes: Axes, values: Sequence[float], least: float | None) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    legend = figure.legend(
+    figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside upper left",
         ncols=min(count, 3),
@@ -286,8 +285,6 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
         columnspacing=1.2,
         labelcolor=MARKS["ink"],
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
 
 
 def _number(value: float | None, *, positive: bool = False) -> float:

@@ -69,6 +69,12 @@ def report_page(files: RunFiles, recipe: Recipe, checkpoint: Checkpoint, measure
     counted = operations(checkpoint.architecture, recipe.data.image_size)
     costs = Costs(counted, weight_bits(counted, checkpoint.quantization_map))
     notes = [*files.problems, *measured.notes]
+    widths = sorted({one.bits for one in measured.layers if one.group != "binary"} - {8})
+    if widths:
+        notes.append(
+            f"Some points have {', '.join(map(str, widths))} bits. Below, int8 stands for the network with "
+            "these, and their multiply-accumulates are counted like those of int8."
+        )
     bench = None if files.bench is None else latency(files.bench)
     if files.bench is not None and bench is None:
         notes.append(f"{BENCH} is not what `qat bench --json` prints, and is left out.")
@@ -107,11 +113,18 @@ def _headline(files: RunFiles, checkpoint: Checkpoint, recipe: Recipe) -> str:
     data = recipe.data
     source = data.dataset if data.root is None else f"{data.dataset} {data.root}"
     parts = [str(checkpoint.architecture), f"{source}, {data.image_size} × {data.image_size} pixels"]
-    finished = number(files.summary.get("finished"))
-    if finished is not None:
-        when = datetime.fromtimestamp(finished, UTC)
+    when = _date(number(files.summary.get("finished")))
+    if when is not None:
         parts.append(f"finished\u00a0{when.day}\u00a0{when:%b}\u00a0{when.year}")
     return " · ".join(parts)
+
+
+def _date(seconds: float | None) -> datetime | None:
+    """The moment so many seconds after 1970; None where no calendar has it."""
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, OSError, ValueError):
+        return None
 
 
 def _tiles(answers: Answers, costs: Costs, quantized: bool, files: RunFiles) -> list[Tile]:

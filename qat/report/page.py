@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from qat import __version__
 
 #: What stands for a number that is not there.
 ABSENT: Final = "–"
+#: No measurement comes near, and no axis has room for the digits of more.
+_LARGEST: Final = 1e15
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,14 @@ class Figure:
 
 
 def number(value: object) -> float | None:
-    """A finite number from a file, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A number from a file that is finite and below :data:`_LARGEST`, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        return None
+    return found if abs(found) < _LARGEST else None
 
 
 def render(template: str, **context: object) -> str:

@@ -47,6 +47,8 @@ _SETTINGS: Final = {
     "font.size": TEXT,
     "path.simplify": False,
     "axes.unicode_minus": True,
+    # Names of classes and layers are no formulas.
+    "text.parse_math": False,
 }
 
 
@@ -73,8 +75,6 @@ def tidy(axes: Axes, grid: Literal["x", "y"] | None) -> None:
     if grid is not None:
         axes.grid(axis=grid, color=MARKS["line"], linewidth=1.0)
         axes.set_axisbelow(True)
-    for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label):
-        text.set_parse_math(False)
 
 
 def clean(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What quantization costs, part by part: one group or layer alone, and all but one.
+"""Quantized variants of a float-rest network, each compared with it on the same images.
 
 A variant is the float-rest network, prepared with other groups or globs. Its grids are those of the fully
 quantized network, which is calibrated once: variants differ in what is quantized, and in nothing else.
@@ -7,11 +7,10 @@ quantized network, which is calibrated once: variants differ in what is quantize
 from __future__ import annotations
 
 import copy
-import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +21,9 @@ from qat.data import Split, normalize
 from qat.errors import CheckpointError
 from qat.evaluate import accuracy_of, predictor
 from qat.fakequant import activation_quantizers
-from qat.prepare import GroupName, calibrate, prepare, quantized_layers
+from qat.prepare import calibrate, prepare
 from qat.recipe import Quantization, Recipe
 from qat.train import calibration_pass
-
-GROUPS: Final[tuple[GroupName, ...]] = ("stem", "se", "classifier", "trunk")
 
 #: State of the quantizers of a calibrated network, by key of its state dict.
 Grids = Mapping[str, Tensor]
@@ -55,64 +52,6 @@ class Measure:
     top1: float
     changed: int
     sqnr: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """A group or a layer, and the two ways to ask what its quantization costs.
-
-    Attributes:
-        name: of the group, or of the module as globs know it.
-        kind: which of them it is.
-        group: the group, or that of the layer.
-        alone: nothing but this part is quantized.
-        left_out: everything that the recipe quantizes but this part.
-    """
-
-    name: str
-    kind: Literal["group", "layer"]
-    group: GroupName
-    alone: Quantization
-    left_out: Quantization
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What the quantization of one part costs.
-
-    Attributes:
-        name, kind, group: see :class:`Part`.
-        alone, left_out: both variants.
-        loss: points of top-1 lost by quantizing this part alone.
-        gain: points of top-1 gained by leaving it out of the fully quantized network.
-        gain_db: dB of signal to noise gained by leaving it out.
-    """
-
-    name: str
-    kind: Literal["group", "layer"]
-    group: GroupName
-    alone: Measure
-    left_out: Measure
-    loss: float
-    gain: float
-    gain_db: float
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Places of one part among all of its kind; 1 costs most.
-
-    Attributes:
-        by_loss: by accuracy loss alone, then by noise.
-        by_noise: by noise alone.
-        by_gain: by accuracy gained where left out, then by noise.
-        by_noise_gain: by noise where left out.
-    """
-
-    by_loss: int
-    by_noise: int
-    by_gain: int
-    by_noise_gain: int
 
 
 def signal_to_noise(reference: Tensor, logits: Tensor) -> float:
@@ -184,33 +123,6 @@ class Variants:
         top1 = accuracy_of(logits, self.labels).top1
         return Measure(top1, changed, signal_to_noise(self._reference, logits))
 
-    def sensitivities(
-        self, parts: Sequence[Part], full: Quantization, grids: Grids, watch: Watcher
-    ) -> list[Sensitivity]:
-        """Measure each part alone and left out, in the order of ``parts``.
-
-        Args:
-            parts: from :func:`parts_of`.
-            full: what the recipe quantizes.
-            grids: of the network quantized so.
-            watch: told of each variant.
-        """
-        watch.expect(2 * len(parts) + 2)
-        before = self.measure(self.model)
-        watch.done("float rest")
-        whole = self.measure(self.build(full, grids))
-        watch.done("fully quantized")
-        found = []
-        for part in parts:
-            alone = self.measure(self.build(part.alone, grids))
-            watch.done(f"{part.name} alone")
-            left_out = self.measure(self.build(part.left_out, grids))
-            watch.done(f"all but {part.name}")
-            loss, gain = before.top1 - alone.top1, left_out.top1 - whole.top1
-            gain_db = difference(left_out.sqnr, whole.sqnr)
-            found.append(Sensitivity(part.name, part.kind, part.group, alone, left_out, loss, gain, gain_db))
-        return found
-
     def fewer(self, count: int) -> Variants:
         """The same with ``count`` of the images, evenly spaced; itself where there are no more than that."""
         if count >= len(self.labels):
@@ -237,69 +149,3 @@ def grids_of(model: BNext, float_rest: BNext) -> dict[str, Tensor]:
 def difference(decibels: float, reference: float) -> float:
     """``decibels − reference``, 0 where both are the same infinity."""
     return 0.0 if decibels == reference else decibels - reference
-
-
-def parts_of(
-    model: BNext, quantization: Quantization, kind: Literal["group", "layer"], groups: Sequence[GroupName]
-) -> list[Part]:
-    """The groups or layers to measure, in forward order.
-
-    Args:
-        model: float-rest.
-        quantization: the recipe's.
-        kind: groups or layers.
-        groups: only these, or layers of these; what the recipe leaves in float is passed over.
-
-    Raises:
-        QuantizationError: a glob of the recipe matches nothing.
-    """
-    layers = quantized_layers(model, quantization)
-    if kind == "group":
-        present = [group for group in GROUPS if group in groups and group in layers.values()]
-        return [
-            Part(
-                group,
-                kind,
-                group,
-                _enabled(quantization, {group}),
-                _enabled(quantization, {*GROUPS} - {group}),
-            )
-            for group in present
-        ]
-    chosen = {name: group for name, group in layers.items() if group in groups}
-    return [
-        Part(name, kind, group, _only(quantization, name), without(quantization, [name]))
-        for name, group in chosen.items()
-    ]
-
-
-def without(quantization: Quantization, layers: Sequence[str]) -> Quantization:
-    """The same with ``layers`` left in float."""
-    exclude = [*quantization.exclude, *(glob.escape(name) for name in layers)]
-    return quantization.model_copy(update={"exclude": exclude})
-
-
-def ranks_of(found: Sequence[Sensitivity]) -> dict[str, Ranks]:
-    """Ranks of each part by name. Equal figures keep the order of ``found``."""
-    orders = (
-        sorted(found, key=lambda one: (-one.loss, one.alone.sqnr)),
-        sorted(found, key=lambda one: one.alone.sqnr),
-        sorted(found, key=lambda one: (-one.gain, -one.gain_db)),
-        sorted(found, key=lambda one: -one.gain_db),
-    )
-    places = [{one.name: place for place, one in enumerate(order, start=1)} for order in orders]
-    return {one.name: Ranks(*(place[one.name] for place in places)) for one in found}
-
-
-def _only(quantization: Quantization, layer: str) -> Quantization:
-    return quantization.model_copy(update={"include": [glob.escape(layer)], "exclude": []})
-
-
-def _enabled(quantization: Quantization, groups: set[GroupName]) -> Quantization:
-    """The same with every group outside of ``groups`` in float."""
-    off: dict[str, object] = {
-        name: getattr(quantization, name).model_copy(update={"enabled": False})
-        for name in GROUPS
-        if name not in groups
-    }
-    return quantization.model_copy(update=off)
