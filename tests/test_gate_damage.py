@@ -11,26 +11,22 @@ import numpy as np
 import pytest
 from networkchanges import changed
 from numpy.typing import NDArray
-from toyruns import fail, qat, settings, succeed
+from toyruns import Silent, fail, qat, succeed
 
 from export.integer import IntegerNetwork
 from export.portable import emit
 from qat.commands.lowering import Source, build_and_lower, load
-from qat.rundir import newest_run
+from qat.recipe import load_recipe
+from qat.train import finetune
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> IntegerNetwork:
     """BNext-Tiny on the digits in int8, calibrated only, lowered."""
-    runs = tmp_path_factory.mktemp("runs")
-    short = [
-        f"output.dir={json.dumps(str(runs))}",
-        "schedule.epochs=0",
-        "threads=1",
-        "device=cpu",
-    ]
-    succeed("finetune", "--recipe", "tiny_int8", *settings(short))
-    _, lowered = build_and_lower(*load(Source(newest_run(runs).path, None), None))
+    out = json.dumps(str(tmp_path_factory.mktemp("runs")))
+    short = [f"output.dir={out}", "schedule.epochs=0", "threads=1", "device=cpu"]
+    run = finetune(load_recipe("tiny_int8", short), Silent())
+    _, lowered = build_and_lower(*load(Source(run.path, None), None))
     return lowered
 
 

@@ -25,6 +25,7 @@ from qat.statefile import State, newest_state, write_state
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("finetune", "pretrain")
+EXHAUSTIVE = pytest.mark.exhaustive
 #: Run of a task, what it left, how it ended.
 Reference = tuple[Path, dict[str, Any], Ended]
 
@@ -71,7 +72,7 @@ def kill(reference: Callable[..., Reference], start: Path) -> Callable[..., Path
 # Killed and resumed
 
 
-@pytest.mark.parametrize("task", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["finetune", pytest.param("pretrain", marks=EXHAUSTIVE)])
 def test_a_run_killed_twice_at_random_ends_with_the_same_bytes(
     reference: Callable[..., Reference], kill: Callable[..., Path], task: str
 ) -> None:
@@ -88,16 +89,16 @@ def test_a_run_killed_twice_at_random_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("task", "moment"),
     [
-        pytest.param("finetune", "half begun.safetensors", marks=pytest.mark.slow),
-        pytest.param("finetune", "half 00000-0000000.safetensors", marks=pytest.mark.slow),
-        pytest.param("finetune", "00000-0000000.safetensors", marks=pytest.mark.slow),
+        pytest.param("finetune", "half begun.safetensors", marks=EXHAUSTIVE),
+        pytest.param("finetune", "half 00000-0000000.safetensors", marks=EXHAUSTIVE),
+        pytest.param("finetune", "00000-0000000.safetensors", marks=EXHAUSTIVE),
         ("finetune", "half 00001-0000002.safetensors"),
         ("pretrain", "00001-0000000.safetensors"),
         ("pretrain", "00001-0000002.safetensors"),
-        pytest.param("pretrain", "before 00001-0000002.safetensors", marks=pytest.mark.slow),
-        pytest.param("pretrain", "00002-0000000.safetensors", marks=pytest.mark.slow),
-        pytest.param("pretrain", "half last.safetensors", marks=pytest.mark.slow),
-        pytest.param("pretrain", "before summary.json", marks=pytest.mark.slow),
+        pytest.param("pretrain", "before 00001-0000002.safetensors", marks=EXHAUSTIVE),
+        pytest.param("pretrain", "00002-0000000.safetensors", marks=EXHAUSTIVE),
+        pytest.param("pretrain", "half last.safetensors", marks=EXHAUSTIVE),
+        pytest.param("pretrain", "before summary.json", marks=EXHAUSTIVE),
     ],
 )
 def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
@@ -110,7 +111,7 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
     assert differences(outcome(run), reference(task)[1]) == []
 
 
-@pytest.mark.slow
+@EXHAUSTIVE
 @pytest.mark.parametrize(
     ("task", "overrides"),
     [
@@ -131,7 +132,7 @@ def test_other_observers_optimizers_and_storage_end_with_the_same_bytes(
         assert differences(outcome(run), expected) == []
 
 
-@pytest.mark.slow
+@EXHAUSTIVE
 @pytest.mark.parametrize("task", TASKS)
 def test_a_process_killed_again_and_again_by_the_clock_ends_with_the_same_bytes(
     reference: Callable[..., Reference], start: Path, task: str
@@ -239,7 +240,8 @@ def state_of(run: Path) -> State:
 
 
 @pytest.mark.parametrize(
-    "damage", ["flipped", "all", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut", "empty"))]
+    "damage",
+    ["flipped", "all", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in ("cut", "empty"))],
 )
 def test_a_damaged_state_is_passed_over_with_a_warning(
     reference: Callable[..., Reference], run: Path, damage: str
@@ -357,7 +359,7 @@ def test_what_leaves_the_result_alone_may_be_set(run: Path) -> None:
     assert "00002-0000002.safetensors" in ended.moments
 
 
-@pytest.mark.slow
+@EXHAUSTIVE
 def test_paths_of_a_run_are_found_again_and_checkpoints_repeat_them_as_given(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,9 +394,9 @@ def test_two_processes_do_not_train_in_one_run(run: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "moment"),
     [
-        pytest.param("finetune", "begun.safetensors", marks=pytest.mark.slow),  # before calibration
+        pytest.param("finetune", "begun.safetensors", marks=EXHAUSTIVE),  # before calibration
         ("finetune", "step"),
-        pytest.param("pretrain", "00002-0000000.safetensors", marks=pytest.mark.slow),  # between two epochs
+        pytest.param("pretrain", "00002-0000000.safetensors", marks=EXHAUSTIVE),  # between two epochs
         ("pretrain", "00002-0000004.safetensors"),  # before an evaluation
     ],
 )
@@ -430,7 +432,7 @@ def test_a_second_sigterm_ends_at_once(
         pytest.fail(f"saved {next((unfinished(tmp_path) / 'state').glob('00000-0000001*'))}")
 
 
-@pytest.mark.slow
+@EXHAUSTIVE
 def test_sigterm_after_the_last_epoch_lets_the_run_finish(
     reference: Callable[..., Reference], start: Path, tmp_path: Path
 ) -> None:
