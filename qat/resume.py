@@ -23,7 +23,7 @@ from qat.errors import CheckpointError, OutputError, QatError, RecipeError
 from qat.fakequant import activation_quantizers
 from qat.recipe import LoadedRecipe, Recipe, load_recipe, parse_recipe
 from qat.rundir import SUMMARY, RunDirectory
-from qat.statefile import FOLDER, Record, State, newest_state, remove_leftovers
+from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_leftovers
 
 #: Keys that may change when a run goes on: they leave its result alone.
 NEUTRAL: Final = ("device", "threads", "data.workers", "schedule.save_steps", "schedule.keep_states")
@@ -229,7 +229,7 @@ def held(run: RunDirectory) -> Iterator[None]:
     except ImportError:  # not on Windows; two processes there have to be kept apart by their user
         yield
         return
-    path = run.path / FOLDER / "lock"
+    path = run.path / FOLDER / LOCK
     try:
         path.parent.mkdir(exist_ok=True)
         lock = path.open("w", encoding="utf-8")

@@ -28,6 +28,8 @@ from qat.files import replacing
 from qat.published import read_safetensors
 
 FOLDER: Final = "state"
+#: Held by the process that trains in a run, see :func:`qat.resume.held`.
+LOCK: Final = "lock"
 FORMAT: Final = "bnext-qat-state"
 FORMAT_VERSION: Final = 1
 _BEGUN: Final = "begun.safetensors"
@@ -152,11 +154,11 @@ def newest_state(run: Path, warn: Callable[[str], None]) -> State | None:
 
 
 def remove_states(run: Path) -> None:
-    """Remove every state of a finished run; what can't be removed stays."""
+    """Remove every state of a finished run; what can't be removed, or is none of this module's, stays."""
     folder = run / FOLDER
     try:
-        for path in folder.iterdir():
-            path.unlink()
+        for path in (*(path for _, path in _saved(run)), folder / _BEGUN, folder / LOCK):
+            path.unlink(missing_ok=True)
         folder.rmdir()
     except OSError:  # they are of no use any more, and do no harm
         return

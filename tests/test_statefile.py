@@ -178,6 +178,13 @@ def test_states_are_removed_with_their_folder_and_nothing_else(tmp_path: Path) -
     remove_states(tmp_path)
 
 
+def test_files_that_are_no_states_stay(tmp_path: Path) -> None:
+    write_state(tmp_path, record(1), tensors(), keep=1)
+    (tmp_path / "state" / "notes.txt").touch()
+    remove_states(tmp_path)
+    assert names(tmp_path) == ["notes.txt"]
+
+
 def test_only_files_half_written_are_leftovers(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     kept = [tmp_path / ".hidden", tmp_path / ".notes.tmp", tmp_path / "state" / "00001-0000000.safetensors"]

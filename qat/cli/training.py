@@ -40,11 +40,13 @@ def _opened(
     if resume is None:
         return load_recipe(recipe, overrides), None
     from qat.resume import is_finished, open_run
+    from qat.statefile import remove_states
 
     context = click.get_current_context()
     if context.get_parameter_source("recipe") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--resume goes on with the run's own recipe; leave out --recipe")
     if is_finished(resume):
+        remove_states(resume)  # it may have been killed just before it did
         click.echo(f"{resume}: this run has finished; nothing is left to do")
         context.exit(0)
     resumed = open_run(resume, overrides, reporter)
