@@ -68,6 +68,12 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{text} %"
 
 
+def points(change: float) -> str:
+    """A change in percentage points as text with its sign: ``+0.28``, ``−0.28``, ``0.00``."""
+    text = f"{change:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
 def input_for(predict: Predict, images: Tensor, data: Data) -> Tensor:
     """What ``predict`` takes of the uint8 images (N, 3, H, W) of a split: them, or normalized float32."""
     if getattr(predict, "takes_pixels", False):

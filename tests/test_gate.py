@@ -12,8 +12,9 @@ import pytest
 from recorded import baseline
 
 from qat.errors import BaselineError, GateError
+from qat.evaluate import points
 from qat.gate import decision as gate
-from qat.gate.decision import Decision, Rules, judge, points
+from qat.gate.decision import Decision, Rules, judge
 from qat.stats import Pairs, detectable_drop, images_needed, lower_bound, mcnemar_p, upper_bound
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from reports import answers
 
+from qat.evaluate import points
 from qat.report.sections import (
     accuracy_figure,
     change_interval,
@@ -18,7 +19,6 @@ from qat.report.sections import (
     curves,
     gallery,
     interval_text,
-    points,
     verdict,
 )
 from qat.stats import Pairs, accuracy_interval
@@ -79,7 +79,7 @@ def test_the_verdict_says_what_quantization_changed(
     text = verdict(pair(lost, gained, wrong), True)  # type: ignore[arg-type]
     assert text.startswith(start)
     assert middle in text
-    low, high = change_interval(Pairs(100, lost, gained))
+    low, high = (100 * bound for bound in change_interval(Pairs(100, lost, gained)))
     assert (
         f"With 95 % confidence, the true change lies between {points(low)} and {points(high)} points." in text
     )
@@ -92,7 +92,7 @@ def test_the_verdict_on_one_network_compares_nothing() -> None:
 
 
 def test_points_have_a_sign_unless_they_are_none() -> None:
-    assert [points(share) for share in (0.0028, -0.0028, 0.0, -1e-9)] == ["+0.28", "−0.28", "0.00", "0.00"]
+    assert [points(change) for change in (0.28, -0.28, 0.0, -1e-7)] == ["+0.28", "−0.28", "0.00", "0.00"]
 
 
 def test_intervals_are_clopper_pearsons_and_stay_on_one_line() -> None:

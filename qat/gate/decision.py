@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from qat.errors import GateError
-from qat.evaluate import percent
+from qat.evaluate import percent, points
 from qat.gate.baseline import Baseline
 from qat.gate.comparable import check_comparable, differences
 from qat.stats import Pairs, detectable_drop, images_needed, lower_bound, mcnemar_p, upper_bound
@@ -254,12 +254,6 @@ def judge(baseline: Baseline, observed: Baseline, rules: Rules) -> Decision:
         detectable=detectable,
         warnings=tuple(differences(baseline, observed)),
     )
-
-
-def points(change: float) -> str:
-    """A change in percentage points as text with its sign, such as ``−0.28``."""
-    text = f"{change:+.2f}"
-    return "0.00" if float(text) == 0 else text.replace("-", "−")
 
 
 def _sure(rules: Rules) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from qat import __version__
 from qat.checkpoint import Checkpoint
-from qat.evaluate import percent
+from qat.evaluate import percent, points
 from qat.layerstats import LayerStatistics
 from qat.operations import operations
 from qat.recipe import Recipe
@@ -38,7 +38,6 @@ from qat.report.sections import (
     curves,
     gallery,
     interval_text,
-    points,
     verdict,
 )
 
@@ -140,8 +139,8 @@ def _tiles(answers: Answers, costs: Costs, quantized: bool, files: RunFiles) -> 
         low, high = change_interval(answers.pairs)
         # Coloured only where chance is unlikely.
         tone: Literal["", "good", "bad"] = "good" if low > 0 else "bad" if high < 0 else ""
-        about = f"95 % confidence: {points(low)} to {points(high)}"
-        tiles.append(Tile("Change in points", points(answers.pairs.change), about, tone))
+        about = f"95 % confidence: {points(100 * low)} to {points(100 * high)}"
+        tiles.append(Tile("Change in points", points(100 * answers.pairs.change), about, tone))
     full = costs.operations.parameters.float32_bytes
     tiles.append(
         Tile("Parameters", megabytes(costs.bytes), f"{full / costs.bytes:.1f}× smaller than in float32")

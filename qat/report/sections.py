@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from qat.evaluate import percent
+from qat.evaluate import percent, points
 from qat.report.answers import Answers, ChangedImage
 from qat.report.charts import Bar, Series, bar_chart, heat_map, line_chart
 from qat.report.page import Figure, Table, number
@@ -32,12 +32,6 @@ def interval_text(correct: int, n: int) -> str:
     return f"{100 * low:.2f}\u00a0–\u2060\u00a0{percent(100 * high)}".replace(" ", "\u00a0")
 
 
-def points(share: float) -> str:
-    """A change of a share in percentage points, with its sign: ``+0.28``, ``−0.28``, ``0.00``."""
-    text = f"{100 * share:+.2f}"
-    return "0.00" if float(text) == 0 else text.replace("-", "−")
-
-
 @lru_cache(maxsize=8)  # seconds for many images, and asked for twice
 def change_interval(pairs: Pairs) -> tuple[float, float]:
     """The 95 % confidence interval of the change, a share: two one-sided bounds of 97.5 %."""
@@ -58,14 +52,14 @@ def verdict(answers: Answers, quantized: bool) -> str:
         )
     assert answers.correct_before is not None
     before = percent(100 * answers.correct_before / answers.n)
-    difference = points(abs(pairs.change)).removeprefix("+")
+    difference = points(100 * abs(pairs.change)).removeprefix("+")
     if pairs.lost == pairs.gained:
         opening = f"int8 is as accurate as float rest: both classify {top1} of {images} correctly."
     elif pairs.change < 0:
         opening = f"int8 loses {difference} points of top-1 accuracy: {before} → {top1} of {images}."
     else:
         opening = f"int8 gains {difference} points of top-1 accuracy: {before} → {top1} of {images}."
-    low, high = change_interval(pairs)
+    low, high = (100 * bound for bound in change_interval(pairs))
     closing = f"With 95 % confidence, the true change lies between {points(low)} and {points(high)} points."
     if not answers.changes:
         return f"{opening} No image changed its class. {closing}"
