@@ -1,0 +1,97 @@
+"""The schema of a recipe: every setting of a run, its type, its range, and what it means.
+
+Sections are frozen and strict: an unknown key, a text where a number belongs or a value out of range is an
+error. Everyone else imports them from :mod:`qat.recipe`.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from qat.errors import nearest
+from qat.recipefiles import dotted
+from qat.recipeproblems import contradictions
+from qat.schema.data import Augment, Data
+from qat.schema.fields import Count, Section
+from qat.schema.model import Model
+from qat.schema.quantization import Group, Quantization, StemGroup, TrunkGroup
+from qat.schema.training import Distillation, Optimizer, Output, Schedule, Temperature
+
+__all__ = [
+    "Augment",
+    "Data",
+    "Distillation",
+    "Group",
+    "Model",
+    "Optimizer",
+    "Output",
+    "Quantization",
+    "Recipe",
+    "Schedule",
+    "Section",
+    "StemGroup",
+    "Temperature",
+    "TrunkGroup",
+    "compared_defaults",
+]
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        hint = nearest(value, ["auto", "cpu", "cuda"])
+        raise PydanticCustomError(
+            "refused",
+            "{why}",
+            {"why": f"found {value!r}, allowed: 'auto', 'cpu', 'cuda', 'cuda:N'{hint}"},
+        )
+    return value
+
+
+class Recipe(Section):
+    """All settings of one run."""
+
+    task: Literal["pretrain", "finetune"] = Field(
+        description="'pretrain' trains a binary network in float; 'finetune' adds quantization to one."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every random choice of the run.")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto",
+        description="'auto', 'cpu', 'cuda' or 'cuda:N'; 'auto' is CUDA if present, else the CPU.",
+    )
+    threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's default.")
+    model: Model = Field(description="The network and the weights it starts from.")
+    data: Data = Field(description="The images.")
+    quantization: Quantization | None = Field(
+        default=None, description="What is quantized; required when fine-tuning, absent when pretraining."
+    )
+    schedule: Schedule = Field(default=Schedule(), description="How long, and what stops changing when.")
+    optimizer: Optimizer = Field(default=Optimizer(), description="Optimizer and learning rate.")
+    distillation: Distillation = Field(default=Distillation(), description="Training against a teacher.")
+    output: Output = Field(default=Output(), description="Where results go.")
+
+    @property
+    def teacher(self) -> Literal["self", "none"]:
+        """The teacher in effect: ``distillation.teacher``, or the task's default when that is null."""
+        if self.distillation.teacher is not None:
+            return self.distillation.teacher
+        return "self" if self.task == "finetune" else "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if problems := list(contradictions(self.model_dump(), compared_defaults())):
+            summary = "; ".join(f"{dotted(path)}: {why}" for path, why in problems)
+            raise PydanticCustomError(
+                "contradiction", "{summary}", {"summary": summary, "problems": problems}
+            )
+        return self
+
+
+@cache
+def compared_defaults() -> dict[str, Any]:
+    """Defaults of the sections whose keys are compared with other keys."""
+    return {"data": Data().model_dump(), "schedule": Schedule().model_dump()}

@@ -1,0 +1,98 @@
+"""The sections of a recipe about training: ``schedule``, ``optimizer``, ``distillation``, ``output``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qat.schema.fields import Area, Count, Positive, Section, Share, Text
+
+
+class Temperature(Section):
+    """Geometric anneal of the soft sign towards the hard one (pretraining only)."""
+
+    start: Annotated[float, Field(ge=1e-7)] = Field(default=1.0, description="Temperature of the first step.")
+    end: Annotated[float, Field(gt=0, lt=1e-7)] = Field(
+        default=1e-8, description="Last temperature; below 1e-7 the weights are exactly binary."
+    )
+    share: Area = Field(default=0.6, description="Share of the epochs over which the temperature falls.")
+
+
+class Schedule(Section):
+    """How long a run lasts and what stops changing along the way."""
+
+    epochs: int = Field(
+        default=3,
+        ge=0,
+        description="Passes over the training split. 0 (fine-tuning only) calibrates and stops.",
+    )
+    calibration_batches: int = Field(
+        default=8,
+        ge=1,
+        description="Training batches the observers see before fine-tuning starts (fine-tuning only).",
+    )
+    freeze_observers: Share = Field(
+        default=0.5, description="Share of the steps after which scales stay fixed (fine-tuning only)."
+    )
+    freeze_batch_norm: Share = Field(
+        default=0.0,
+        description="Share of the steps after which batch-norm statistics stay fixed; 0: from the start "
+        "(fine-tuning only).",
+    )
+    freeze_binary: bool = Field(
+        default=False, description="Leave the binary weights as they are (fine-tuning only)."
+    )
+    temperature: Temperature = Field(
+        default=Temperature(), description="Anneal of the binary weights (pretraining only)."
+    )
+    save_steps: Count | None = Field(
+        default=None,
+        description="Steps between two saved states, from which `--resume` goes on. Null: after each epoch "
+        "only.",
+    )
+    keep_states: int = Field(default=2, ge=1, description="Newest saved states that are kept.")
+
+
+class Optimizer(Section):
+    """The optimizer and its learning rate: linear warm-up, then a cosine down to the floor."""
+
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="Which optimizer.")
+    lr: Positive = Field(default=1e-3, description="Peak learning rate.")
+    binary_lr: Positive | None = Field(
+        default=None, description="Peak learning rate of the binary weights; null takes `lr`."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Weight decay of matrices; decoupled with 'adamw'."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of 'sgd'.")
+    warmup: Share = Field(
+        default=0.05, description="Share of the steps over which the learning rate rises from 0."
+    )
+    min_lr: Share = Field(
+        default=0.0, description="Floor of the cosine, as a share of the peak learning rate."
+    )
+    clip_norm: Positive | None = Field(
+        default=None, description="Largest norm of the gradient; null does not clip."
+    )
+
+
+class Distillation(Section):
+    """Training against a teacher's outputs beside the labels."""
+
+    teacher: Literal["self", "none"] | None = Field(
+        default=None,
+        description="'self': the network before quantization teaches. Null: 'self' when fine-tuning, 'none' "
+        "when pretraining.",
+    )
+    weight: Share = Field(default=0.5, description="Share of the distillation term in the loss.")
+    temperature: Positive = Field(default=4.0, description="Softens both outputs before they are compared.")
+
+
+class Output(Section):
+    """Where results go and how checkpoints are stored."""
+
+    dir: Text = Field(default="runs", description="Folder that receives one folder per run.")
+    float_weights: Literal["float32", "float16"] = Field(
+        default="float32", description="Storage type of float matrices in written checkpoints."
+    )
