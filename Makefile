@@ -1,13 +1,14 @@
 # make finetune   set everything up, fine-tune the default recipe, export it to ONNX
 # make test       set everything up, run linters, type checker, import contract and all tests
 # make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline
+# make bench-train  training speed against a plain implementation, in one run
 # make baseline   record that baseline from the newest run under runs/
 VENV ?= .venv
 RECIPE ?= recipes/tiny_int8.yaml
 BIN := $(VENV)/bin
 BASELINE := tests/baselines/tiny_int8_digits.json
 
-.PHONY: finetune test lint gate baseline pretrain clean
+.PHONY: finetune test lint gate bench-train baseline pretrain clean
 
 finetune: $(VENV)/.user
 	$(BIN)/qat finetune --recipe $(RECIPE)
@@ -28,6 +29,9 @@ gate: $(VENV)/.user
 	$(BIN)/qat finetune --recipe tiny_int8 --set output.dir=runs/gate
 	$(BIN)/qat export --onnx runs/gate/model.onnx --runs runs/gate
 	$(BIN)/qat gate runs/gate/model.onnx --baseline $(BASELINE) --max-drop 1.0 --floor 98
+
+bench-train: $(VENV)/.user
+	$(BIN)/python -m benchmarks.train $(ARGS)
 
 baseline: $(VENV)/.user
 	$(BIN)/qat export --onnx runs/baseline.onnx

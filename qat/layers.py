@@ -7,13 +7,15 @@ Attribute names follow the published checkpoints, so that their keys load as the
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight
+from qat.binaryconv import training_conv2d
+from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
 
 Kind = Literal["scale", "bias"]
 #: Channel reduction inside the channel attention (SE).
@@ -108,7 +110,10 @@ class BinaryConv2d(nn.Module):
         if self.training and self.weight.requires_grad:
             with torch.no_grad():
                 self.weight.clamp_(-LATENT_CLIP, LATENT_CLIP)
-        return F.conv2d(signs, self.effective_weight(), stride=self.stride, padding=self.padding)
+        weight = self.effective_weight()
+        if self.training:
+            return training_conv2d(signs, weight, self.stride)
+        return F.conv2d(signs, weight, stride=self.stride, padding=self.padding)
 
 
 class SqueezeExcitation(nn.Module):
@@ -125,6 +130,12 @@ class SqueezeExcitation(nn.Module):
             nn.Conv2d(hidden, channels, 1),
             nn.Sigmoid(),
         )
+
+    def vector(self, pooled: Tensor) -> Tensor:
+        """(N, C) → attention (N, C) in (0, 1)."""
+        reduce, expand = cast(nn.Conv2d, self.se[1]), cast(nn.Conv2d, self.se[3])
+        hidden = F.relu(F.linear(pooled, reduce.weight.flatten(1), reduce.bias))
+        return torch.sigmoid(F.linear(hidden, expand.weight.flatten(1), expand.bias))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(N, C, 1, 1) → attention (N, C, 1, 1) in (0, 1)."""
@@ -182,6 +193,8 @@ class SubBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if can_fuse(self.norm1) and can_fuse(self.norm2):
+            return self._forward_fused(x)
         signs = self.binary_activation(self.move(x))
         y = self.activation2(self.norm1(self.binary_conv(signs)))
         branch = y
@@ -194,6 +207,24 @@ class SubBlock(nn.Module):
         residual = self.pool(x)
         out = self.norm2(branch) if self.infor_recoupling else branch
         return out + residual
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        """The same with batch statistics, in few passes over memory."""
+        signs = shifted_sign(x, self.move.bias, self.binary_activation.zero_is_positive)
+        y = norm_prelu(self.binary_conv(signs), self.norm1, self.activation2)
+        scale_kind = self.kind == "scale"
+        residual = self.pool(prelu(x, self.activation1) if scale_kind else x)
+        if not (scale_kind or self.infor_recoupling):
+            return y + residual
+        branch = y * residual if scale_kind else y
+        mean, variance = moments(branch)
+        attention = torch.ones_like(mean)
+        if self.infor_recoupling:
+            scale = self.mix_scale().flatten()
+            x_mean = (pad_to_even(x) if self.stride == 2 else x).mean((2, 3))
+            y_mean = y.mean((2, 3)) if scale_kind else mean
+            attention = self.se.vector(scale * x_mean + (1 - scale) * y_mean)
+        return scaled_norm(branch, attention, mean, variance, self.norm2, residual)
 
 
 class Stem(nn.Module):
