@@ -58,8 +58,8 @@ def decode(source: Path | bytes, resize: int, side: int, name: str | None = None
     left, top = round((width - side) / 2), round((height - side) / 2)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.array(image.crop((left, top, left + side, top + side)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -117,12 +117,13 @@ class _Decoder(Dataset["Tensor | DataError"]):
 
 
 def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:
-    tensors: list[Tensor] = []
+    arrays = []
     for image in images:
         if isinstance(image, DataError):
             return image
-        tensors.append(image)
-    return torch.stack(tensors)
+        arrays.append(image.numpy())
+    # Not by torch, which would start its threads once more in the thread or process that decodes.
+    return torch.from_numpy(np.stack(arrays))
 
 
 def content_hash(images: Encoded, labels: Tensor) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.decoding import content_hash, decoded_batches
@@ -105,14 +107,15 @@ class TableSplit(Split):
         """Yield images at ``batches``, of which those at ``missing`` come from ``decoded`` and are kept."""
         for indices, absent in zip(batches, missing, strict=True):
             if len(absent):
-                self._pixels[absent], _ = next(decoded)
+                images, _ = next(decoded)
+                self._pixels[absent.numpy()] = images.numpy()
                 self._known[absent] = True
-            yield self._pixels[indices], self.labels[indices]
+            yield torch.from_numpy(self._pixels[indices.numpy()]), self.labels[indices]
 
     @functools.cached_property
-    def _pixels(self) -> Tensor:
+    def _pixels(self) -> NDArray[np.uint8]:
         """uint8 (N, 3, side, side), meaningful where an image is known."""
-        return torch.empty(len(self), 3, self.side, self.side, dtype=torch.uint8)
+        return np.empty((len(self), 3, self.side, self.side), np.uint8)
 
     @functools.cached_property
     def _known(self) -> Tensor:
