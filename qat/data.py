@@ -1,7 +1,7 @@
 """Data sets as batches of uint8 images.
 
-Two sources: scikit-learn's digits, which need no download, and folders ``ROOT/SPLIT/CLASS/image``
-(`qat.imagefolder`).
+scikit-learn's digits, which need no download; folders ``ROOT/SPLIT/CLASS/image`` (`qat.imagefolder`); Parquet
+files, CIFAR-10 among them (`qat.parquetdata`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 
 from qat.augment import Augmenter, image_grid, normalize
+from qat.datafiles import cifar10_folder, found_root
+from qat.decoding import decode
 from qat.errors import DataError
-from qat.imagefolder import FolderSplit, decode, load_folder_split
+from qat.imagefolder import FolderSplit, load_folder_split
+from qat.parquetdata import load_parquet_split
 from qat.recipe import Data
 from qat.split import MemorySplit, Split, SplitName
 
@@ -44,18 +47,25 @@ def load_splits(data: Data) -> tuple[Split, Split]:
 def load_split(data: Data, name: SplitName) -> Split:
     """Load one split of ``data`` without reading the other.
 
-    Images are ``data.image_size`` square, except in an image folder's training split with
-    ``data.augment.crop``: there they are ``data.resize`` square (default 8/7 of the image size), so that a
-    random crop has something to cut from. To see training images as an evaluation does, load with
-    ``augment.crop`` unset.
+    Images are ``data.image_size`` square, except in a training split (but for digits) with
+    ``data.augment.crop``: there they are ``data.shorter_side`` square, so that a random crop has something to
+    cut from. To see training images as an evaluation does, load with ``augment.crop`` unset.
 
     Raises ``DataError`` if the folder, the split or a class's images are missing, or if the classes of
-    ``data.train_split`` and ``data.test_split`` differ.
+    ``data.train_split`` and ``data.evaluated_split`` differ.
     """
     if data.dataset == "digits":
         train, test = _digits(data.image_size)
         return train if name == "train" else test
-    return load_folder_split(data, name)
+    if data.shorter_side < data.image_size:
+        raise DataError(f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}")
+    if data.dataset == "imagefolder":
+        return load_folder_split(data, name)
+    if data.dataset == "parquet":
+        return load_parquet_split(data, found_root(data), name)
+    folder = cifar10_folder(data)
+    assert folder is not None
+    return load_parquet_split(data, folder, name)
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from qat.datafiles import found_root
+from qat.decoding import content_hash, decoded_batches
 from qat.errors import DataError, nearest
+from qat.prefetch import prefetched
+from qat.quietdatasets import quiet_datasets
 from qat.recipe import Data
 from qat.split import Split, SplitName
 
-__all__ = ["FolderSplit", "decode", "load_folder_split"]
+__all__ = ["FolderSplit", "load_folder_split"]
 
 
 class FolderSplit(Split):
     """Images ``folder/CLASS/file``, decoded when a batch asks for them."""
+
+    resize: int
 
     def __init__(
         self,
@@ -39,24 +41,22 @@ class FolderSplit(Split):
     ) -> None:
         """Take paths relative to ``folder``; images are resized, then centre-cropped to ``side``."""
         super().__init__(class_names, labels)
-        self.folder = folder
         self.resize = resize
         self.side = side
         self.workers = workers
-        # One buffer of bytes: a list of a million strings would be copied into every forked worker as soon
-        # as its reference counts change.
-        self._files = np.array([os.fsencode(file) for file in files])
+        self._images = _Files(folder, files)
 
     def fingerprint(self) -> str:
         """SHA-256 over relative file names, sizes in bytes and labels; it does not read the images."""
         digest = hashlib.sha256()
-        for file, label in zip(self._files, self.labels.tolist(), strict=True):
-            path = self.folder / os.fsdecode(file)
+        for index, label in enumerate(self.labels.tolist()):
+            path = self._images.image(index)
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-            digest.update(Path(os.fsdecode(file)).as_posix().encode(errors="surrogateescape"))
+            relative = path.relative_to(self._images.folder)
+            digest.update(relative.as_posix().encode(errors="surrogateescape"))
             digest.update(f"\0{size}\0{label}\n".encode())
         return digest.hexdigest()
 
@@ -66,103 +66,37 @@ class FolderSplit(Split):
         Raises:
             DataError: a file cannot be read.
         """
-        digest = hashlib.sha256()
-        for file, label in zip(self._files, self.labels.tolist(), strict=True):
-            path = self.folder / os.fsdecode(file)
-            try:
-                with path.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-            digest.update(struct.pack("<q", label))
-        return digest.hexdigest()
+        return content_hash(self._images, self.labels)
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: DataLoader[Tensor | DataError] = DataLoader(
-            _Decoder(self.folder, self._files, self.resize, self.side),
-            batch_sampler=[indices.tolist() for indices in batches],
-            num_workers=self.workers,
-            collate_fn=_stack,
-            generator=torch.Generator(),  # else starting the loader draws from the global generator
+        loaded = decoded_batches(
+            self._images, self.labels, batches, resize=self.resize, side=self.side, workers=self.workers
         )
-        for indices, images in zip(batches, loader, strict=True):
-            if isinstance(images, DataError):
-                raise images
-            yield images, self.labels[indices]
+        return loaded if self.workers else prefetched(loaded)
 
 
-class _Decoder(Dataset["Tensor | DataError"]):
-    """What a worker process needs to decode an image."""
+class _Files:
+    """What a worker process needs to find an image."""
 
-    def __init__(
-        self, folder: Path, files: np.ndarray[tuple[int], np.dtype[np.bytes_]], resize: int, side: int
-    ):
-        self.folder, self.files, self.resize, self.side = folder, files, resize, side
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self.folder = folder
+        # One buffer of bytes: a list of a million strings would be copied into every forked worker as soon
+        # as its reference counts change.
+        self.files = np.array([os.fsencode(file) for file in files])
 
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        # The error is returned: raised in a worker, it would reach the user wrapped in a traceback.
-        try:
-            return decode(self.folder / os.fsdecode(self.files[index]), self.resize, self.side)
-        except DataError as error:
-            return error
+    def image(self, index: int) -> Path:
+        return self.folder / os.fsdecode(self.files[index])
 
-
-def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:
-    tensors: list[Tensor] = []
-    for image in images:
-        if isinstance(image, DataError):
-            return image
-        tensors.append(image)
-    return torch.stack(tensors)
-
-
-def decode(path: Path, resize: int, side: int) -> Tensor:
-    """Read an image as uint8 (3, side, side): shorter side to ``resize`` (bilinear), then centre crop.
-
-    Any mode becomes RGB as ImageNet evaluations do it: greyscale is repeated, transparency dropped, and
-    an orientation tag ignored. Raises ``DataError`` naming the file.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = _rgb(opened)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        # Pillow's OSErrors for broken files often repeat the path; the reason is what is missing here.
-        reason = str(error).replace(str(path), path.name) or type(error).__name__
-        raise DataError(f"{path}: cannot be decoded: {reason}") from error
-    width, height = image.size
-    shorter = min(width, height)
-    width, height = resize * width // shorter, resize * height // shorter
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.array(image.crop((left, top, left + side, top + side)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit greyscale at 255, which turns nearly every such image white.
-        values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(values.astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating point pixels have no defined range; convert the image to 8 bits")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns about palettes with transparency
-    return image.convert("RGB")
+    def name(self, index: int) -> str:
+        return str(self.image(index))
 
 
 def load_folder_split(data: Data, name: SplitName) -> FolderSplit:
     """List the images of one split of ``data.root``; see `qat.data.load_split` for sizes and errors."""
-    if data.root is None:
-        raise DataError("data.root is unset: name the folder of images with --set data.root=DIR")
-    root = Path(data.root).expanduser().absolute()
-    if not root.is_dir():
-        found = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"data.root: {root} {found}; name another with --set data.root=DIR")
-    resize = data.resize if data.resize is not None else round(data.image_size * 8 / 7)
-    if resize < data.image_size:
-        raise DataError(f"data.resize: {resize} is smaller than data.image_size, {data.image_size}")
-
-    key, split = ("train_split", data.train_split) if name == "train" else ("test_split", data.test_split)
+    root = found_root(data)
+    key, split = (
+        ("train_split", data.train_split) if name == "train" else ("test_split", data.evaluated_split)
+    )
     folder = root / split
     if not folder.is_dir():
         present = _folders(root)
@@ -171,7 +105,7 @@ def load_folder_split(data: Data, name: SplitName) -> FolderSplit:
             f"data.{key}: {root} has no folder {split!r}{nearest(split, present)}; it has {listed}"
         )
     classes = _folders(folder)
-    other = root / (data.test_split if name == "train" else data.train_split)
+    other = root / (data.evaluated_split if name == "train" else data.train_split)
     if other.is_dir() and (difference := sorted(set(classes) ^ set(_folders(other)))):
         one = difference[0]
         where, missing = (folder, other) if one in classes else (other, folder)
@@ -180,7 +114,7 @@ def load_folder_split(data: Data, name: SplitName) -> FolderSplit:
             f"differ, among them {one!r}, which is in {where.name!r} and not in {missing.name!r}"
         )
     files, labels = _labelled_files(folder, classes)
-    side = resize if name == "train" and data.augment.crop is not None else data.image_size
+    resize, side = data.shorter_side, data.loaded_side(name)
     return FolderSplit(folder, classes, files, labels, resize=resize, side=side, workers=data.workers)
 
 
@@ -204,7 +138,7 @@ def _labelled_files(folder: Path, classes: list[str]) -> tuple[list[str], Tensor
     paths: list[Path] = []
     try:
         if patterns:
-            with _quiet_and_offline():
+            with quiet_datasets():
                 listing = datasets.load_dataset(
                     "imagefolder",
                     data_files={"train": patterns},
@@ -226,19 +160,3 @@ def _has_files(folder: Path) -> bool:
     if nested := _folders(folder):
         raise DataError(f"{folder}: has a folder {nested[0]!r}; images lie directly in their class's folder")
     return any(not name.startswith(".") for name in os.listdir(folder))  # noqa: PTH208 - a million names
-
-
-@contextmanager
-def _quiet_and_offline() -> Iterator[None]:
-    """No progress bars, and no request to Hugging Face's download counter, which ``load_dataset`` makes."""
-    import datasets
-
-    bars, counts = not datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        if bars:
-            datasets.enable_progress_bars()

@@ -112,9 +112,34 @@ def contradictions(
                 ("distillation", "teacher"),
                 "found 'self', allowed for task 'pretrain': 'none' (no trained network to learn from)",
             )
+    yield from _of_another_data_set(data, defaults["data"])
     side, resize = data.get("image_size", defaults["data"]["image_size"]), data.get("resize")
     if type(side) is int and type(resize) is int and 0 < resize < side:
         yield ("data", "resize"), f"found {resize}, allowed: at least data.image_size, which is {side}"
+
+
+#: Keys of `data` that some data sets alone have.
+_DATA_SETS: dict[str, tuple[str, ...]] = {
+    "name": ("hub",),
+    "config": ("hub",),
+    "revision": ("hub",),
+    "image_column": ("parquet", "hub"),
+    "label_column": ("parquet", "hub"),
+    "streaming": ("parquet", "hub"),
+}
+
+
+def _of_another_data_set(
+    data: Mapping[Any, Any], defaults: Mapping[str, Any]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Keys of ``data`` that its data set doesn't have, and the one that the Hub needs."""
+    chosen = data.get("dataset", defaults["dataset"])
+    if chosen == "hub" and data.get("name") is None:
+        yield ("data", "name"), "missing; dataset 'hub' needs a repository, such as 'uoft-cs/cifar10'"
+    for key, names in _DATA_SETS.items():
+        if data.get(key, defaults[key]) != defaults[key] and chosen not in names:
+            listed = " and ".join(map(repr, names))
+            yield ("data", key), f"found {found(data[key])}, but only data.dataset {listed} has it"
 
 
 def _explain(detail: ErrorDetails, schema: Schema) -> tuple[KeyPath, str]:

@@ -19,7 +19,13 @@ _LOADED_AT_ONCE: Final = 64
 
 
 class Split(ABC):
-    """Labelled images in a fixed order. ``class_names[label]`` names a label."""
+    """Labelled images in a fixed order. ``class_names[label]`` names a label.
+
+    ``resize`` is the length in pixels that the shorter side of an image was brought to before its centre was
+    cut out; ``None`` where that is not done.
+    """
+
+    resize: int | None = None
 
     def __init__(self, class_names: Sequence[str], labels: Tensor) -> None:
         """Take the class names in label order and the int64 labels (N,)."""

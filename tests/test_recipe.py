@@ -221,8 +221,16 @@ FREE = [
     ("model.infor_recoupling", [True, False], [0, "no"], "true or false"),
     ("model.checkpoint", ["a.pth"], ["", 3], "a text that is not empty, or null"),
     ("model.latent", [1, 0.1], [0, -1.0, float("nan"), float("inf"), "1"], "number > 0"),
-    ("data.dataset", ["digits", "imagefolder"], ["mnist", None], "'digits', 'imagefolder'"),
+    ("data.dataset", ["digits", "imagefolder", "cifar10", "parquet"], ["mnist", None], "'digits', 'imag"),
     ("data.root", [None, "images"], ["", 1], "a text that is not empty, or null"),
+    ("data.name", [None], ["", 1], "a text that is not empty, or null"),
+    ("data.config", [None], ["", 1], "a text that is not empty, or null"),
+    ("data.revision", [None], ["", 1], "a text that is not empty, or null"),
+    ("data.image_column", [None], ["", 1], "a text that is not empty, or null"),
+    ("data.label_column", [None], ["", 1], "a text that is not empty, or null"),
+    ("data.in_memory", [None, True, False], ["yes", 1], "true or false, or null"),
+    ("data.streaming", [False], [1, None], "true or false"),
+    ("data.shuffle_buffer", [1, 10000], [0, 1.5, None], "an integer >= 1"),
     ("data.image_size", [8, 224], [7, 16.0], "an integer >= 8"),
     ("data.resize", [None, 16, 256], [0, 15, "16"], ""),
     ("data.mean", [[0, 0.5, -1]], [[0, 0], [0, 0, 0, 0], [0, 0, "0"], 0, "abc", None], ""),
@@ -231,7 +239,7 @@ FREE = [
     ("data.eval_batch_size", [1], [0], "an integer >= 1"),
     ("data.workers", [0, 8], [-1], "an integer >= 0"),
     ("data.train_split", ["train"], ["", None], "a text that is not empty"),
-    ("data.test_split", ["test"], ["", 1], "a text that is not empty"),
+    ("data.test_split", [None, "test"], ["", 1], "a text that is not empty, or null"),
     ("data.augment.flip", [True], [1], "true or false"),
     ("data.augment.translate", [0, 0.5], [-0.1, 0.51], "a number from 0"),
     ("data.augment.rotate", [0, 180], [-1, 181], "a number from 0"),
@@ -319,6 +327,32 @@ def test_a_value_out_of_range_is_refused_with_what_was_found_and_is_allowed(
         assert lines[0].startswith((f"r.yaml: {key}: found ", f"r.yaml: {key}[")), value
         assert ", allowed" in lines[0]
         assert allowed in lines[0], value
+
+
+@pytest.mark.parametrize("key", ["name", "config", "revision", "image_column", "label_column", "streaming"])
+def test_a_key_of_another_data_set_is_refused(key: str) -> None:
+    value = True if key == "streaming" else "x"
+    data = {"dataset": "hub", "name": "someone/images", key: value}
+    assert value_at(parse_recipe({**PRETRAIN, "data": data}, "r.yaml"), f"data.{key}") == value
+    for other in ("digits", "imagefolder", "cifar10"):
+        [line] = problems({**PRETRAIN, "data": {"dataset": other, key: value}})
+        assert line.startswith(f"r.yaml: data.{key}: found ")
+        assert "'hub' has it" in line
+
+
+def test_a_data_set_of_the_hub_needs_its_name() -> None:
+    [line] = problems({**PRETRAIN, "data": {"dataset": "hub"}})
+    assert line.startswith("r.yaml: data.name: missing; dataset 'hub' needs a repository")
+
+
+def test_what_null_means_depends_on_the_data_set() -> None:
+    folder = parse_recipe({**PRETRAIN, "data": {"dataset": "imagefolder", "image_size": 224}}, "r").data
+    assert (folder.evaluated_split, folder.shorter_side) == ("validation", 256)
+    cifar10 = parse_recipe({**PRETRAIN, "data": {"dataset": "cifar10", "image_size": 32}}, "r").data
+    assert (cifar10.evaluated_split, cifar10.shorter_side) == ("test", 32)
+    given = {"dataset": "cifar10", "image_size": 32, "resize": 40, "test_split": "train"}
+    explicit = parse_recipe({**PRETRAIN, "data": given}, "r").data
+    assert (explicit.evaluated_split, explicit.shorter_side) == ("train", 40)
 
 
 def test_a_task_has_no_default_and_no_other_name() -> None:

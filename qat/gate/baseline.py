@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from qat.data import FolderSplit, Split
+from qat.data import Split
 from qat.evaluate import ranks
 from qat.machine import machine
 from qat.recipe import Data, Recipe
@@ -121,17 +121,17 @@ class Baseline(_Strict):
 def describe_data(split: Split, data: Data) -> DataFacts:
     """What is recorded of a data set; reads every image of an image folder.
 
-    ``resize`` is the one in effect, null for images in memory.
+    ``resize`` is the one in effect, null for digits, which are scaled without a crop.
 
     Raises:
         DataError: a file cannot be read.
     """
     return DataFacts(
         dataset=data.dataset,
-        test_split=file_name(data.test_split),
+        test_split=file_name(data.evaluated_split),
         fingerprint=split.content_fingerprint(),
         image_size=data.image_size,
-        resize=split.resize if isinstance(split, FolderSplit) else None,
+        resize=split.resize,
         mean=list(data.mean),
         std=list(data.std),
     )

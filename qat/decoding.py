@@ -1,0 +1,149 @@
+"""From encoded images to uint8 pixels: what every data set of files and tables is preprocessed with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qat.errors import DataError
+
+__all__ = ["Encoded", "content_hash", "decode", "decoded_batches"]
+
+
+class Encoded(Protocol):
+    """Encoded images by index. Worker processes get a copy."""
+
+    def image(self, index: int) -> Path | bytes:
+        """The file of an image, or its content. Raises ``DataError`` where there is none."""
+
+    def name(self, index: int) -> str:
+        """What an error calls the image."""
+
+
+def decode(source: Path | bytes, resize: int, side: int, name: str | None = None) -> Tensor:
+    """Decode an image as uint8 (3, side, side): shorter side to ``resize`` (bilinear), then centre crop.
+
+    An image whose shorter side is ``resize`` already is not resampled. Any mode becomes RGB as ImageNet
+    evaluations do it: greyscale is repeated, transparency dropped, and an orientation tag ignored.
+
+    Raises:
+        DataError: it is no image or a broken one; the message opens with ``name``, by default the file's.
+    """
+    # Pillow repeats in its errors what was opened.
+    if isinstance(source, Path):
+        stream: Path | io.BytesIO = source
+        repeated, shown = str(source), source.name
+    else:
+        stream = io.BytesIO(source)
+        repeated, shown = repr(stream), "these bytes"
+    try:
+        with Image.open(stream) as opened:
+            image = _rgb(opened)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        reason = str(error).replace(repeated, shown) or type(error).__name__
+        raise DataError(f"{name or shown}: cannot be decoded: {reason}") from error
+    width, height = image.size
+    shorter = min(width, height)
+    width, height = resize * width // shorter, resize * height // shorter
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit greyscale at 255, which turns nearly every such image white.
+        values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = Image.fromarray(values.astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating point pixels have no defined range; convert the image to 8 bits")
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns about palettes with transparency
+    return image.convert("RGB")
+
+
+def decoded_batches(
+    images: Encoded, labels: Tensor, batches: list[Tensor], *, resize: int, side: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images and labels at each of the index tensors, decoded as they are asked for.
+
+    Args:
+        images: N of them.
+        labels: int64 (N,).
+        batches: indices into both.
+        resize, side: see :func:`decode`.
+        workers: processes that decode; 0 decodes in this one.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    loader: DataLoader[Tensor | DataError] = DataLoader(
+        _Decoder(images, resize, side),
+        batch_sampler=[indices.tolist() for indices in batches],
+        num_workers=workers,
+        collate_fn=_stack,
+        generator=torch.Generator(),  # else starting the loader draws from the global generator
+    )
+    for indices, found in zip(batches, loader, strict=True):
+        if isinstance(found, DataError):
+            raise found
+        yield found, labels[indices]
+
+
+class _Decoder(Dataset["Tensor | DataError"]):
+    """What a worker process needs to decode an image."""
+
+    def __init__(self, images: Encoded, resize: int, side: int) -> None:
+        self.images, self.resize, self.side = images, resize, side
+
+    def __getitem__(self, index: int) -> Tensor | DataError:
+        # The error is returned: raised in a worker, it would reach the user wrapped in a traceback.
+        try:
+            return decode(self.images.image(index), self.resize, self.side, self.images.name(index))
+        except DataError as error:
+            return error
+
+
+def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:
+    arrays = []
+    for image in images:
+        if isinstance(image, DataError):
+            return image
+        arrays.append(image.numpy())
+    # Not by torch, which would start its threads once more in the thread or process that decodes.
+    return torch.from_numpy(np.stack(arrays))
+
+
+def content_hash(images: Encoded, labels: Tensor) -> str:
+    """Hexadecimal SHA-256 over the SHA-256 of each encoded image and its label, in order.
+
+    The same images have the same hash as files and in a table.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    digest = hashlib.sha256()
+    for index, label in enumerate(labels.tolist()):
+        source = images.image(index)
+        if isinstance(source, Path):
+            try:
+                with source.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{images.name(index)}: cannot be read: {error.strerror}") from error
+        else:
+            digest.update(hashlib.sha256(source).digest())
+        digest.update(struct.pack("<q", label))
+    return digest.hexdigest()
