@@ -2,7 +2,8 @@
 
 A resumed run ends with the same bytes as one that was never interrupted, on the CPU with the same number of
 threads: its state holds the latent weights, every buffer, the optimizer, the scheduler, and the sums of the
-epoch under way. The order of the images and their augmentation depend on seed, epoch and step alone.
+epoch under way; where there are, the average of the weights and the scale of the gradients. The order of the
+images and their augmentation depend on seed, epoch and step alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from qat.averaging import WeightAverage
 from qat.errors import CheckpointError, OutputError, QatError, RecipeError
 from qat.fakequant import activation_quantizers
 from qat.recipe import LoadedRecipe, Recipe, load_recipe, parse_recipe
@@ -63,6 +65,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
+    average: WeightAverage | None = None
+    scaler: torch.amp.GradScaler | None = None
 
     @cached_property
     def names(self) -> list[str]:
@@ -165,6 +169,9 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for key, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{key}/{parts.names[index]}"] = value
+    if parts.average is not None:
+        weights = parts.average.network.named_parameters()  # the rest of it is the model's
+        tensors |= {f"average/{key}": value for key, value in weights}
     tensors["random/cpu"] = torch.get_rng_state()
     if parts.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(parts.device)
@@ -179,6 +186,7 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     points = activation_quantizers(parts.model)
     return copies, {
         "scheduler": parts.scheduler.state_dict(),
+        "scaler": {} if parts.scaler is None else parts.scaler.state_dict(),
         "learning_rates": [float(group["lr"]) for group in saved["param_groups"]],
         "quantizers": {name: (point.calibrated, point.observing) for name, point in points},
     }
@@ -191,7 +199,7 @@ def restore(parts: Parts, state: State) -> None:
         CheckpointError: it is of another network or optimizer.
     """
     record = state.record
-    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}, "random": {}}
     for key, value in state.tensors.items():
         kind, _, name = key.partition("/")
         # To the device first: torch's observers take over loaded tensors as they are.
@@ -210,6 +218,11 @@ def restore(parts: Parts, state: State) -> None:
         parts.scheduler.load_state_dict(record.scheduler)
         for name, (calibrated, observing) in record.quantizers.items():
             points[name].calibrated, points[name].observing = calibrated, observing
+        if parts.average is not None:
+            parts.average.network.load_state_dict(kinds["model"] | kinds["average"], strict=True)
+            parts.average.follow(parts.model)
+        if parts.scaler is not None:
+            parts.scaler.load_state_dict(record.scaler)
         torch.set_rng_state(kinds["random"]["cpu"])
         if parts.device.type == "cuda" and "cuda" in kinds["random"]:
             torch.cuda.set_rng_state(kinds["random"]["cuda"], parts.device)

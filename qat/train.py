@@ -24,7 +24,9 @@ from qat.errors import CheckpointError, DataError, QuantizationError, RecipeErro
 from qat.evaluate import evaluate
 from qat.fakequant import activation_quantizers, freeze_observers
 from qat.loading import architecture_of, highest_temperature, load_state, without_quantizers
-from qat.loop import Job, Reporter, fit, temperature_at
+from qat.loop import Job, Reporter, fit, step_count
+from qat.optimization import temperature_at
+from qat.precision import check_precision
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
@@ -122,7 +124,10 @@ def pretrain(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
         load_state(model, without_quantizers(load_checkpoint(start, latent=recipe.model.latent)))
     model.to(device)
     job = _begin_job(loaded, recipe, model, (train, test), start, report, resumed)
-    job.before_step = lambda share: set_temperature(model, temperature_at(recipe.schedule.temperature, share))
+    schedule = recipe.schedule
+    job.before_step = lambda share: set_temperature(
+        model, temperature_at(schedule.temperature, share, schedule.epochs)
+    )
     with _under_way(job):
         fit(job)
         assert job.best is not None  # the schema puts the end of the annealing below 1e-7
@@ -278,6 +283,11 @@ def splits_of(recipe: Recipe) -> tuple[Split, Split]:
         raise DataError(
             f"data.batch_size: {recipe.data.batch_size} is more than the {len(train)} training images"
         )
+    if recipe.schedule.epochs and not step_count(recipe, train):
+        raise DataError(
+            f"schedule.accumulate: found {recipe.schedule.accumulate}, allowed: at most the "
+            f"{train.batch_count(recipe.data.batch_size, drop_last=True)} batches of an epoch"
+        )
     return train, test
 
 
@@ -286,7 +296,9 @@ def begin(recipe: Recipe) -> torch.device:
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    return choose_device(recipe.device)
+    device = choose_device(recipe.device)
+    check_precision(recipe.precision, device)
+    return device
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,13 +20,14 @@ from qat.schema.data import Augment, Data
 from qat.schema.fields import Count, Section
 from qat.schema.model import Model
 from qat.schema.quantization import Group, Quantization, StemGroup, TrunkGroup
-from qat.schema.training import Distillation, Optimizer, Output, Schedule, Temperature
+from qat.schema.training import Distillation, Loss, Optimizer, Output, Schedule, Temperature
 
 __all__ = [
     "Augment",
     "Data",
     "Distillation",
     "Group",
+    "Loss",
     "Model",
     "Optimizer",
     "Output",
@@ -64,6 +65,11 @@ class Recipe(Section):
         description="'auto', 'cpu', 'cuda' or 'cuda:N'; 'auto' is CUDA if present, else the CPU.",
     )
     threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's default.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Type that matrix products are computed in while training; 'float16' needs CUDA. "
+        "Evaluation is always in float32.",
+    )
     model: Model = Field(description="The network and the weights it starts from.")
     data: Data = Field(description="The images.")
     quantization: Quantization | None = Field(
@@ -71,6 +77,7 @@ class Recipe(Section):
     )
     schedule: Schedule = Field(default=Schedule(), description="How long, and what stops changing when.")
     optimizer: Optimizer = Field(default=Optimizer(), description="Optimizer and learning rate.")
+    loss: Loss = Field(default=Loss(), description="The loss against the labels.")
     distillation: Distillation = Field(default=Distillation(), description="Training against a teacher.")
     output: Output = Field(default=Output(), description="Where results go.")
 

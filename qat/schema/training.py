@@ -1,4 +1,4 @@
-"""The sections of a recipe about training: ``schedule``, ``optimizer``, ``distillation``, ``output``."""
+"""The sections of a recipe about training: schedule, optimizer, loss, distillation, output."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ class Temperature(Section):
         default=1e-8, description="Last temperature; below 1e-7 the weights are exactly binary."
     )
     share: Area = Field(default=0.6, description="Share of the epochs over which the temperature falls.")
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Factor after each epoch, down to `end`, in place of the anneal over `share`. Null: no "
+        "steps.",
+    )
 
 
 class Schedule(Section):
@@ -46,6 +51,16 @@ class Schedule(Section):
     temperature: Temperature = Field(
         default=Temperature(), description="Anneal of the binary weights (pretraining only)."
     )
+    accumulate: Count = Field(
+        default=1,
+        description="Batches per optimizer step: its gradient is their mean, and all schedules count "
+        "optimizer steps.",
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay per step of a moving average of the weights, which is then what is evaluated and "
+        "kept. Null keeps the weights themselves.",
+    )
     save_steps: Count | None = Field(
         default=None,
         description="Steps between two saved states, from which `--resume` goes on. Null: after each epoch "
@@ -65,6 +80,12 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Weight decay of matrices; decoupled with 'adamw'."
     )
+    kernel_decay: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Weight decay of every parameter with four dimensions, binary weights included; "
+        "`weight_decay` is then that of all others, vectors included. Null decays matrices alone, and never "
+        "binary weights.",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of 'sgd'.")
     warmup: Share = Field(
         default=0.05, description="Share of the steps over which the learning rate rises from 0."
@@ -74,6 +95,14 @@ class Optimizer(Section):
     )
     clip_norm: Positive | None = Field(
         default=None, description="Largest norm of the gradient; null does not clip."
+    )
+
+
+class Loss(Section):
+    """What the network's answers are compared with beside a teacher's."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of each label that is spread evenly over all classes."
     )
 
 
