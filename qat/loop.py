@@ -23,6 +23,7 @@ from qat.checkpoint import as_stored, save_checkpoint
 from qat.data import Split
 from qat.errors import CheckpointError, QuantizationError, Stopped, TrainingError
 from qat.evaluate import Accuracy, Predict, correct_in_top, evaluate, predictor
+from qat.mixing import Mixer
 from qat.optimization import distillation_loss, learning_rate_factor, make_optimizer
 from qat.precision import autocast, gradient_scaler
 from qat.recipe import Recipe
@@ -69,7 +70,8 @@ class Job:
     device: torch.device
     run: RunDirectory
     report: Reporter
-    teacher: BNext | None = None
+    #: Logits for pixels in 0 to 1, and the same as the network gets them.
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None
     #: Called before each step with the share of all steps that are done.
     before_step: Callable[[float], None] = lambda share: None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -117,6 +119,18 @@ class Job:
         return stoppable
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """From a batch of a split to what is trained on: augmented, then mixed."""
+
+    augment: Augmenter
+    mix: Mixer
+
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Pixels in 0 to 1 (N, 3, H, W) and targets: labels (N,), or shares of the classes (N, classes)."""
+        return self.mix(self.augment(images, epoch, batch), labels, epoch, batch)
+
+
 def fit(job: Job) -> None:
     """Train for the recipe's epochs, or for those that ``job.state`` leaves; each is evaluated and kept.
 
@@ -136,7 +150,10 @@ def fit(job: Job) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(recipe.optimizer, step, epochs * steps)
     )
-    augment = Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed)
+    inputs = Inputs(
+        Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed),
+        Mixer(recipe.data.augment, recipe.model.num_classes, recipe.seed),
+    )
     if recipe.schedule.ema is not None:
         job.average = WeightAverage(model, recipe.schedule.ema)
     scaler = gradient_scaler(recipe.precision, job.device)
@@ -152,7 +169,7 @@ def fit(job: Job) -> None:
     job.report.start(epochs, steps, job.epoch * steps + job.running.step)
     try:
         for epoch in range(job.epoch + 1, epochs + 1):
-            metrics = _epoch(job, epoch, steps, parts, augment)
+            metrics = _epoch(job, epoch, steps, parts, inputs)
             accuracy = _evaluate(job, epoch)
             metrics |= {"test_top1": accuracy.top1, "test_top5": accuracy.top5, "test_loss": accuracy.loss}
             job.epoch, job.accuracy, job.running = epoch, accuracy, Running()
@@ -194,7 +211,7 @@ def _save(job: Job, parts: Parts) -> None:
     write_state(job.run.path, record, tensors, job.recipe.schedule.keep_states)
 
 
-def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -> dict[str, Any]:
+def _epoch(job: Job, epoch: int, steps: int, parts: Parts, inputs: Inputs) -> dict[str, Any]:
     recipe, model, sums = job.recipe, job.model, job.running
     optimizer, scheduler, scaler = parts.optimizer, parts.scheduler, parts.scaler
     save_steps, accumulate = recipe.schedule.save_steps, recipe.schedule.accumulate
@@ -211,7 +228,7 @@ def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -
         job.before_step(done / (recipe.schedule.epochs * steps))
         optimizer.zero_grad(set_to_none=True)
         for number, (images, labels) in enumerate(islice(batches, accumulate), start=step * accumulate):
-            loss = _loss(job, images.to(job.device), labels.to(job.device), augment, epoch, number)
+            loss = _loss(job, *inputs(images.to(job.device), labels.to(job.device), epoch, number))
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(_not_finite(job, f"epoch {epoch}, step {step + 1}", "loss", value))
@@ -251,19 +268,21 @@ def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -
     }
 
 
-def _loss(job: Job, images: Tensor, labels: Tensor, augment: Augmenter, epoch: int, number: int) -> Tensor:
-    """Loss of batch ``number`` of an epoch, in float32; the sums count its images and those recognized."""
+def _loss(job: Job, pixels: Tensor, targets: Tensor) -> Tensor:
+    """Loss of a batch from :class:`Inputs`, in float32; the sums count its images and those recognized."""
     recipe, sums = job.recipe, job.running
-    images = normalize(augment(images, epoch, number), recipe.data.mean, recipe.data.std)
+    images = normalize(pixels, recipe.data.mean, recipe.data.std)
     with autocast(recipe.precision, job.device):
         logits = job.model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.loss.label_smoothing)
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.loss.label_smoothing)
         if job.teacher is not None:
             with torch.no_grad():
-                target = job.teacher(images)
+                target = job.teacher(pixels, images)
             distilled = distillation_loss(logits, target, recipe.distillation.temperature)
             loss = torch.lerp(loss, distilled, recipe.distillation.weight)
-    sums.seen += len(labels)
+    sums.seen += len(targets)
+    # Of a mixed image, what counts is the class that has the larger share.
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
     sums.correct += correct_in_top(logits.detach(), labels, 1)
     return loss
 

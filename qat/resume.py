@@ -30,7 +30,7 @@ from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_left
 #: Keys that may change when a run goes on: they leave its result alone.
 NEUTRAL: Final = ("device", "threads", "data.workers", "schedule.save_steps", "schedule.keep_states")
 #: Keys whose text may change since what they name is compared by its content.
-_PATHS: Final = ("model.checkpoint", "data.root")
+_PATHS: Final = ("model.checkpoint", "data.root", "distillation.teachers")
 
 
 class Listener(Protocol):
@@ -138,6 +138,7 @@ def check_same(state: State, facts: Mapping[str, str], device: torch.device, lis
         "test_fingerprint": "the test images",
         "class_names": "the names of the classes",
         "pretrained_sha256": "the checkpoint to start from",
+        "teachers_sha256": "the weights of the teachers",
     }
     for key, name in what.items():
         if facts.get(key) != record.facts.get(key):

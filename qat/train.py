@@ -32,6 +32,7 @@ from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
 from qat.rundir import SUMMARY, RunDirectory
 from qat.statefile import remove_states, write_state
+from qat.teachers import Teacher, Teachers, load_teachers
 
 
 def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = None) -> RunDirectory:
@@ -72,7 +73,8 @@ def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
             for conv in binary_convolutions(model).values():
                 conv.weight.requires_grad_(False)
         if recipe.teacher == "self":
-            job.teacher = float_model.eval().requires_grad_(False)
+            own = Teacher(float_model.eval().requires_grad_(False))
+            job.teacher = Teachers([own], recipe.distillation.temperature)
         fit(job)
         assert job.best is not None
         _summarize(job, "int8")
@@ -150,12 +152,15 @@ def _begin_job(
     ``recipe`` has the paths as they are to be read; checkpoints are given them as they were written first.
     """
     train, test = splits
-    facts, device = _metadata(train, test, start), next(model.parameters()).device
+    device = next(model.parameters()).device
+    named = recipe.teacher == "named"
+    teachers = load_teachers(loaded, test.class_names, device, report) if named else None
+    facts = _metadata(train, test, start, teachers)
     if resumed is None:
         run = RunDirectory.create(loaded)
         report.message(f"{model.architecture}, run directory {run.path}")
-        return Job(recipe, model, train, test, device, run, report, metadata=facts)
-    job = Job(resumed.recipe, model, train, test, device, resumed.run, report, metadata=facts)
+        return Job(recipe, model, train, test, device, run, report, teachers, metadata=facts)
+    job = Job(resumed.recipe, model, train, test, device, resumed.run, report, teachers, metadata=facts)
     if resumed.state is None:
         report.message(f"{model.architecture}, run directory {job.run.path}: begins again, nothing was saved")
         return job
@@ -330,9 +335,11 @@ def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Rec
     return loaded.recipe
 
 
-def _metadata(train: Split, test: Split, start: Path | None) -> dict[str, str]:
+def _metadata(train: Split, test: Split, start: Path | None, teachers: Teachers | None) -> dict[str, str]:
     """Facts for checkpoints and summary; ``start`` is the checkpoint that training starts from."""
     pretrained = {} if start is None else {"pretrained_sha256": file_hash(start)}
+    if teachers is not None and teachers.sha256 is not None:
+        pretrained["teachers_sha256"] = teachers.sha256
     return {
         **pretrained,
         "class_names": json.dumps(test.class_names),

@@ -16,13 +16,14 @@ from pydantic_core import PydanticCustomError
 from qat.errors import nearest
 from qat.recipefiles import dotted
 from qat.recipeproblems import contradictions
-from qat.schema.data import Augment, Data
+from qat.schema.data import Augment, Data, RandAugment
 from qat.schema.fields import Count, Section
 from qat.schema.model import Model
 from qat.schema.quantization import Group, Quantization, StemGroup, TrunkGroup
-from qat.schema.training import Distillation, Loss, Optimizer, Output, Schedule, Temperature
+from qat.schema.training import TIMM, Distillation, Loss, Optimizer, Output, Schedule, Temperature
 
 __all__ = [
+    "TIMM",
     "Augment",
     "Data",
     "Distillation",
@@ -32,6 +33,7 @@ __all__ = [
     "Optimizer",
     "Output",
     "Quantization",
+    "RandAugment",
     "Recipe",
     "Schedule",
     "Section",
@@ -82,8 +84,13 @@ class Recipe(Section):
     output: Output = Field(default=Output(), description="Where results go.")
 
     @property
-    def teacher(self) -> Literal["self", "none"]:
-        """The teacher in effect: ``distillation.teacher``, or the task's default when that is null."""
+    def teacher(self) -> Literal["self", "none", "named"]:
+        """The teacher in effect: ``distillation.teacher``, or the task's default when that is null.
+
+        ``named`` where there are ``distillation.teachers``.
+        """
+        if self.distillation.teachers:
+            return "named"
         if self.distillation.teacher is not None:
             return self.distillation.teacher
         return "self" if self.task == "finetune" else "none"
@@ -101,4 +108,5 @@ class Recipe(Section):
 @cache
 def compared_defaults() -> dict[str, Any]:
     """Defaults of the sections whose keys are compared with other keys."""
-    return {"data": Data().model_dump(), "schedule": Schedule().model_dump()}
+    sections = {"data": Data(), "schedule": Schedule(), "distillation": Distillation()}
+    return {name: section.model_dump() for name, section in sections.items()}

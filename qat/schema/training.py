@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
+from qat.recipeproblems import found
 from qat.schema.fields import Area, Count, Positive, Section, Share, Text
+
+#: Opens the name of a teacher that timm makes.
+TIMM: Final = "timm:"
 
 
 class Temperature(Section):
@@ -106,6 +111,16 @@ class Loss(Section):
     )
 
 
+def _teacher(name: str) -> str:
+    if name in ("", TIMM):
+        raise PydanticCustomError(
+            "refused",
+            "{why}",
+            {"why": f"found {found(name)}, allowed: the path of a checkpoint, or '{TIMM}NAME'"},
+        )
+    return name
+
+
 class Distillation(Section):
     """Training against a teacher's outputs beside the labels."""
 
@@ -113,6 +128,14 @@ class Distillation(Section):
         default=None,
         description="'self': the network before quantization teaches. Null: 'self' when fine-tuning, 'none' "
         "when pretraining.",
+    )
+    teachers: list[Annotated[str, AfterValidator(_teacher)]] = Field(
+        default=[],
+        description="Trained networks that teach, their probabilities averaged: paths of checkpoints, looked "
+        "up as `model.checkpoint` is, or 'timm:NAME' for a pretrained model of timm.",
+    )
+    teacher_weights: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+        default=None, description="Weight of each of `teachers` in their mean; null takes all alike."
     )
     weight: Share = Field(default=0.5, description="Share of the distillation term in the loss.")
     temperature: Positive = Field(default=4.0, description="Softens both outputs before they are compared.")
