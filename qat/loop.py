@@ -1,4 +1,4 @@
-"""The training loop: schedules, losses, optimizer groups, one epoch after another, and what is kept.
+"""The training loop: one epoch after another, and what is kept.
 
 It knows nothing of pretraining or fine-tuning: :mod:`qat.train` makes a :class:`Job` of either.
 """
@@ -9,19 +9,24 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.augment import Augmenter, normalize
+from qat.averaging import WeightAverage
 from qat.bnext import BNext, binary_convolutions, is_binary
 from qat.checkpoint import as_stored, save_checkpoint
 from qat.data import Split
 from qat.errors import CheckpointError, QuantizationError, Stopped, TrainingError
 from qat.evaluate import Accuracy, Predict, correct_in_top, evaluate, predictor
-from qat.recipe import Optimizer, Recipe, Temperature
+from qat.mixing import Mixer
+from qat.optimization import distillation_loss, learning_rate_factor, make_optimizer
+from qat.precision import autocast, gradient_scaler
+from qat.recipe import Recipe
 from qat.resume import Parts, begun, capture, restore, resume_command
 from qat.rundir import RunDirectory
 from qat.statefile import Running, State, write_state
@@ -65,7 +70,8 @@ class Job:
     device: torch.device
     run: RunDirectory
     report: Reporter
-    teacher: BNext | None = None
+    #: Logits for pixels in 0 to 1, and the same as the network gets them.
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None
     #: Called before each step with the share of all steps that are done.
     before_step: Callable[[float], None] = lambda share: None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -75,6 +81,8 @@ class Job:
     accuracy: Accuracy | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     running: Running = field(default_factory=Running)
+    #: Of the weights, where the recipe asks for it; made by :func:`fit`.
+    average: WeightAverage | None = None
     #: Before training, by name.
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
     #: Where to go on; ``None`` for a run that begins.
@@ -88,6 +96,11 @@ class Job:
     def seconds(self) -> float:
         """What the run took so far, without the time that it lay idle."""
         return self.seconds_before + time.time() - self.started
+
+    @property
+    def kept(self) -> BNext:
+        """The network that is evaluated and stored: the one that trains, or the average of its weights."""
+        return self.model if self.average is None else cast(BNext, self.average.network)
 
     def check_stop(self) -> None:
         """Raise ``Stopped`` where SIGTERM asked for it."""
@@ -106,55 +119,16 @@ class Job:
         return stoppable
 
 
-def temperature_at(schedule: Temperature, share: float) -> float:
-    """Weight temperature after ``share`` of the training: geometric from start to end, then constant."""
-    progress = min(share / schedule.share, 1.0)
-    return schedule.end if progress == 1.0 else schedule.start * (schedule.end / schedule.start) ** progress
+@dataclass(frozen=True)
+class Inputs:
+    """From a batch of a split to what is trained on: augmented, then mixed."""
 
+    augment: Augmenter
+    mix: Mixer
 
-def learning_rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Factor of the peak learning rate at ``step`` of ``steps``: linear warm-up, then a cosine."""
-    warmup = optimizer.warmup * steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return optimizer.min_lr + (1.0 - optimizer.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T² · KL(softmax(teacher / T) ‖ softmax(student / T))``, mean over the batch, in nats.
-
-    Hinton et al. 2015 (arXiv 1503.02531); the factor keeps the gradient's size independent of ``T``.
-    """
-    log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
-
-
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Optimizer with three groups: binary latent weights, matrices (decayed), vectors.
-
-    Latent weights are not decayed: only their sign counts, and decay would move all of them towards the
-    point where it flips. Parameters that need no gradient are left out.
-    """
-    binary = {id(conv.weight) for conv in binary_convolutions(model).values()}
-    groups: dict[str, list[nn.Parameter]] = {"binary": [], "matrix": [], "vector": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and parameter[0].numel() > 1 and parameter.shape[0] > 1
-            kind = "binary" if id(parameter) in binary else "matrix" if matrix else "vector"
-            groups[kind].append(parameter)
-    options: list[dict[str, Any]] = [
-        {"params": groups["binary"], "lr": settings.binary_lr or settings.lr, "weight_decay": 0.0},
-        {"params": groups["matrix"], "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": groups["vector"], "lr": settings.lr, "weight_decay": 0.0},
-    ]
-    options = [group for group in options if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            options, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
-        )
-    return torch.optim.AdamW(options, lr=settings.lr, fused=True)
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Pixels in 0 to 1 (N, 3, H, W) and targets: labels (N,), or shares of the classes (N, classes)."""
+        return self.mix(self.augment(images, epoch, batch), labels, epoch, batch)
 
 
 def fit(job: Job) -> None:
@@ -171,13 +145,19 @@ def fit(job: Job) -> None:
     """
     recipe, model = job.recipe, job.model
     epochs = recipe.schedule.epochs
-    steps = job.train.batch_count(recipe.data.batch_size, drop_last=True)
+    steps = step_count(recipe, job.train)
     optimizer = make_optimizer(model, recipe.optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(recipe.optimizer, step, epochs * steps)
     )
-    augment = Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed)
-    parts = Parts(model, optimizer, scheduler, job.device)
+    inputs = Inputs(
+        Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed),
+        Mixer(recipe.data.augment, recipe.model.num_classes, recipe.seed),
+    )
+    if recipe.schedule.ema is not None:
+        job.average = WeightAverage(model, recipe.schedule.ema)
+    scaler = gradient_scaler(recipe.precision, job.device)
+    parts = Parts(model, optimizer, scheduler, job.device, job.average, scaler)
     if job.state is None:
         _save(job, parts)
     else:
@@ -189,7 +169,7 @@ def fit(job: Job) -> None:
     job.report.start(epochs, steps, job.epoch * steps + job.running.step)
     try:
         for epoch in range(job.epoch + 1, epochs + 1):
-            metrics = _epoch(job, epoch, steps, parts, augment)
+            metrics = _epoch(job, epoch, steps, parts, inputs)
             accuracy = _evaluate(job, epoch)
             metrics |= {"test_top1": accuracy.top1, "test_top5": accuracy.top5, "test_loss": accuracy.loss}
             job.epoch, job.accuracy, job.running = epoch, accuracy, Running()
@@ -206,6 +186,11 @@ def fit(job: Job) -> None:
         raise
     finally:
         job.report.stop()
+
+
+def step_count(recipe: Recipe, train: Split) -> int:
+    """Optimizer steps of an epoch; batches that fill no step any more are left out."""
+    return train.batch_count(recipe.data.batch_size, drop_last=True) // recipe.schedule.accumulate
 
 
 def _save(job: Job, parts: Parts) -> None:
@@ -226,43 +211,41 @@ def _save(job: Job, parts: Parts) -> None:
     write_state(job.run.path, record, tensors, job.recipe.schedule.keep_states)
 
 
-def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -> dict[str, Any]:
-    recipe, model, device, sums = job.recipe, job.model, job.device, job.running
-    optimizer, scheduler, save_steps = parts.optimizer, parts.scheduler, recipe.schedule.save_steps
+def _epoch(job: Job, epoch: int, steps: int, parts: Parts, inputs: Inputs) -> dict[str, Any]:
+    recipe, model, sums = job.recipe, job.model, job.running
+    optimizer, scheduler, scaler = parts.optimizer, parts.scheduler, parts.scaler
+    save_steps, accumulate = recipe.schedule.save_steps, recipe.schedule.accumulate
     started = time.perf_counter() - sums.seconds
     batches = job.train.batches(
-        recipe.data.batch_size, shuffle_seed=recipe.seed + epoch, drop_last=True, skip=sums.step
+        recipe.data.batch_size,
+        shuffle_seed=recipe.seed + epoch,
+        drop_last=True,
+        skip=sums.step * accumulate,
     )
-    for step, (images, labels) in enumerate(batches, start=sums.step):
+    for step in range(sums.step, steps):
+        done = (epoch - 1) * steps + step
         model.train()
-        job.before_step(((epoch - 1) * steps + step) / (recipe.schedule.epochs * steps))
-        images = normalize(augment(images.to(device), epoch, step), recipe.data.mean, recipe.data.std)
-        labels = labels.to(device)
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        if job.teacher is not None:
-            with torch.no_grad():
-                target = job.teacher(images)
-            distilled = distillation_loss(logits, target, recipe.distillation.temperature)
-            loss = torch.lerp(loss, distilled, recipe.distillation.weight)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(_not_finite(job, f"epoch {epoch}, step {step + 1}", "loss", value))
+        job.before_step(done / (recipe.schedule.epochs * steps))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
-        if recipe.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+        for number, (images, labels) in enumerate(islice(batches, accumulate), start=step * accumulate):
+            loss = _loss(job, *inputs(images.to(job.device), labels.to(job.device), epoch, number))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(_not_finite(job, f"epoch {epoch}, step {step + 1}", "loss", value))
+            # All batches have one size, so the mean of their gradients is that of all their images.
+            loss = loss if accumulate == 1 else loss / accumulate
+            loss = loss if scaler is None else scaler.scale(loss)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+            sums.loss_sum += value * len(labels)
         sums.learning_rate = float(scheduler.get_last_lr()[-1])
-        optimizer.step()
-        scheduler.step()
+        _step(parts, recipe.optimizer.clip_norm)
+        if job.average is not None:
+            job.average.update(model, done + 1)
         sums.step = step + 1
-        sums.seen += len(labels)
-        sums.correct += correct_in_top(logits.detach(), labels, 1)
-        sums.loss_sum += value * len(labels)
         sums.seconds = time.perf_counter() - started
         job.report.step(epoch, _means(sums))
         job.check_stop()
-        if save_steps and ((epoch - 1) * steps + sums.step) % save_steps == 0:
+        if save_steps and (done + 1) % save_steps == 0:
             _save(job, parts)
     # A last step that spoils the weights shows in no loss any more, and a network with NaN must not go on
     # to be evaluated: its integers have no meaning.
@@ -272,6 +255,8 @@ def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -
     # What is evaluated and kept is the network as the schedule has it now, not one step earlier: annealing
     # that ends with the training would otherwise never reach its end.
     job.before_step(epoch / recipe.schedule.epochs)
+    if job.average is not None:
+        job.average.follow(model)
     means = _means(sums)
     return {
         "epoch": epoch,
@@ -281,6 +266,39 @@ def _epoch(job: Job, epoch: int, steps: int, parts: Parts, augment: Augmenter) -
         "images_per_second": means["images_per_second"],
         "seconds": sums.seconds,
     }
+
+
+def _loss(job: Job, pixels: Tensor, targets: Tensor) -> Tensor:
+    """Loss of a batch from :class:`Inputs`, in float32; the sums count its images and those recognized."""
+    recipe, sums = job.recipe, job.running
+    images = normalize(pixels, recipe.data.mean, recipe.data.std)
+    with autocast(recipe.precision, job.device):
+        logits = job.model(images).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.loss.label_smoothing)
+        if job.teacher is not None:
+            with torch.no_grad():
+                target = job.teacher(pixels, images)
+            distilled = distillation_loss(logits, target, recipe.distillation.temperature)
+            loss = torch.lerp(loss, distilled, recipe.distillation.weight)
+    sums.seen += len(targets)
+    # Of a mixed image, what counts is the class that has the larger share.
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    sums.correct += correct_in_top(logits.detach(), labels, 1)
+    return loss
+
+
+def _step(parts: Parts, clip_norm: float | None) -> None:
+    """One step of optimizer and schedule with the gradients that were gathered."""
+    if clip_norm is not None:
+        if parts.scaler is not None:
+            parts.scaler.unscale_(parts.optimizer)
+        nn.utils.clip_grad_norm_(parts.model.parameters(), clip_norm)
+    if parts.scaler is None:
+        parts.optimizer.step()
+    else:
+        parts.scaler.step(parts.optimizer)  # leaves the weights alone where a gradient is too large
+        parts.scaler.update()
+    parts.scheduler.step()
 
 
 def _means(sums: Running) -> dict[str, float]:
@@ -295,7 +313,7 @@ def _evaluate(job: Job, epoch: int) -> Accuracy:
     """Accuracy on the test split; a network that computes no numbers any more ends the training."""
     try:
         # As stored: rounding to half precision may move an image or two, and the file is what is used.
-        model = as_stored(job.model, job.recipe.output.float_weights)
+        model = as_stored(job.kept, job.recipe.output.float_weights)
         accuracy = evaluate(job.predictor(model), job.test, job.recipe.data, job.device)
     except QuantizationError as error:  # constants that are no numbers
         raise TrainingError(_not_finite(job, f"epoch {epoch}", "test loss", math.nan)) from error
@@ -314,14 +332,14 @@ def keep(job: Job, epoch: int, accuracy: Accuracy) -> None:
     recipe = job.recipe
     better = job.best is None or (accuracy.top1, -accuracy.loss) > (job.best.top1, -job.best.loss)
     targets = [job.run.last]
-    if better and is_binary(job.model):
+    if better and is_binary(job.kept):
         job.best, job.best_epoch = accuracy, epoch
         targets.append(job.run.best)
     metadata = job.metadata | {"epoch": str(epoch), "accuracy": accuracy.to_json()}
     for path in targets:
         try:
             save_checkpoint(
-                path, job.model, recipe=recipe, metadata=metadata, float_dtype=recipe.output.float_weights
+                path, job.kept, recipe=recipe, metadata=metadata, float_dtype=recipe.output.float_weights
             )
         except CheckpointError as error:  # values that the file can't hold: of the training, not of the user
             raise TrainingError(f"epoch {epoch}: {error}; {_kept(job)}") from error

@@ -27,14 +27,17 @@ from qat.recipefiles import (
 )
 from qat.recipeproblems import not_a_mapping, problem_lines
 from qat.schema import (
+    TIMM,
     Augment,
     Data,
     Distillation,
     Group,
+    Loss,
     Model,
     Optimizer,
     Output,
     Quantization,
+    RandAugment,
     Recipe,
     Schedule,
     StemGroup,
@@ -44,15 +47,18 @@ from qat.schema import (
 )
 
 __all__ = [
+    "TIMM",
     "Augment",
     "Data",
     "Distillation",
     "Group",
     "LoadedRecipe",
+    "Loss",
     "Model",
     "Optimizer",
     "Output",
     "Quantization",
+    "RandAugment",
     "Recipe",
     "Schedule",
     "StemGroup",
@@ -66,6 +72,7 @@ __all__ = [
     "recipe_yaml",
     "recipes_dir",
     "resolve_checkpoint",
+    "resolve_teachers",
 ]
 
 
@@ -136,9 +143,20 @@ def resolve_checkpoint(loaded: LoadedRecipe) -> Path:
     Raises `RecipeError` with the places looked at when there is none.
     """
     named = loaded.recipe.model.checkpoint
-    where = f"{shown(loaded.path)}: model.checkpoint"
     if named is None:
+        where = f"{shown(loaded.path)}: model.checkpoint"
         raise RecipeError(f"{where}: missing; the path of a checkpoint is needed")
+    return _find(loaded, "model.checkpoint", named)
+
+
+def resolve_teachers(loaded: LoadedRecipe) -> list[str]:
+    """``distillation.teachers`` with absolute paths, found as `resolve_checkpoint` finds them."""
+    teachers = loaded.recipe.distillation.teachers
+    key = "distillation.teachers"
+    return [name if name.startswith(TIMM) else str(_find(loaded, key, name)) for name in teachers]
+
+
+def _find(loaded: LoadedRecipe, key: str, named: str) -> Path:
     # An absolute path replaces the folder it is joined to: all three are then the same place. The packaged
     # folder comes last so that a copied recipe still finds the checkpoint it was written for.
     folders = (loaded.path.parent, Path.cwd(), recipes_dir())
@@ -146,7 +164,8 @@ def resolve_checkpoint(loaded: LoadedRecipe) -> Path:
     for place in places:
         if _is_file(place):
             return place
-    raise RecipeError(f"{where}: found no file {named!r}; looked for {', '.join(map(shown, places))}")
+    looked = ", ".join(map(shown, places))
+    raise RecipeError(f"{shown(loaded.path)}: {key}: found no file {named!r}; looked for {looked}")
 
 
 def _is_file(path: Path) -> bool:

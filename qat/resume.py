@@ -2,7 +2,8 @@
 
 A resumed run ends with the same bytes as one that was never interrupted, on the CPU with the same number of
 threads: its state holds the latent weights, every buffer, the optimizer, the scheduler, and the sums of the
-epoch under way. The order of the images and their augmentation depend on seed, epoch and step alone.
+epoch under way; where there are, the average of the weights and the scale of the gradients. The order of the
+images and their augmentation depend on seed, epoch and step alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from qat.averaging import WeightAverage
 from qat.errors import CheckpointError, OutputError, QatError, RecipeError
 from qat.fakequant import activation_quantizers
 from qat.recipe import LoadedRecipe, Recipe, load_recipe, parse_recipe
@@ -28,7 +30,7 @@ from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_left
 #: Keys that may change when a run goes on: they leave its result alone.
 NEUTRAL: Final = ("device", "threads", "data.workers", "schedule.save_steps", "schedule.keep_states")
 #: Keys whose text may change since what they name is compared by its content.
-_PATHS: Final = ("model.checkpoint", "data.root")
+_PATHS: Final = ("model.checkpoint", "data.root", "distillation.teachers")
 
 
 class Listener(Protocol):
@@ -63,6 +65,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
+    average: WeightAverage | None = None
+    scaler: torch.amp.GradScaler | None = None
 
     @cached_property
     def names(self) -> list[str]:
@@ -134,6 +138,7 @@ def check_same(state: State, facts: Mapping[str, str], device: torch.device, lis
         "test_fingerprint": "the test images",
         "class_names": "the names of the classes",
         "pretrained_sha256": "the checkpoint to start from",
+        "teachers_sha256": "the weights of the teachers",
     }
     for key, name in what.items():
         if facts.get(key) != record.facts.get(key):
@@ -165,6 +170,9 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for key, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{key}/{parts.names[index]}"] = value
+    if parts.average is not None:
+        weights = parts.average.network.named_parameters()  # the rest of it is the model's
+        tensors |= {f"average/{key}": value for key, value in weights}
     tensors["random/cpu"] = torch.get_rng_state()
     if parts.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(parts.device)
@@ -179,6 +187,7 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     points = activation_quantizers(parts.model)
     return copies, {
         "scheduler": parts.scheduler.state_dict(),
+        "scaler": {} if parts.scaler is None else parts.scaler.state_dict(),
         "learning_rates": [float(group["lr"]) for group in saved["param_groups"]],
         "quantizers": {name: (point.calibrated, point.observing) for name, point in points},
     }
@@ -191,7 +200,7 @@ def restore(parts: Parts, state: State) -> None:
         CheckpointError: it is of another network or optimizer.
     """
     record = state.record
-    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}, "random": {}}
     for key, value in state.tensors.items():
         kind, _, name = key.partition("/")
         # To the device first: torch's observers take over loaded tensors as they are.
@@ -210,6 +219,11 @@ def restore(parts: Parts, state: State) -> None:
         parts.scheduler.load_state_dict(record.scheduler)
         for name, (calibrated, observing) in record.quantizers.items():
             points[name].calibrated, points[name].observing = calibrated, observing
+        if parts.average is not None:
+            parts.average.network.load_state_dict(kinds["model"] | kinds["average"], strict=True)
+            parts.average.follow(parts.model)
+        if parts.scaler is not None:
+            parts.scaler.load_state_dict(record.scaler)
         torch.set_rng_state(kinds["random"]["cpu"])
         if parts.device.type == "cuda" and "cuda" in kinds["random"]:
             torch.cuda.set_rng_state(kinds["random"]["cuda"], parts.device)

@@ -17,7 +17,7 @@ from typing import Any
 
 from qat.errors import OutputError, QatError
 from qat.files import write_atomically
-from qat.recipe import LoadedRecipe, Recipe, recipe_yaml, resolve_checkpoint
+from qat.recipe import LoadedRecipe, Recipe, recipe_yaml, resolve_checkpoint, resolve_teachers
 
 SUMMARY = "summary.json"
 
@@ -33,7 +33,7 @@ class RunDirectory:
         """A new folder ``<output.dir>/<recipe>-<date>-<time>`` with the resolved recipe inside.
 
         Raises:
-            RecipeError: the checkpoint to start from isn't there.
+            RecipeError: the checkpoint to start from, or a teacher, isn't there.
             OutputError: the folder can't be made or written.
         """
         recipe = _anywhere(loaded)
@@ -147,6 +147,9 @@ def _anywhere(loaded: LoadedRecipe) -> Recipe:
     if recipe.model.checkpoint is not None:
         model = recipe.model.model_copy(update={"checkpoint": str(resolve_checkpoint(loaded))})
         recipe = recipe.model_copy(update={"model": model})
+    if recipe.distillation.teachers:
+        named = recipe.distillation.model_copy(update={"teachers": resolve_teachers(loaded)})
+        recipe = recipe.model_copy(update={"distillation": named})
     if recipe.data.root is not None:
         root = Path(recipe.data.root).expanduser().absolute()  # as the data set is looked up
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})

@@ -68,6 +68,7 @@ class Record(_Strict):
         accuracies: before training, by name.
         seconds: that the run took so far.
         scheduler: its state.
+        scaler: state of the gradient scaler, if there is one.
         learning_rates: of the optimizer's groups.
         quantizers: of each observed point, whether it is calibrated, and whether it observes.
     """
@@ -86,6 +87,7 @@ class Record(_Strict):
     accuracies: dict[str, Accuracy] = {}
     seconds: float = 0.0
     scheduler: dict[str, Any] = {}
+    scaler: dict[str, Any] = {}
     learning_rates: list[float] = []
     quantizers: dict[str, tuple[bool, bool]] = {}
 

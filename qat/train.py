@@ -24,12 +24,15 @@ from qat.errors import CheckpointError, DataError, QuantizationError, RecipeErro
 from qat.evaluate import evaluate
 from qat.fakequant import activation_quantizers, freeze_observers
 from qat.loading import architecture_of, highest_temperature, load_state, without_quantizers
-from qat.loop import Job, Reporter, fit, temperature_at
+from qat.loop import Job, Reporter, fit, step_count
+from qat.optimization import temperature_at
+from qat.precision import check_precision
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
 from qat.rundir import SUMMARY, RunDirectory
 from qat.statefile import remove_states, write_state
+from qat.teachers import Teacher, Teachers, load_teachers
 
 
 def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = None) -> RunDirectory:
@@ -70,7 +73,8 @@ def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
             for conv in binary_convolutions(model).values():
                 conv.weight.requires_grad_(False)
         if recipe.teacher == "self":
-            job.teacher = float_model.eval().requires_grad_(False)
+            own = Teacher(float_model.eval().requires_grad_(False))
+            job.teacher = Teachers([own], recipe.distillation.temperature)
         fit(job)
         assert job.best is not None
         _summarize(job, "int8")
@@ -122,7 +126,10 @@ def pretrain(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
         load_state(model, without_quantizers(load_checkpoint(start, latent=recipe.model.latent)))
     model.to(device)
     job = _begin_job(loaded, recipe, model, (train, test), start, report, resumed)
-    job.before_step = lambda share: set_temperature(model, temperature_at(recipe.schedule.temperature, share))
+    schedule = recipe.schedule
+    job.before_step = lambda share: set_temperature(
+        model, temperature_at(schedule.temperature, share, schedule.epochs)
+    )
     with _under_way(job):
         fit(job)
         assert job.best is not None  # the schema puts the end of the annealing below 1e-7
@@ -145,12 +152,15 @@ def _begin_job(
     ``recipe`` has the paths as they are to be read; checkpoints are given them as they were written first.
     """
     train, test = splits
-    facts, device = _metadata(train, test, start), next(model.parameters()).device
+    device = next(model.parameters()).device
+    named = recipe.teacher == "named"
+    teachers = load_teachers(loaded, test.class_names, device, report) if named else None
+    facts = _metadata(train, test, start, teachers)
     if resumed is None:
         run = RunDirectory.create(loaded)
         report.message(f"{model.architecture}, run directory {run.path}")
-        return Job(recipe, model, train, test, device, run, report, metadata=facts)
-    job = Job(resumed.recipe, model, train, test, device, resumed.run, report, metadata=facts)
+        return Job(recipe, model, train, test, device, run, report, teachers, metadata=facts)
+    job = Job(resumed.recipe, model, train, test, device, resumed.run, report, teachers, metadata=facts)
     if resumed.state is None:
         report.message(f"{model.architecture}, run directory {job.run.path}: begins again, nothing was saved")
         return job
@@ -278,6 +288,11 @@ def splits_of(recipe: Recipe) -> tuple[Split, Split]:
         raise DataError(
             f"data.batch_size: {recipe.data.batch_size} is more than the {len(train)} training images"
         )
+    if recipe.schedule.epochs and not step_count(recipe, train):
+        raise DataError(
+            f"schedule.accumulate: found {recipe.schedule.accumulate}, allowed: at most the "
+            f"{train.batch_count(recipe.data.batch_size, drop_last=True)} batches of an epoch"
+        )
     return train, test
 
 
@@ -286,7 +301,9 @@ def begin(recipe: Recipe) -> torch.device:
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    return choose_device(recipe.device)
+    device = choose_device(recipe.device)
+    check_precision(recipe.precision, device)
+    return device
 
 
 def choose_device(name: str) -> torch.device:
@@ -318,9 +335,11 @@ def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Rec
     return loaded.recipe
 
 
-def _metadata(train: Split, test: Split, start: Path | None) -> dict[str, str]:
+def _metadata(train: Split, test: Split, start: Path | None, teachers: Teachers | None) -> dict[str, str]:
     """Facts for checkpoints and summary; ``start`` is the checkpoint that training starts from."""
     pretrained = {} if start is None else {"pretrained_sha256": file_hash(start)}
+    if teachers is not None and teachers.sha256 is not None:
+        pretrained["teachers_sha256"] = teachers.sha256
     return {
         **pretrained,
         "class_names": json.dumps(test.class_names),

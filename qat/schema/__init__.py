@@ -16,21 +16,24 @@ from pydantic_core import PydanticCustomError
 from qat.errors import nearest
 from qat.recipefiles import dotted
 from qat.recipeproblems import contradictions
-from qat.schema.data import Augment, Data
+from qat.schema.data import Augment, Data, RandAugment
 from qat.schema.fields import Count, Section
 from qat.schema.model import Model
 from qat.schema.quantization import Group, Quantization, StemGroup, TrunkGroup
-from qat.schema.training import Distillation, Optimizer, Output, Schedule, Temperature
+from qat.schema.training import TIMM, Distillation, Loss, Optimizer, Output, Schedule, Temperature
 
 __all__ = [
+    "TIMM",
     "Augment",
     "Data",
     "Distillation",
     "Group",
+    "Loss",
     "Model",
     "Optimizer",
     "Output",
     "Quantization",
+    "RandAugment",
     "Recipe",
     "Schedule",
     "Section",
@@ -64,6 +67,11 @@ class Recipe(Section):
         description="'auto', 'cpu', 'cuda' or 'cuda:N'; 'auto' is CUDA if present, else the CPU.",
     )
     threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's default.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Type that matrix products are computed in while training; 'float16' needs CUDA. "
+        "Evaluation is always in float32.",
+    )
     model: Model = Field(description="The network and the weights it starts from.")
     data: Data = Field(description="The images.")
     quantization: Quantization | None = Field(
@@ -71,12 +79,18 @@ class Recipe(Section):
     )
     schedule: Schedule = Field(default=Schedule(), description="How long, and what stops changing when.")
     optimizer: Optimizer = Field(default=Optimizer(), description="Optimizer and learning rate.")
+    loss: Loss = Field(default=Loss(), description="The loss against the labels.")
     distillation: Distillation = Field(default=Distillation(), description="Training against a teacher.")
     output: Output = Field(default=Output(), description="Where results go.")
 
     @property
-    def teacher(self) -> Literal["self", "none"]:
-        """The teacher in effect: ``distillation.teacher``, or the task's default when that is null."""
+    def teacher(self) -> Literal["self", "none", "named"]:
+        """The teacher in effect: ``distillation.teacher``, or the task's default when that is null.
+
+        ``named`` where there are ``distillation.teachers``.
+        """
+        if self.distillation.teachers:
+            return "named"
         if self.distillation.teacher is not None:
             return self.distillation.teacher
         return "self" if self.task == "finetune" else "none"
@@ -94,4 +108,5 @@ class Recipe(Section):
 @cache
 def compared_defaults() -> dict[str, Any]:
     """Defaults of the sections whose keys are compared with other keys."""
-    return {"data": Data().model_dump(), "schedule": Schedule().model_dump()}
+    sections = {"data": Data(), "schedule": Schedule(), "distillation": Distillation()}
+    return {name: section.model_dump() for name, section in sections.items()}

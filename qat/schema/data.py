@@ -6,11 +6,26 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from qat.schema.fields import Area, Count, Positive, Section, Text, ascending, listed
+from qat.schema.fields import Area, Count, Positive, Section, Share, Text, ascending, listed
+
+
+class RandAugment(Section):
+    """Some of fifteen changes of colour and shape at a time (Cubuk et al. 2019, arXiv 1909.13719)."""
+
+    count: Annotated[int, Field(ge=1, le=15)] = Field(
+        default=2, description="Changes in a row, drawn without repetition."
+    )
+    magnitude: Annotated[int, Field(ge=1, le=9)] = Field(default=7, description="Strength of each, of 10.")
 
 
 class Augment(Section):
     """Random changes to training images; the defaults change nothing."""
+
+    pad: int = Field(
+        default=0,
+        ge=0,
+        description="Largest shift per axis, in whole pixels; what comes in from outside is black.",
+    )
 
     flip: bool = Field(default=False, description="Mirror half of the images left to right.")
     translate: Annotated[float, Field(ge=0, le=0.5)] = Field(
@@ -24,6 +39,22 @@ class Augment(Section):
     )
     crop: Annotated[tuple[Area, Area], listed, AfterValidator(ascending)] | None = Field(
         default=None, description="Smallest and largest area of the random resized crop; null does not crop."
+    )
+    randaugment: RandAugment | None = Field(
+        default=None, description="Random changes of colour and shape; null makes none."
+    )
+    jitter: Share = Field(
+        default=0.0, description="Largest change of brightness, contrast and saturation, as a share of each."
+    )
+    erasing: Share = Field(default=0.0, description="Probability that a rectangle of an image is made black.")
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Alpha of mixup, which overlays two images and their labels; 0 switches it off. With "
+        "`cutmix` a coin decides per batch.",
+    )
+    cutmix: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Alpha of cutmix, which puts a rectangle of one image into another; 0 switches it off.",
     )
 
 

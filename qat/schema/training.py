@@ -1,12 +1,17 @@
-"""The sections of a recipe about training: ``schedule``, ``optimizer``, ``distillation``, ``output``."""
+"""The sections of a recipe about training: schedule, optimizer, loss, distillation, output."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
+from qat.recipeproblems import found
 from qat.schema.fields import Area, Count, Positive, Section, Share, Text
+
+#: Opens the name of a teacher that timm makes.
+TIMM: Final = "timm:"
 
 
 class Temperature(Section):
@@ -17,6 +22,11 @@ class Temperature(Section):
         default=1e-8, description="Last temperature; below 1e-7 the weights are exactly binary."
     )
     share: Area = Field(default=0.6, description="Share of the epochs over which the temperature falls.")
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Factor after each epoch, down to `end`, in place of the anneal over `share`. Null: no "
+        "steps.",
+    )
 
 
 class Schedule(Section):
@@ -46,6 +56,16 @@ class Schedule(Section):
     temperature: Temperature = Field(
         default=Temperature(), description="Anneal of the binary weights (pretraining only)."
     )
+    accumulate: Count = Field(
+        default=1,
+        description="Batches per optimizer step: its gradient is their mean, and all schedules count "
+        "optimizer steps.",
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay per step of a moving average of the weights, which is then what is evaluated and "
+        "kept. Null keeps the weights themselves.",
+    )
     save_steps: Count | None = Field(
         default=None,
         description="Steps between two saved states, from which `--resume` goes on. Null: after each epoch "
@@ -65,6 +85,12 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Weight decay of matrices; decoupled with 'adamw'."
     )
+    kernel_decay: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Weight decay of every parameter with four dimensions, binary weights included; "
+        "`weight_decay` is then that of all others, vectors included. Null decays matrices alone, and never "
+        "binary weights.",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of 'sgd'.")
     warmup: Share = Field(
         default=0.05, description="Share of the steps over which the learning rate rises from 0."
@@ -77,6 +103,24 @@ class Optimizer(Section):
     )
 
 
+class Loss(Section):
+    """What the network's answers are compared with beside a teacher's."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of each label that is spread evenly over all classes."
+    )
+
+
+def _teacher(name: str) -> str:
+    if name in ("", TIMM):
+        raise PydanticCustomError(
+            "refused",
+            "{why}",
+            {"why": f"found {found(name)}, allowed: the path of a checkpoint, or '{TIMM}NAME'"},
+        )
+    return name
+
+
 class Distillation(Section):
     """Training against a teacher's outputs beside the labels."""
 
@@ -84,6 +128,14 @@ class Distillation(Section):
         default=None,
         description="'self': the network before quantization teaches. Null: 'self' when fine-tuning, 'none' "
         "when pretraining.",
+    )
+    teachers: list[Annotated[str, AfterValidator(_teacher)]] = Field(
+        default=[],
+        description="Trained networks that teach, their probabilities averaged: paths of checkpoints, looked "
+        "up as `model.checkpoint` is, or 'timm:NAME' for a pretrained model of timm.",
+    )
+    teacher_weights: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+        default=None, description="Weight of each of `teachers` in their mean; null takes all alike."
     )
     weight: Share = Field(default=0.5, description="Share of the distillation term in the loss.")
     temperature: Positive = Field(default=4.0, description="Softens both outputs before they are compared.")
