@@ -38,11 +38,12 @@ def fold_batch_norm(norm: nn.BatchNorm2d, x: Callable[[], Tensor]) -> tuple[Tens
         variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
         with torch.no_grad():
             count = values.numel() / values.shape[1]
-            momentum = norm.momentum or 0.0
+            tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
+            # No momentum means the plain average of all batches, as in torch.
+            momentum = tracked.float().reciprocal() if norm.momentum is None else norm.momentum
             unbiased = variance * (count / max(count - 1, 1))
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-            cast(Tensor, norm.num_batches_tracked).add_(1)
     else:
         mean, variance = running_mean, running_var
     gain = norm.weight * torch.rsqrt(variance + norm.eps)
@@ -96,8 +97,8 @@ def product_scale(product: Tensor, residual: Tensor, branch: Tensor) -> Tensor:
 
 
 def is_ready(module: nn.Module, *points: Quantizer) -> bool:
-    """Whether ``module`` can compute integers: evaluating, and every grid is known."""
-    return not module.training and all(point.has_grid for point in points)
+    """Whether ``module`` can compute integers: evaluating, and every grid is known and of 8 bits or fewer."""
+    return not module.training and all(point.is_integer for point in points)
 
 
 def flipped(weight: Tensor, gain: Tensor) -> Tensor:

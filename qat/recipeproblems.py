@@ -28,9 +28,10 @@ _STEM_READS_PIXELS = (
 _ABSENT_ON_PURPOSE: dict[KeyPath, str] = {
     ("quantization", "trunk", "weight_bits"): "the trunk has no weights of its own beyond the 1 bit of the "
     "binary convolutions",
-    ("quantization", "stem", "activation_bits"): _STEM_READS_PIXELS,
-    ("quantization", "stem", "observer"): _STEM_READS_PIXELS,
-    ("quantization", "stem", "averaging_constant"): _STEM_READS_PIXELS,
+    **{
+        ("quantization", "stem", key): _STEM_READS_PIXELS
+        for key in ("activation_bits", "observer", "averaging_constant", "percentile", "clip")
+    },
 }
 
 

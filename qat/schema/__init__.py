@@ -19,7 +19,7 @@ from qat.recipeproblems import contradictions
 from qat.schema.data import Augment, Data
 from qat.schema.fields import Count, Section
 from qat.schema.model import Model
-from qat.schema.quantization import Group, Quantization, StemGroup, TrunkGroup
+from qat.schema.quantization import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
 from qat.schema.training import Distillation, Optimizer, Output, Schedule, Temperature
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Group",
+    "LayerOverride",
     "Model",
     "Optimizer",
     "Output",
