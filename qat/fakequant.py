@@ -11,13 +11,16 @@ training and calibration nothing is ever observed, so evaluation depends on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from qat.integers import saturate
 from qat.observers import MOVING, Observer, channel_scales, observed_grid
+
+#: Widest integers of integer arithmetic; more are simulated.
+LARGEST_BITS: Final = 8
 
 
 class _OwnState(nn.Module):
@@ -73,8 +76,8 @@ class Quantizer(_OwnState):
 
     @property
     def is_integer(self) -> bool:
-        """Whether integer arithmetic may use this grid now: it is known, and no wider than 8 bits."""
-        return self.has_grid and self.bits <= 8
+        """Whether integer arithmetic may use this grid now: it is known, and not too wide."""
+        return self.has_grid and self.bits <= LARGEST_BITS
 
     def describe(self) -> dict[str, object]:
         """The point's line in the quantization map."""

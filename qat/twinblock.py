@@ -180,7 +180,8 @@ class FakeQuantSubBlock(SubBlock):
     def gain_step(self, gain: Tensor) -> Tensor:
         """Scale of the attention times BN2's ``gain``."""
         step = self.product_step() if self.kind == "scale" else scale_of(self.branch)
-        return gain_scale(gain, scale_of(self.y), step)
+        point = cast(ActivationQuantizer, self.y)
+        return gain_scale(gain, point.scale, step, point.power_of_two)
 
     def _computes_integers(self) -> bool:
         points = [self.y, self.source.quantizer, self.target.quantizer]

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.backends import Backend
-from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer
+from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, power_of_two_above
 from qat.folding import (
     Grid,
     LayerIntegers,
@@ -152,6 +152,8 @@ class FakeQuantLinear(nn.Linear):
         # A row of (almost) zeros has a tiny scale. It is raised until the bias fits int32, and the row's
         # products, less than 2% of such a bias, are dropped.
         raised = torch.maximum(step, offset.abs() / 2.0**30)
+        if self.weight_quantizer.power_of_two:
+            raised = power_of_two_above(raised)
         constant = raised > step
         multiplier = raised.float()
         rule = Requantization(multiplier, torch.round(offset / multiplier.double()), constant)
