@@ -30,7 +30,14 @@ from export.integer import (
     SubBlock,
 )
 from export.networkcheck import check_network
-from export.refusals import left_in_float, refuse_branch, refuse_step, refuse_values, refuse_weights
+from export.refusals import (
+    left_in_float,
+    refuse_branch,
+    refuse_step,
+    refuse_values,
+    refuse_weights,
+    refuse_width,
+)
 from qat.bnext import BNext
 from qat.errors import QuantizationError
 from qat.fakequant import ActivationQuantizer, FixedQuantizer
@@ -256,6 +263,7 @@ def _grid(quantizer: nn.Module, name: str) -> Grid:
         raise QuantizationError(f"{name}: zero point {zero_point}, allowed: 0")
     else:
         grid = Grid(float(quantizer.scale), quantizer.bits, quantizer.signed)
+    refuse_width(grid.bits, name)
     refuse_step(grid.scale, name)
     return grid
 

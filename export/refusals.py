@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qat.errors import QuantizationError
+from qat.fakequant import LARGEST_BITS
 from qat.folding import folded_constants
 from qat.layers import BinaryConv2d
 from qat.tensorchecks import not_finite
@@ -90,6 +91,19 @@ def refuse_step(step: float, name: str) -> None:
     if not 1 / LARGEST_STEP <= step <= LARGEST_STEP:
         raise QuantizationError(
             f"{name}: a step of {step:.3g}, allowed: {1 / LARGEST_STEP:.3g} to {LARGEST_STEP:.3g}"
+        )
+
+
+def refuse_width(bits: int, name: str) -> None:
+    """Refuse a grid of more bits than integer networks have.
+
+    Raises:
+        QuantizationError: naming the quantization point.
+    """
+    if bits > LARGEST_BITS:
+        raise QuantizationError(
+            f"{name}: {bits} bits are simulated in float; an integer network needs {LARGEST_BITS} or fewer "
+            "(quantization.trunk.activation_bits, overrides)"
         )
 
 

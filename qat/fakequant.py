@@ -1,7 +1,7 @@
-"""The one adapter to ``torch.ao.quantization``: quantizers that observe a range and simulate integers.
+"""Quantizers: modules that put values on a grid of integers, straight-through in training.
 
-Nothing else in the project imports ``torch.ao``. A second backend offers the same two kinds of quantizer, for
-activations and for weights, as subclasses in a file beside this one, and a line in :data:`BACKENDS`.
+Here is the backend ``torch_ao``: ranges are observed (:mod:`qat.observers`). The other one, whose scales are
+learned, is :mod:`qat.learnedscales`; :mod:`qat.backends` makes either by the recipe.
 
 An activation quantizer is in one of three states: *uncalibrated* (passes values through), *observing*
 (tracks the range; while training it also quantizes), *frozen* (quantizes on a fixed grid). Outside of
@@ -10,58 +10,48 @@ training and calibration nothing is ever observed, so evaluation depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import (
-    FakeQuantize,
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    PerChannelMinMaxObserver,
-)
 
 from qat.integers import saturate
-from qat.recipe import TrunkGroup
+from qat.observers import MOVING, Observer, channel_scales, observed_grid
 
-Observer = Literal["moving_average", "minmax", "histogram"]
-#: Clipping points that the histogram's search compares.
-_CANDIDATES: Final = 200
-
-
-class _LeastSquaredErrorObserver(HistogramObserver):
-    """torch's histogram with a search of its own: the range of least squared error.
-
-    torch's search moves both ends independently, for a grid of any zero point. A symmetric grid spans the
-    farther end on both sides, and at few bits its error is then several times the least one.
-    """
-
-    def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
-        width = (self.max_val - self.min_val) / self.bins
-        x = self.min_val + width * (torch.arange(self.bins, device=self.histogram.device) + 0.5)
-        farthest = torch.maximum(self.max_val, -self.min_val)
-        low, high = float(self.quant_min), float(self.quant_max)
-        errors = []
-        for share in range(1, _CANDIDATES + 1):
-            steps = (high - low) / (2 if low else 1)
-            scale = (farthest * share / _CANDIDATES / steps).clamp_min(self.eps)
-            error = (x / scale).round().clamp(low, high) * scale - x
-            errors.append((self.histogram * error.square()).sum())
-        clip = farthest * (int(torch.stack(errors).argmin()) + 1) / _CANDIDATES
-        return (-clip if low else torch.zeros_like(clip)), clip
+#: Widest integers of integer arithmetic; more are simulated.
+LARGEST_BITS: Final = 8
 
 
-_OBSERVERS: Final[dict[str, Any]] = {
-    "moving_average": MovingAverageMinMaxObserver,
-    "minmax": MinMaxObserver,
-    "histogram": _LeastSquaredErrorObserver,
-}
+class _OwnState(nn.Module):
+    """A module whose state outlasts a change of type, and a state dict that knows nothing of it."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A float-rest checkpoint has no key of this point. It loads strictly all the same: the point
+        # keeps what it has. A checkpoint with some of the keys is held to all of them.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OwnState:
+        # A scale in bfloat16 would move the grid by up to 0.4%, so `.to(dtype)` moves these tensors to the
+        # new device and leaves their values and types.
+        before = dict(self.named_buffers())
+        learned = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for name, old in before.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            new = getattr(module, leaf)
+            if new.dtype != old.dtype:
+                setattr(module, leaf, old.to(new.device))
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != learned[name].dtype:
+                parameter.data = learned[name].to(parameter.device)
+        return self
 
 
-class Quantizer(nn.Module):
+class Quantizer(_OwnState):
     """Interface of a quantization point; this base class is a point left in float.
 
     ``forward`` observes (if in that state) and quantizes; ``requantize`` puts further values on the grid
@@ -69,6 +59,7 @@ class Quantizer(nn.Module):
     """
 
     enabled = False
+    bits = 32
 
     def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """Any shape → same shape; ``observed`` is looked at for the range in place of ``x``."""
@@ -83,29 +74,14 @@ class Quantizer(nn.Module):
         """Whether values can be put on a known grid right now."""
         return False
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether integer arithmetic may use this grid now: it is known, and not too wide."""
+        return self.has_grid and self.bits <= LARGEST_BITS
+
     def describe(self) -> dict[str, object]:
         """The point's line in the quantization map."""
         return {"type": "float"}
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A float-rest checkpoint has no key of this point. It loads strictly all the same: the point
-        # keeps what it has. A checkpoint with some of the keys is held to all of them.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        # A scale in bfloat16 would move the grid by up to 0.4%, so `.to(dtype)` moves these buffers to the
-        # new device and leaves their values and types.
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        for name, old in before.items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            new = getattr(module, leaf)
-            if new.dtype != old.dtype:
-                setattr(module, leaf, old.to(new.device))
-        return self
 
 
 class FixedQuantizer(Quantizer):
@@ -165,11 +141,14 @@ class ActivationQuantizer(Quantizer):
     values that are never negative) start at 0. Values outside the range saturate, and get no gradient.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8; up to 16 to simulate, which no integer network holds.
         signed: whether the values take both signs.
-        observer: how the range is found. ``histogram`` (least squared error) observes during calibration
-            only, since it is slow; the other two go on while training until frozen.
+        observer: how the range is found, see :mod:`qat.observers`; those that clip observe during
+            calibration only, the others go on while training until frozen.
         averaging: weight of the newest batch in the moving average.
+        percentile: of the ``percentile`` observer, in percent.
+        clip: the range spans no more than this magnitude; ``None`` leaves it to the observer.
+        power_of_two: round the scale up to the next power of two.
     """
 
     enabled = True
@@ -180,21 +159,17 @@ class ActivationQuantizer(Quantizer):
         signed: bool = True,
         observer: Observer = "moving_average",
         averaging: float = 0.05,
+        percentile: float = 99.99,
+        clip: float | None = None,
+        power_of_two: bool = False,
     ) -> None:
         """Start uncalibrated and observing."""
         super().__init__()
         self.bits, self.signed, self.observer = bits, signed, observer
-        options: dict[str, object] = {"averaging_constant": averaging} if observer == "moving_average" else {}
-        self.fake = FakeQuantize(  # type: ignore[no-untyped-call]  # torch leaves it without types
-            observer=_OBSERVERS[observer],
-            quant_min=-(2 ** (bits - 1)) if signed else 0,
-            quant_max=2 ** (bits - 1) - 1 if signed else 2**bits - 1,
-            dtype=torch.qint8 if signed else torch.quint8,
-            qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
-            **options,
-        )
-        self.quant_min: int = self.fake.activation_post_process.quant_min
-        self.quant_max: int = self.fake.activation_post_process.quant_max
+        self.clip, self.power_of_two = clip, power_of_two
+        self.fake: Any = observed_grid(bits, signed, observer, averaging=averaging, percentile=percentile)
+        self.quant_min = -(2 ** (bits - 1)) if signed else 0
+        self.quant_max = 2 ** (bits - signed) - 1
         self.calibrated = False
         self.calibrating = False
         self.observing = True
@@ -203,7 +178,7 @@ class ActivationQuantizer(Quantizer):
     def scale(self) -> Tensor:
         """Step of the grid, (1,) float32."""
         scale: Tensor = self.fake.scale
-        return scale
+        return power_of_two_above(scale) if self.power_of_two else scale
 
     def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """Any shape → same shape; see the class for when it observes and quantizes."""
@@ -215,8 +190,11 @@ class ActivationQuantizer(Quantizer):
         """Any shape → same shape, on the grid; unchanged while calibrating or uncalibrated."""
         if self.calibrating or not self.calibrated:
             return x
+        return self._on_grid(x)
+
+    def _on_grid(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(
-            x, self.fake.scale, self.fake.zero_point, self.quant_min, self.quant_max
+            x, self.scale, self.fake.zero_point, self.quant_min, self.quant_max
         )
 
     @property
@@ -237,7 +215,7 @@ class ActivationQuantizer(Quantizer):
         return self.saturate(steps) * self.scale
 
     def _observe(self, x: Tensor) -> None:
-        if self.observer == "histogram" and not self.calibrating:
+        if self.observer not in MOVING and not self.calibrating:
             return
         self.fake.activation_post_process(x.detach().float())
         if not self.calibrating:
@@ -245,6 +223,8 @@ class ActivationQuantizer(Quantizer):
 
     def _update_grid(self) -> None:
         scale, zero_point = self.fake.activation_post_process.calculate_qparams()
+        if self.clip is not None:
+            scale = scale.clamp_max(self.clip / ((self.quant_max - self.quant_min) / (1 + self.signed)))
         self.fake.scale.copy_(scale)
         self.fake.zero_point.copy_(zero_point)
         self.calibrated = True
@@ -259,6 +239,10 @@ class ActivationQuantizer(Quantizer):
         if bool(torch.isfinite(self.fake.activation_post_process.min_val).all()):
             self._update_grid()
 
+    def freeze(self) -> None:
+        """Fix the grid from here on."""
+        self.observing = False
+
     def describe(self) -> dict[str, object]:
         """Type, scale and how the range was found."""
         kind = f"{'int' if self.signed else 'uint'}{self.bits}"
@@ -272,7 +256,7 @@ class ActivationQuantizer(Quantizer):
         self.calibrated = known if low is None else bool(torch.isfinite(low).all())
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(_OwnState):
     """Symmetric fake quantization of weights, one scale per output channel, taken from the weights.
 
     The range is the weights' own at every forward, so there is nothing to calibrate and no state. A row of
@@ -280,25 +264,22 @@ class WeightQuantizer(nn.Module):
 
     Args:
         bits: 2 to 8; integers lie in ``±(2**(bits - 1) - 1)``.
+        power_of_two: round each scale up to the next power of two.
+        rows: output channels of each layer that it quantizes, which only learned scales need to know.
     """
 
-    def __init__(self, bits: int = 8) -> None:
+    def __init__(self, bits: int = 8, power_of_two: bool = False, rows: Sequence[int] = ()) -> None:
         """Take the width; there is nothing else to set."""
         super().__init__()
-        self.bits, self.quant_max = bits, 2 ** (bits - 1) - 1
+        self.bits, self.quant_max, self.power_of_two = bits, 2 ** (bits - 1) - 1, power_of_two
 
     def scale(self, weight: Tensor) -> Tensor:
         """Scale of each output channel of ``weight`` (O, ...): (O,) float32."""
-        observer = PerChannelMinMaxObserver(
-            ch_axis=0,
-            dtype=torch.qint8,
-            qscheme=torch.per_channel_symmetric,
-            quant_min=-self.quant_max,
-            quant_max=self.quant_max,
-        ).to(weight.device)
-        observer(weight.detach().float())
-        scale: Tensor = observer.calculate_qparams()[0]
-        return scale
+        scale = channel_scales(weight, self.quant_max)
+        return power_of_two_above(scale) if self.power_of_two else scale
+
+    def freeze(self) -> None:
+        """Fix what is learned of the grid from here on; here that is nothing."""
 
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integer weights (O, ...) in float32, and the scale of each output channel (O,) in float64."""
@@ -317,6 +298,14 @@ class WeightQuantizer(nn.Module):
         return {"type": f"int{self.bits}", "range": "weights", "granularity": "per output channel"}
 
 
+def power_of_two_above(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not less than ``scale`` (positive, float32): same shape and type."""
+    mantissa, exponent = torch.frexp(scale)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    # In float64 and rounded once: some accelerators' float32 powers are off in the last place.
+    return torch.ldexp(torch.ones_like(scale, dtype=torch.float64), exponent).to(scale.dtype)
+
+
 def fake_quantize_symmetric(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     """Fake-quantize ``x`` per tensor on the signed grid of ``scale`` (scalar tensor), zero point 0."""
     scale = scale.detach().float().reshape(1)
@@ -332,29 +321,7 @@ def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQua
 
 
 def freeze_observers(model: nn.Module) -> None:
-    """Fix every grid of ``model`` from here on."""
-    for _, quantizer in activation_quantizers(model):
-        quantizer.observing = False
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The quantizers of one library; another one stands beside ``torch_ao`` in :data:`BACKENDS`.
-
-    Attributes:
-        activation: class of observed points, called with bits, signed, observer and averaging constant.
-        weight: class of weight quantizers, called with bits.
-    """
-
-    activation: type[ActivationQuantizer]
-    weight: type[WeightQuantizer]
-
-    def point(self, group: TrunkGroup | None, *, signed: bool) -> Quantizer:
-        """An observed point as the recipe's ``group`` asks for, or one left in float."""
-        if group is None:
-            return Quantizer()
-        return self.activation(group.activation_bits, signed, group.observer, group.averaging_constant)
-
-
-#: By the recipe's ``quantization.backend``.
-BACKENDS: Final = {"torch_ao": Backend(ActivationQuantizer, WeightQuantizer)}
+    """Fix every grid of ``model`` from here on, observed or learned."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.freeze()

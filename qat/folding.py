@@ -1,4 +1,16 @@
-"""What the twins of :mod:`qat.twins` share: folded batch normalization, and the scales of their constants."""
+"""What the twins of :mod:`qat.twins` share: folded batch normalization, and the scales of their constants.
+
+Batch normalization is folded in every twin: its gain and offset become part of what stands before it. While
+training they are those of the batch, or of the running statistics once these are frozen; in evaluation they
+are part of an integer requantization (:func:`folded_constants`). Running statistics can be averaged anew
+behind a training (:mod:`qat.batchnorm`).
+
+With powers of two as scales (``quantization.power_of_two``), multipliers made of scales alone are powers of
+two, too: those of residual sums and products, the layers of channel attention, the classifier, and the head's
+mean before it is divided by its pixels. Not those that carry a learned factor: the requantizations behind stem
+and binary convolutions and the attention's gain (gains of batch normalizations), and the means that channel
+attention takes (mix scales). The fixed grids, image and attention, meet only such multipliers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +21,7 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
+from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric, power_of_two_above
 from qat.integers import Requantization, snap_up
 
 #: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
@@ -38,11 +50,12 @@ def fold_batch_norm(norm: nn.BatchNorm2d, x: Callable[[], Tensor]) -> tuple[Tens
         variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
         with torch.no_grad():
             count = values.numel() / values.shape[1]
-            momentum = norm.momentum or 0.0
+            tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
+            # No momentum means the plain average of all batches, as in torch.
+            momentum = tracked.float().reciprocal() if norm.momentum is None else norm.momentum
             unbiased = variance * (count / max(count - 1, 1))
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-            cast(Tensor, norm.num_batches_tracked).add_(1)
     else:
         mean, variance = running_mean, running_var
     gain = norm.weight * torch.rsqrt(variance + norm.eps)
@@ -71,18 +84,21 @@ def quantized_slope(slope: Tensor) -> Tensor:
     return fake_quantize_symmetric(slope, slope_scale(slope), CONSTANT_BITS)
 
 
-def gain_scale(gain: Tensor, y: Tensor, product: Tensor) -> Tensor:
+def gain_scale(gain: Tensor, y: Tensor, product: Tensor, power_of_two: bool = False) -> Tensor:
     """Scale of the attention times BN2's gain, per tensor: scalar tensor.
 
     The largest magnitude it can take (attention 1) over 127, raised a little so that the multiplier from
-    ``gain · y`` to the product's grid has few bits.
+    ``gain · y`` to the product's grid has few bits, or to the next power of two.
 
     Args:
         gain: BN2's gain, any shape.
         y: scale of ``y``.
         product: scale of the grid on which ``gain · y`` is put.
+        power_of_two: whether it is to be one, as the two other scales are then.
     """
     smallest = gain.detach().float().abs().amax().clamp_min(1e-20) / 127.0
+    if power_of_two:
+        smallest = power_of_two_above(smallest)
     return snap_up(smallest * y / product) * product / y
 
 
@@ -90,14 +106,14 @@ def product_scale(product: Tensor, residual: Tensor, branch: Tensor) -> Tensor:
     """Scale of ``gain · y`` in a sub-block of the scale kind: scalar tensor.
 
     The observed one, raised a little so that the multiplier from product times residual to the branch's grid
-    has few bits.
+    has few bits; of three powers of two it is the observed one.
     """
     return snap_up(product * residual / branch) * branch / residual
 
 
 def is_ready(module: nn.Module, *points: Quantizer) -> bool:
-    """Whether ``module`` can compute integers: evaluating, and every grid is known."""
-    return not module.training and all(point.has_grid for point in points)
+    """Whether ``module`` can compute integers: evaluating, and every grid is known and of 8 bits or fewer."""
+    return not module.training and all(point.is_integer for point in points)
 
 
 def flipped(weight: Tensor, gain: Tensor) -> Tensor:

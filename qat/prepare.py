@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Final, Literal, Protocol, cast
+from functools import cached_property
+from typing import Final, Protocol, cast
 
 import torch
 from torch import nn
 
+from qat.backends import Backend, backend_of
 from qat.data import image_grid
-from qat.errors import QuantizationError, nearest
-from qat.fakequant import BACKENDS, Quantizer, WeightQuantizer, activation_quantizers
+from qat.errors import QuantizationError
+from qat.fakequant import Quantizer, WeightQuantizer, activation_quantizers
 from qat.layers import Block, GlobalAveragePool, Stem, SubBlock
-from qat.recipe import Quantization
+from qat.overrides import GroupName, check_glob, check_overrides, group_of, settings_of
+from qat.recipe import Quantization, TrunkGroup
 from qat.twins import (
     FakeQuantLinear,
     FakeQuantPool,
@@ -30,10 +33,6 @@ from qat.twins import (
 #: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-
-
-#: A group of the recipe's ``quantization`` section.
-GroupName = Literal["stem", "se", "classifier", "trunk"]
 
 
 class _Network(Protocol):
@@ -52,7 +51,8 @@ def prepare(
 
     Args:
         model: a :class:`qat.bnext.BNext`, float; its parameters are kept.
-        quantization: groups, bits, observers, and which modules by glob.
+        quantization: groups, bits, observers, and which modules by glob;
+            :mod:`qat.overrides` has the rules of single modules.
         image: (scale, zero point) of the uint8 image grid, see :func:`qat.data.image_grid`; ``None``
             takes ImageNet's normalization.
 
@@ -60,7 +60,8 @@ def prepare(
         ``model``, with ``model.quantization`` set.
 
     Raises:
-        QuantizationError: already prepared, or a glob that matches nothing.
+        QuantizationError: already prepared, a glob that matches nothing, an override of no use, or a backend
+            that is not installed.
     """
     if model_is_prepared(model):
         raise QuantizationError("the network is prepared already: prepare a float-rest network")
@@ -73,7 +74,8 @@ def prepare(
     stem.trunk = source
     if chosen("feature.0", quantization.stem.enabled):
         grid = image or image_grid(IMAGENET_MEAN, IMAGENET_STD)
-        network.feature[0] = FakeQuantStem(stem, quantization.stem.weight_bits, grid, chosen.backend)
+        bits = settings_of(quantization, "feature.0", quantization.stem).weight_bits
+        network.feature[0] = FakeQuantStem(stem, bits, grid, chosen.backend)
     for index, block in enumerate(blocks, start=1):
         name = f"feature.{index}"
         middle, output = chosen.trunk(f"{name}.trunk_mid"), chosen.trunk(f"{name}.trunk_out")
@@ -85,7 +87,8 @@ def prepare(
     if chosen("prelu", quantization.trunk.enabled):
         network.prelu = FakeQuantPReLU(network.prelu, source)
     if chosen("fc", quantization.classifier.enabled):
-        network.fc = classifier = FakeQuantLinear(network.fc, quantization.classifier, chosen.backend)
+        group = settings_of(quantization, "fc", quantization.classifier)
+        network.fc = classifier = FakeQuantLinear(network.fc, group, chosen.backend)
         network.pool = FakeQuantPool(source, classifier.input)
     model.quantization = quantization  # type: ignore[assignment]  # neither a tensor nor a module
     model.train(model.training)
@@ -97,10 +100,10 @@ def _prepare_sub_block(
     block: Block, child: str, name: str, chosen: _Selection, source: Quantizer, target: Quantizer
 ) -> None:
     module, name = cast(SubBlock, block.get_submodule(child)), f"{name}.{child}"
-    group = chosen.quantization.trunk if chosen(name, chosen.quantization.trunk.enabled) else None
-    twin = FakeQuantSubBlock(module, group, source, target, chosen.backend)
+    twin = FakeQuantSubBlock(module, chosen.trunk_group(name), source, target, chosen.backend)
     if twin.infor_recoupling and chosen(f"{name}.se", chosen.quantization.se.enabled):
-        twin.se = FakeQuantSqueezeExcitation(twin.se, chosen.quantization.se, chosen.backend)
+        group = settings_of(chosen.quantization, f"{name}.se", chosen.quantization.se)
+        twin.se = FakeQuantSqueezeExcitation(twin.se, group, chosen.backend)
     setattr(block, child, twin)
 
 
@@ -108,24 +111,30 @@ class _Selection:
     """Which modules the include and exclude globs choose; every glob must match something."""
 
     def __init__(self, quantization: Quantization, names: Sequence[str]) -> None:
-        self.quantization, self.backend = quantization, BACKENDS[quantization.backend]
+        self.quantization = quantization
         for key, globs in (("include", quantization.include), ("exclude", quantization.exclude)):
             for glob in globs:
-                if not any(fnmatchcase(name, glob) for name in names):
-                    raise QuantizationError(
-                        f"quantization.{key}: {glob!r} matches no module{nearest(glob, names)}; "
-                        f"modules are {', '.join(names[:4])}, … {', '.join(names[-2:])}"
-                    )
+                check_glob(key, glob, names)
+        check_overrides(quantization, names)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What makes the quantizers."""
+        return backend_of(self.quantization)
 
     def __call__(self, name: str, group_enabled: bool) -> bool:
         included = any(fnmatchcase(name, glob) for glob in self.quantization.include)
         excluded = any(fnmatchcase(name, glob) for glob in self.quantization.exclude)
         return group_enabled and included and not excluded
 
+    def trunk_group(self, name: str) -> TrunkGroup | None:
+        """Settings of one module of the trunk; ``None`` leaves it in float."""
+        group = self.quantization.trunk
+        return settings_of(self.quantization, name, group) if self(name, group.enabled) else None
+
     def trunk(self, name: str) -> Quantizer:
         """The quantizer of one trunk tensor."""
-        group = self.quantization.trunk
-        return self.backend.point(group if self(name, group.enabled) else None, signed=True)
+        return self.backend.point(self.trunk_group(name), signed=True)
 
 
 def _point_names(blocks: Sequence[Block]) -> list[str]:
@@ -138,15 +147,6 @@ def _point_names(blocks: Sequence[Block]) -> list[str]:
                 names.append(f"feature.{index}.{child}.se")
         names += [f"feature.{index}.trunk_mid", f"feature.{index}.trunk_out"]
     return [*names, "prelu", "fc"]
-
-
-def group_of(layer: str) -> GroupName:
-    """The recipe's group that a module, named as globs know it, belongs to."""
-    if layer == "feature.0":
-        return "stem"
-    if layer == "fc":
-        return "classifier"
-    return "se" if layer.endswith(".se") else "trunk"
 
 
 def quantized_layers(model: nn.Module, quantization: Quantization) -> dict[str, GroupName]:

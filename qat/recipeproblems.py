@@ -32,9 +32,10 @@ _STEM_READS_PIXELS = (
 _ABSENT_ON_PURPOSE: dict[KeyPath, str] = {
     ("quantization", "trunk", "weight_bits"): "the trunk has no weights of its own beyond the 1 bit of the "
     "binary convolutions",
-    ("quantization", "stem", "activation_bits"): _STEM_READS_PIXELS,
-    ("quantization", "stem", "observer"): _STEM_READS_PIXELS,
-    ("quantization", "stem", "averaging_constant"): _STEM_READS_PIXELS,
+    **{
+        ("quantization", "stem", key): _STEM_READS_PIXELS
+        for key in ("activation_bits", "observer", "averaging_constant", "percentile", "clip")
+    },
 }
 
 
@@ -172,6 +173,8 @@ def _never_binary(schedule: Mapping[Any, Any], fixed: Mapping[str, Any]) -> Iter
             f"found {epochs}, allowed: at least {needed}; a temperature that falls from {found(start)} by a "
             f"factor of {found(decay)} per epoch makes the weights binary after {needed}",
         )
+
+
 #: Keys of `data` that some data sets alone have.
 _DATA_SETS: dict[str, tuple[str, ...]] = {
     "name": ("hub",),

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.backends import Backend
 from qat.binary import sign
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
-from qat.fakequant import ActivationQuantizer, Backend, FixedQuantizer, Quantizer, fake_quantize_symmetric
+from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, fake_quantize_symmetric
 from qat.folding import (
     CONSTANT_BITS,
     Grid,
@@ -49,7 +50,9 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
         self.hidden = backend.point(group, signed=False)
         self.logits = backend.point(group, signed=True)
         self.attention = FixedQuantizer(1.0 / (2**group.activation_bits - 1), 0, group.activation_bits)
-        self.weight_quantizer = backend.weight(group.weight_bits)
+        self.weight_quantizer = backend.weight(
+            group.weight_bits, *(cast(nn.Conv2d, self.se[index]).weight for index in (1, 3))
+        )
 
     @property
     def has_grids(self) -> bool:
@@ -177,7 +180,8 @@ class FakeQuantSubBlock(SubBlock):
     def gain_step(self, gain: Tensor) -> Tensor:
         """Scale of the attention times BN2's ``gain``."""
         step = self.product_step() if self.kind == "scale" else scale_of(self.branch)
-        return gain_scale(gain, scale_of(self.y), step)
+        point = cast(ActivationQuantizer, self.y)
+        return gain_scale(gain, point.scale, step, point.power_of_two)
 
     def _computes_integers(self) -> bool:
         points = [self.y, self.source.quantizer, self.target.quantizer]

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.fakequant import ActivationQuantizer, Backend, FixedQuantizer, Quantizer
+from qat.backends import Backend
+from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, power_of_two_above
 from qat.folding import (
     Grid,
     LayerIntegers,
@@ -72,7 +73,7 @@ class FakeQuantStem(Stem):
         nn.Module.__init__(self)
         self.conv1, self.bn1, self.prelu, self.trunk = stem.conv1, stem.bn1, stem.prelu, stem.trunk
         self.image = FixedQuantizer(*grid)
-        self.weight_quantizer = backend.weight(bits)
+        self.weight_quantizer = backend.weight(bits, stem.conv1.weight)
 
     def integers(self) -> LayerIntegers:
         """Constants of the integer stem."""
@@ -142,7 +143,7 @@ class FakeQuantLinear(nn.Linear):
         self.in_features, self.out_features = module.in_features, module.out_features
         self.weight, self.bias = module.weight, module.bias
         self.input = backend.point(group, signed=True)
-        self.weight_quantizer = backend.weight(group.weight_bits)
+        self.weight_quantizer = backend.weight(group.weight_bits, module.weight)
 
     def integers(self) -> LayerIntegers:
         """Constants of the integer classifier; its multiplier gives logits."""
@@ -151,6 +152,8 @@ class FakeQuantLinear(nn.Linear):
         # A row of (almost) zeros has a tiny scale. It is raised until the bias fits int32, and the row's
         # products, less than 2% of such a bias, are dropped.
         raised = torch.maximum(step, offset.abs() / 2.0**30)
+        if self.weight_quantizer.power_of_two:
+            raised = power_of_two_above(raised)
         constant = raised > step
         multiplier = raised.float()
         rule = Requantization(multiplier, torch.round(offset / multiplier.double()), constant)

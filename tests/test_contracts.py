@@ -57,7 +57,7 @@ def test_nothing_else_is_taken_for_torch_ao(source: str) -> None:
 def test_torch_ao_is_imported_by_its_adapter_alone() -> None:
     assert len(SOURCES) > 20
     users = {path.relative_to(ROOT).as_posix() for path in SOURCES if torch_ao_uses(path.read_text("utf-8"))}
-    assert users == {"qat/fakequant.py"}
+    assert users == {"qat/observers.py"}
 
 
 def loaded_by(module: str) -> set[str]:

@@ -11,16 +11,15 @@ from qat.bnext import BNext
 from qat.fakequant import (
     ActivationQuantizer,
     FixedQuantizer,
-    Observer,
     Quantizer,
     WeightQuantizer,
     activation_quantizers,
     fake_quantize_symmetric,
     freeze_observers,
 )
+from qat.observers import OBSERVERS, Observer
 from qat.prepare import quantization_map
 
-OBSERVERS: list[Observer] = ["moving_average", "minmax", "histogram"]
 BITS = range(2, 9)
 
 

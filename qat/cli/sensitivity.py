@@ -17,7 +17,7 @@ from qat.cli.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qat.prepare import GroupName
+    from qat.overrides import GroupName
     from qat.sensitivity.findings import Findings
 
 

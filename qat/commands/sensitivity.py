@@ -12,7 +12,8 @@ from typing import Literal
 from qat.errors import DataError, OutputError, QuantizationError, RecipeError
 from qat.files import write_atomically
 from qat.loop import Reporter
-from qat.prepare import GroupName, quantized_layers
+from qat.overrides import GroupName
+from qat.prepare import quantized_layers
 from qat.recipe import LoadedRecipe, Quantization, recipe_yaml, resolve_checkpoint
 from qat.sensitivity.bitwidths import measure_widths, settings_of
 from qat.sensitivity.findings import IMAGES, LAYER_IMAGES, Findings, Questions

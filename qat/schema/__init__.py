@@ -19,7 +19,7 @@ from qat.recipeproblems import contradictions
 from qat.schema.data import Augment, Data, RandAugment
 from qat.schema.fields import Count, Section
 from qat.schema.model import Model
-from qat.schema.quantization import Group, Quantization, StemGroup, TrunkGroup
+from qat.schema.quantization import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
 from qat.schema.training import TIMM, Distillation, Loss, Optimizer, Output, Schedule, Temperature
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Group",
+    "LayerOverride",
     "Loss",
     "Model",
     "Optimizer",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qat.bnext import Architecture
 from qat.operations import operations
-from qat.prepare import GroupName, group_of, quantized_layers
+from qat.overrides import GroupName, group_of
+from qat.prepare import quantized_layers
 from qat.recipe import Quantization
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference, grids_of
 

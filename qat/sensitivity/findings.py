@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from qat.evaluate import percent
-from qat.prepare import GroupName
+from qat.overrides import GroupName
 from qat.recipe import LoadedRecipe
 from qat.recipefiles import write_yaml
 from qat.sensitivity.bitwidths import Limits, Width

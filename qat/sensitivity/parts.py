@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from qat.bnext import BNext
-from qat.prepare import GroupName, quantized_layers
+from qat.overrides import GroupName
+from qat.prepare import quantized_layers
 from qat.recipe import Quantization
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference
 

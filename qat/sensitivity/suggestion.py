@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qat.prepare import GroupName, group_of
+from qat.overrides import GroupName, group_of
 from qat.recipe import Quantization
 from qat.sensitivity.bitwidths import Limits, Setting, Width, settings_of, weight_bytes, with_bits
 from qat.sensitivity.parts import GROUPS, Sensitivity, without
