@@ -1,7 +1,7 @@
 """Data sets as batches of uint8 images.
 
 scikit-learn's digits, which need no download; folders ``ROOT/SPLIT/CLASS/image`` (`qat.imagefolder`); Parquet
-files, CIFAR-10 among them (`qat.parquetdata`).
+files, CIFAR-10 among them (`qat.parquetdata`); data sets of the Hugging Face Hub (`qat.hubdata`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qat.augment import Augmenter, image_grid, normalize
 from qat.datafiles import cifar10_folder, found_root
 from qat.decoding import decode
 from qat.errors import DataError
+from qat.hubdata import load_hub_split
 from qat.imagefolder import FolderSplit, load_folder_split
 from qat.parquetdata import load_parquet_split
 from qat.recipe import Data
@@ -63,8 +64,9 @@ def load_split(data: Data, name: SplitName) -> Split:
         return load_folder_split(data, name)
     if data.dataset == "parquet":
         return load_parquet_split(data, found_root(data), name)
-    folder = cifar10_folder(data)
-    assert folder is not None
+    folder = cifar10_folder(data) if data.dataset == "cifar10" else None
+    if folder is None:
+        return load_hub_split(data, name)
     return load_parquet_split(data, folder, name)
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from qat.datafiles import parquet_files, split_of
 from qat.errors import DataError, first_line
 from qat.quietdatasets import quiet_datasets
 from qat.recipe import Data
 from qat.split import Split, SplitName
-from qat.tablecolumns import Columns, TableImages, find_columns, labels_of
+from qat.streamedsplit import StreamedSplit
+from qat.tablecolumns import Columns, TableImages, find_columns, integer_names, labels_of
 from qat.tablesplit import TableSplit
-
-if TYPE_CHECKING:
-    import datasets
 
 __all__ = ["load_parquet_split"]
 
@@ -44,6 +46,8 @@ def load_parquet_split(data: Data, folder: Path, name: SplitName) -> Split:
     key, split = split_of(data, name)
     files = _read_footers(data, parquet_files(folder, split, key))
     names = _class_names(data, folder, name, files)
+    if data.streaming and name == "train":
+        return _streamed(data, files, names)
     table = _load(files)
     labels = labels_of(table.with_format("arrow")[:][files.columns.label], files.columns, files.source)
     parts = [(str(path), rows) for path, rows in zip(files.paths, files.rows, strict=True)]
@@ -56,6 +60,35 @@ def load_parquet_split(data: Data, folder: Path, name: SplitName) -> Split:
         workers=data.workers,
         in_memory=data.in_memory,
     )
+
+
+def _streamed(data: Data, files: _Files, names: Sequence[str]) -> StreamedSplit:
+    import datasets
+
+    stream, image = _load(files, streaming=True), files.columns.image
+    if isinstance(stream.features[image], datasets.Image):
+        stream = stream.cast_column(image, datasets.Image(decode=False))
+    return StreamedSplit(
+        stream,
+        files.columns,
+        names,
+        sum(files.rows),
+        source=files.source,
+        identity="\0".join([*map(_identity, files.paths), str(files.columns)]),
+        resize=data.shorter_side,
+        side=data.loaded_side("train"),
+        workers=data.workers,
+        shuffle_buffer=data.shuffle_buffer,
+    )
+
+
+def _identity(path: Path) -> str:
+    """Name, size and footer of a file: the footer has sizes and statistics of every piece of a column."""
+    with path.open("rb") as file:
+        size = file.seek(-8, os.SEEK_END) + 8
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        return f"{path.name} {size} {hashlib.sha256(file.read(length)).hexdigest()}"
 
 
 def _read_footers(data: Data, paths: list[Path]) -> _Files:
@@ -94,7 +127,7 @@ def _class_names(data: Data, folder: Path, name: SplitName, files: _Files) -> Se
     names = files.columns.class_names
     if names is None:
         # Bare integers: one split alone may lack the last class.
-        return [str(label) for label in range(1 + max(_largest(one) for one in (files, other) if one))]
+        return integer_names([labels for one in (files, other) if one for labels in _labels(one)])
     if other is not None and other.columns.class_names != names:
         theirs = other.columns.class_names or ()
         difference = sorted(set(names) ^ set(theirs))
@@ -103,18 +136,17 @@ def _class_names(data: Data, folder: Path, name: SplitName, files: _Files) -> Se
     return names
 
 
-def _largest(files: _Files) -> int:
+def _labels(files: _Files) -> Iterator[Tensor]:
+    """The labels in each file."""
     import pyarrow.parquet as pq
 
     column = files.columns.label
-    every = [
-        labels_of(pq.read_table(path, columns=[column])[column], files.columns, str(path))
-        for path in files.paths
-    ]
-    return max(int(labels.max()) for labels in every if len(labels))
+    for path in files.paths:
+        yield labels_of(pq.read_table(path, columns=[column])[column], files.columns, str(path))
 
 
-def _load(files: _Files) -> datasets.Dataset:
+def _load(files: _Files, streaming: bool = False) -> Any:
+    """The two columns as a `datasets.Dataset`, or an `IterableDataset`."""
     import datasets
     import pyarrow as pa
 
@@ -122,7 +154,11 @@ def _load(files: _Files) -> datasets.Dataset:
     try:
         with quiet_datasets():
             return datasets.load_dataset(
-                "parquet", split="train", columns=[files.columns.image, files.columns.label], **wanted
+                "parquet",
+                split="train",
+                streaming=streaming,
+                columns=[files.columns.image, files.columns.label],
+                **wanted,
             )
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ if isinstance(error.__cause__, Exception) else error

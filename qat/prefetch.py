@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +21,15 @@ def prefetched(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
     consumer that stops early ends the thread after the item it is at, when the iterator is closed or
     collected.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        pending: deque[Future[object]] = deque(thread.submit(next, items, _END) for _ in range(ahead))
-        try:
-            while (item := pending.popleft().result()) is not _END:
-                pending.append(thread.submit(next, items, _END))
-                yield item  # type: ignore[misc]  # _END is the only other thing
-        finally:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    ended = sys.is_finalizing  # a local: globals are gone when an iterator outlives its program
+    pending: deque[Future[object]] = deque(thread.submit(next, items, _END) for _ in range(ahead))
+    try:
+        while (item := pending.popleft().result()) is not _END:
+            pending.append(thread.submit(next, items, _END))
+            yield item  # type: ignore[misc]  # _END is the only other thing
+    finally:
+        if not ended():
             thread.shutdown(cancel_futures=True)
             close = getattr(items, "close", None)  # of a generator: its worker processes end with it
             if close is not None:

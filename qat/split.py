@@ -30,7 +30,12 @@ class Split(ABC):
     def __init__(self, class_names: Sequence[str], labels: Tensor) -> None:
         """Take the class names in label order and the int64 labels (N,)."""
         self.class_names = list(class_names)
-        self.labels = labels
+        self._labels = labels
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,), in the split's order."""
+        return self._labels
 
     @property
     def num_classes(self) -> int:

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-__all__ = ["Columns", "TableImages", "find_columns", "labels_of"]
+__all__ = [
+    "Columns",
+    "TableImages",
+    "check_label",
+    "content_of",
+    "find_columns",
+    "integer_names",
+    "labels_of",
+]
 
 #: Wrong labels that an error shows.
 _SHOWN: Final = 3
@@ -123,6 +131,35 @@ def labels_of(column: pa.ChunkedArray, columns: Columns, source: str) -> Tensor:
     return labels
 
 
+def check_label(label: object, columns: Columns, source: str) -> int:
+    """A label of one row, checked as :func:`labels_of` does those of all.
+
+    Raises:
+        DataError: it is missing or out of range.
+    """
+    most = len(columns.class_names) if columns.class_names is not None else None
+    if not isinstance(label, int) or label < 0 or (most is not None and label >= most):
+        allowed = "0 or more" if most is None else f"0 to {most - 1}"
+        raise DataError(f"{source}: found {label!r} in column {columns.label!r}, allowed: {allowed}")
+    return label
+
+
+def integer_names(labels: Sequence[Tensor]) -> list[str]:
+    """Names for classes that have none: the numbers from 0 to the largest label of any split."""
+    return [str(label) for label in range(1 + max(int(found.max()) for found in labels if len(found)))]
+
+
+def content_of(value: object) -> Path | bytes | None:
+    """The bytes of a cell of an image column, or the file that it names instead."""
+    if isinstance(value, bytes) or value is None:
+        return value
+    assert isinstance(value, Mapping)
+    content, path = value["bytes"], value["path"]
+    if content is not None:
+        return bytes(content)
+    return Path(path) if path is not None and Path(path).is_absolute() else None
+
+
 class TableImages:
     """The encoded images in a column of a `datasets.Dataset`: `qat.decoding.Encoded`.
 
@@ -165,13 +202,9 @@ class TableImages:
 
     def image(self, index: int) -> Path | bytes:
         """The bytes of an image, or the file that the table names instead."""
-        value = self.values[index].as_py()
-        if isinstance(value, bytes):
-            return value
-        if value is not None and value["bytes"] is not None:
-            return bytes(value["bytes"])
-        if value is not None and value["path"] is not None and Path(value["path"]).is_absolute():
-            return Path(value["path"])
+        content = content_of(self.values[index].as_py())
+        if content is not None:
+            return content
         raise DataError(f"{self.name(index)}: holds no image in column {self._column!r}")
 
     def name(self, index: int) -> str:
