@@ -14,6 +14,8 @@ from qat.bnext import BNext, set_temperature
 from qat.checkpoint import load_checkpoint
 from qat.errors import RecipeError
 from qat.precision import autocast, check_precision, gradient_scaler
+from qat.resume import Parts, begun, capture, restore
+from qat.statefile import newest_state, write_state
 from qat.train import finetune
 
 CPU = torch.device("cpu")
@@ -76,3 +78,26 @@ def test_fine_tuning_with_fake_quantization_works_in_bfloat16(start: Path, tmp_p
     key = "fc.weight"
     assert not torch.equal(states["float32"][key], states["bfloat16"][key])
     assert torch.allclose(states["float32"][key], states["bfloat16"][key], atol=0.1)
+
+
+def test_the_scale_of_the_gradients_is_part_of_a_state(tmp_path: Path) -> None:
+    parts = []
+    for _ in range(2):
+        model = BNext(10, widths=[8, 8, 16])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        parts.append(Parts(model, optimizer, scheduler, CPU, scaler=gradient_scaler("float16", CPU)))
+    before, after = parts
+    assert before.scaler is not None
+    assert after.scaler is not None
+    before.scaler.scale(before.model(torch.randn(2, 3, 8, 8)).sum() * float("inf")).backward()
+    before.scaler.step(before.optimizer)
+    before.scaler.update()
+    tensors, fields = capture(before)
+    assert fields["scaler"]["scale"] == before.scaler.get_scale() < after.scaler.get_scale()
+    recipe = toyruns.recipe("tiny_digits_pretrain", tmp_path).recipe
+    write_state(tmp_path, begun(recipe, {}, CPU).model_copy(update={"epoch": 1, **fields}), tensors, 1)
+    state = newest_state(tmp_path, pytest.fail)
+    assert state is not None
+    restore(after, state)
+    assert after.scaler.state_dict() == before.scaler.state_dict()
