@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,10 +43,11 @@ class Mixer:
         if not kinds:
             return images, labels
         # Its own generator: what is drawn here doesn't depend on what the augmentation before has drawn.
-        random = torch.Generator().manual_seed(mixed_seed(self._seed, epoch, step) ^ _STREAM)
-        kind = kinds[int(torch.randint(len(kinds), (1,), generator=random))]
-        share = _beta(self._alphas[kind], random)
-        order = torch.randperm(len(images), generator=random).to(images.device)
+        # NumPy's, because torch has no Beta that holds for small alphas.
+        random = np.random.default_rng(mixed_seed(self._seed, epoch, step))
+        kind = kinds[random.integers(len(kinds))]
+        share = float(random.beta(self._alphas[kind], self._alphas[kind]))
+        order = torch.from_numpy(random.permutation(len(images))).to(images.device)
         if kind == "mixup":
             images = torch.lerp(images[order], images, share)
         else:
@@ -54,25 +56,13 @@ class Mixer:
         return images, torch.lerp(targets[order], targets, share)
 
 
-#: Sets the draws apart from those of the augmentation, which is seeded alike.
-_STREAM = 0x6D6978
-
-
-def _beta(alpha: float, random: torch.Generator) -> float:
-    """One draw from Beta(α, α), as the share of two draws from Gamma(α, 1)."""
-    first, second = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), random).tolist()
-    total = first + second
-    # Both are 0 where a tiny alpha asks for all of one image.
-    return first / total if total > 0 else 1.0
-
-
 def _with_rectangle(
-    images: Tensor, others: Tensor, share: float, random: torch.Generator
+    images: Tensor, others: Tensor, share: float, random: np.random.Generator
 ) -> tuple[Tensor, float]:
     """``images`` with a rectangle of ``others`` of the area ``1 − share``, cut at the edge; what is left."""
     height, width = images.shape[-2:]
     side = math.sqrt(1.0 - share)
-    middle = torch.rand(2, generator=random).tolist()
+    middle = random.random(2).tolist()
     top, bottom = _span(middle[0], side, height)
     left, right = _span(middle[1], side, width)
     mixed = images.clone()

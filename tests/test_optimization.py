@@ -111,3 +111,35 @@ def test_frozen_parameters_are_left_out() -> None:
         conv.weight.requires_grad_(False)
     found = {id(p) for group in make_optimizer(model, Optimizer()).param_groups for p in group["params"]}
     assert found == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_the_published_groups_decay_four_dimensions_alike_and_all_others_otherwise() -> None:
+    model = toy()
+    optimizer = make_optimizer(model, Optimizer(weight_decay=1e-3, kernel_decay=1e-8))
+    found = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    names = {name: (parameter.ndim, found[id(parameter)]) for name, parameter in model.named_parameters()}
+    assert {decay for ndim, decay in names.values() if ndim == 4} == {1e-8}
+    assert {decay for ndim, decay in names.values() if ndim != 4} == {1e-3}
+    assert names["feature.1.Attention.binary_conv.weight"][0] == 4
+    assert names["feature.1.Attention.norm1.weight"][0] == 1
+    rates = make_optimizer(model, Optimizer(lr=0.1, binary_lr=0.01, kernel_decay=0.0)).param_groups
+    assert [group["lr"] for group in rates] == [0.01, 0.1, 0.1, 0.1]
+    # No decay at all is another thing than none for kernels.
+    assert all(not group["weight_decay"] for group in rates)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(153, 7), (200, 1251), (512, 2502)])
+def test_a_temperature_of_steps_stays_within_an_epoch_and_falls_between_two(epochs: int, steps: int) -> None:
+    schedule = Temperature(start=1.0, end=1e-8, decay=0.9)
+    for epoch in range(epochs):
+        for step in (0, 1, steps - 1):
+            share = (epoch * steps + step) / (epochs * steps)
+            assert temperature_at(schedule, share, epochs) == max(0.9**epoch, 1e-8), (epoch, step)
+    assert temperature_at(schedule, 1.0, epochs) < 1e-7
+    assert (
+        temperature_at(schedule, 152 / epochs, epochs) > 1e-7 > temperature_at(schedule, 153 / epochs, epochs)
+    )

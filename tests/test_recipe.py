@@ -26,7 +26,16 @@ from qat.recipe import (
 )
 from qat.schema import Section
 
-SHIPPED = ["tiny_digits_pretrain", "tiny_int8", "tiny_int8_imagenet", "tiny_int8_paper"]
+SHIPPED = [
+    "large_imagenet_pretrain",
+    "middle_imagenet_pretrain",
+    "small_imagenet_pretrain",
+    "tiny_digits_pretrain",
+    "tiny_imagenet_pretrain",
+    "tiny_int8",
+    "tiny_int8_imagenet",
+    "tiny_int8_paper",
+]
 
 FINETUNE: dict[str, Any] = {
     "task": "finetune",
@@ -121,6 +130,19 @@ def test_the_paper_recipe_differs_from_tiny_int8_in_the_trunk_only() -> None:
     assert paper == full
 
 
+def test_the_imagenet_recipes_differ_in_size_teachers_and_how_a_step_is_cut_up() -> None:
+    names = [name for name in SHIPPED if name.endswith("imagenet_pretrain")]
+    common, images = [], []
+    for name in names:
+        recipe = load_recipe(name).recipe.model_dump()
+        assert f"{recipe['model'].pop('size')}_imagenet_pretrain" == name
+        assert len(recipe["distillation"].pop("teachers")) == 2
+        images.append(recipe["data"].pop("batch_size") * recipe["schedule"].pop("accumulate"))
+        common.append(recipe)
+    assert images == [512] * 4
+    assert all(recipe == common[0] for recipe in common)
+
+
 # ---- keys
 
 
@@ -141,8 +163,9 @@ SECTIONS = list(key_paths(Recipe))
 
 def test_every_section_is_known_to_these_tests() -> None:
     groups = [f"quantization.{name}" for name in ("stem", "se", "classifier", "trunk")]
-    others = ["model", "data", "data.augment", "schedule", "schedule.temperature", "optimizer"]
-    assert sorted(SECTIONS) == sorted([*groups, *others, "quantization", "distillation", "output"])
+    others = ["model", "data", "data.augment", "data.augment.randaugment", "schedule"]
+    others += ["schedule.temperature", "optimizer", "loss", "distillation", "output"]
+    assert sorted(SECTIONS) == sorted([*groups, *others, "quantization"])
 
 
 @pytest.mark.parametrize("section", ["", *SECTIONS])
@@ -277,6 +300,20 @@ FREE = [
     ("data.augment.rotate", [0, 180], [-1, 181], "a number from 0"),
     ("data.augment.scale", [None, [0.9, 1.1], [1, 1]], [[1.1, 0.9], [0, 1], [1], [1, 2, 3], 1], ""),
     ("data.augment.crop", [None, [0.3, 1]], [[1, 0.3], [0, 1], [0.5, 1.1]], ""),
+    ("data.augment.pad", [0, 4], [-1, 4.0], "an integer >= 0"),
+    ("data.augment.randaugment", [None], [7, "m7"], "a section with keys count, magnitude, or null"),
+    ("data.augment.randaugment.count", [1, 15], [0, 16, 2.0], "an integer from 1"),
+    ("data.augment.randaugment.magnitude", [1, 9], [0, 10, "7"], "an integer from 1"),
+    ("data.augment.jitter", [0, 1], [-0.1, 1.1], "a number from 0"),
+    ("data.augment.erasing", [0, 1], [-0.1, 1.1], "a number from 0"),
+    ("data.augment.mixup", [0, 0.8], [-0.1, True], "a number >= 0"),
+    ("data.augment.cutmix", [0, 1], [-1, "1"], "a number >= 0"),
+    ("precision", ["float32", "bfloat16", "float16"], ["float64", 16, None], "'float32', 'bfloat16'"),
+    ("schedule.accumulate", [1, 8], [0, 2.0, None], "an integer >= 1"),
+    ("schedule.ema", [None, 0.999], [0, 1, -0.1, "0.9"], "a number > 0 and < 1, or null"),
+    ("optimizer.kernel_decay", [None, 0, 1e-8], [-1e-8, "1"], "a number >= 0, or null"),
+    ("loss.label_smoothing", [0, 0.1], [1, -0.1], "a number >= 0 and < 1"),
+    ("distillation.teacher_weights", [None], [[], 1], ""),
     ("optimizer.name", ["adamw", "sgd"], ["adam", None], "'adamw', 'sgd'"),
     ("optimizer.lr", [1, 1e-5], [0, -1, True, float("inf")], "number > 0"),
     ("optimizer.binary_lr", [None, 1e-5], [0, "1e-3"], "a number > 0, or null"),
@@ -324,6 +361,8 @@ PRETRAINING = [
     ("schedule.temperature.start", [1, 1e-7], [0, 1e-8, "1"], "a number >= 1e-07"),
     ("schedule.temperature.end", [1e-8, 9e-8], [0, 1e-7], "a number > 0 and < 1e-07"),
     ("schedule.temperature.share", [0.5, 1], [0, 1.1], "a number > 0"),
+    ("schedule.temperature.decay", [None, 1e-3], [0, 1, "0.9"], "a number > 0 and < 1, or null"),
+    ("distillation.teachers", [[], ["a.pth", "timm:net"]], [[""], ["timm:"], "a.pth", None], ""),
     ("distillation.teacher", [None, "none"], ["self"], "'none'"),
 ]
 VALUES = [
@@ -340,8 +379,8 @@ def leaves(value: object, prefix: str = "") -> set[str]:
 
 
 def test_every_key_of_the_schema_has_fine_and_broken_values_here() -> None:
-    keys = leaves(parse_recipe(FINETUNE, "r.yaml").model_dump())
-    assert {key for _, key, *_ in VALUES} == keys - {"task"}
+    keys = leaves(parse_recipe(changed(FINETUNE, "data.augment.randaugment", {}), "r.yaml").model_dump())
+    assert {key for _, key, *_ in VALUES} == (keys | {"data.augment.randaugment"}) - {"task"}
     assert all(fine and broken for _, _, fine, broken, _ in VALUES)
 
 
@@ -416,7 +455,9 @@ def test_a_width_that_neither_stays_nor_doubles_is_named_with_its_position() -> 
 def test_a_section_that_is_not_a_mapping_is_refused_with_its_keys() -> None:
     for value in (None, 3, ["teacher"]):
         [line] = problems(changed(FINETUNE, "distillation", value))
-        assert line.endswith("allowed: a section with keys teacher, weight, temperature")
+        assert line.endswith(
+            "allowed: a section with keys teacher, teachers, teacher_weights, weight, temperature"
+        )
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", ["task"]])
@@ -450,6 +491,7 @@ def test_finetuning_needs_a_checkpoint_and_pretraining_does_not() -> None:
         ("temperature.start", 2.0, "pretrain"),
         ("temperature.end", 1e-9, "pretrain"),
         ("temperature.share", 0.3, "pretrain"),
+        ("temperature.decay", 1e-3, "pretrain"),
         ("calibration_batches", 4, "finetune"),
         ("freeze_observers", 0.1, "finetune"),
         ("freeze_batch_norm", 0.1, "finetune"),
@@ -480,6 +522,51 @@ def test_the_teacher_follows_the_task_unless_named(
     base: dict[str, Any], named: str | None, teacher: str
 ) -> None:
     assert parse_recipe(changed(base, "distillation.teacher", named), "r.yaml").teacher == teacher
+
+
+def test_named_teachers_stand_alone_and_each_may_have_a_weight() -> None:
+    named = changed(PRETRAIN, "distillation.teachers", ["a.pth", "timm:net"])
+    assert parse_recipe(named, "r.yaml").teacher == "named"
+    assert parse_recipe(changed(named, "distillation.teacher_weights", [1, 2.5]), "r.yaml")
+    assert problems(changed(named, "distillation.teacher_weights", [1])) == [
+        "r.yaml: distillation.teacher_weights: found 1 weights, allowed: one for each of "
+        "distillation.teachers, which are 2"
+    ]
+    assert problems(changed(named, "distillation.teacher", "none")) == [
+        "r.yaml: distillation.teacher: found 'none', allowed beside distillation.teachers: null"
+    ]
+
+
+@pytest.mark.parametrize("key", ["weight", "temperature"])
+def test_distillation_without_a_teacher_is_refused(key: str) -> None:
+    named = changed(PRETRAIN, "distillation.teachers", ["a.pth"])
+    assert parse_recipe(changed(named, f"distillation.{key}", 0.9), "r.yaml")
+    assert problems(changed(PRETRAIN, f"distillation.{key}", 0.9)) == [
+        f"r.yaml: distillation.{key}: not used without a teacher; name some with distillation.teachers, "
+        "or remove it"
+    ]
+
+
+def test_a_temperature_that_falls_by_steps_must_end_binary() -> None:
+    stepped = changed(PRETRAIN, "schedule.temperature.decay", 0.9)
+    assert parse_recipe(changed(stepped, "schedule.epochs", 153), "r.yaml").schedule.epochs == 153
+    for epochs in (1, 152):
+        assert problems(changed(stepped, "schedule.epochs", epochs)) == [
+            f"r.yaml: schedule.epochs: found {epochs}, allowed: at least 153; a temperature that falls from "
+            "1.0 by a factor of 0.9 per epoch makes the weights binary after 153"
+        ]
+    [line] = problems(changed(changed(stepped, "schedule.epochs", 153), "schedule.temperature.share", 0.5))
+    assert line.startswith("r.yaml: schedule.temperature.share: not used beside schedule.temperature.decay")
+
+
+@pytest.mark.parametrize(("start", "decay"), [(1.0, 0.1), (1.0, 0.5), (2.0, 0.97), (1e-7, 0.9)])
+def test_the_number_of_epochs_named_is_the_smallest_that_is_enough(start: float, decay: float) -> None:
+    raw = changed(changed(PRETRAIN, "schedule.temperature.start", start), "schedule.temperature.decay", decay)
+    needed = next(n for n in range(1, 1000) if start * decay**n < 1e-7)
+    assert parse_recipe(changed(raw, "schedule.epochs", needed), "r.yaml")
+    if needed > 1:
+        [line] = problems(changed(raw, "schedule.epochs", needed - 1))
+        assert f"allowed: at least {needed};" in line
 
 
 def test_a_recipe_built_in_python_is_checked_like_one_from_a_file() -> None:

@@ -111,6 +111,29 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
     assert differences(outcome(run), reference(task)[1]) == []
 
 
+#: 4 steps of 3 batches, mixed; a state after every third step.
+RICH = (
+    "data.batch_size=107",
+    "schedule.accumulate=3",
+    "schedule.ema=0.9",
+    "loss.label_smoothing=0.1",
+    "data.augment={pad: 1, mixup: 0.8, cutmix: 1.0, erasing: 0.3}",
+)
+
+
+def test_mixing_averaging_and_accumulation_go_on_to_the_same_bytes(
+    reference: Callable[..., Reference], kill: Callable[..., Path]
+) -> None:
+    _, expected, ended = reference("pretrain", *RICH)
+    assert ended.moments.count("step") == 12
+    assert any(key.startswith("average/") for key in expected)
+    # In the middle of an epoch and, of the second process, after a whole one.
+    run = kill("pretrain", "00001-0000002.safetensors", *RICH)
+    assert train(resume(run), 6).code == -signal.SIGKILL
+    assert train(resume(run)).code == 0
+    assert differences(outcome(run), expected) == []
+
+
 @EXHAUSTIVE
 @pytest.mark.parametrize(
     ("task", "overrides"),
