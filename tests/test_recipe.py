@@ -30,6 +30,7 @@ SHIPPED = [
     "large_imagenet_pretrain",
     "middle_imagenet_pretrain",
     "small_imagenet_pretrain",
+    "tiny_cifar10_pretrain",
     "tiny_digits_pretrain",
     "tiny_imagenet_pretrain",
     "tiny_int8",
