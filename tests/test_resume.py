@@ -134,12 +134,33 @@ def test_mixing_averaging_and_accumulation_go_on_to_the_same_bytes(
     assert differences(outcome(run), expected) == []
 
 
+def test_a_run_with_a_teacher_goes_on_with_that_teacher_alone(
+    reference: Callable[..., Reference], kill: Callable[..., Path], start: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    shutil.copy(start, teacher)
+    overrides = (f"distillation.teachers=['{teacher}']",)
+    _, expected, _ = reference("pretrain", *overrides)
+    run = kill("pretrain", "00001-0000002.safetensors", *overrides)
+    shutil.copy(pretrain_toy(tmp_path, "seed=5"), teacher)
+    refused = train(resume(run))
+    assert refused.code == 2
+    assert "of another run: the weights of the teachers differ" in refused.errors
+    shutil.copy(start, teacher)
+    assert train(resume(run)).code == 0
+    assert differences(outcome(run), expected) == []
+
+
 @EXHAUSTIVE
 @pytest.mark.parametrize(
     ("task", "overrides"),
     [
         ("finetune", ("quantization.trunk.observer=histogram", "output.float_weights=float16")),
         ("finetune", ("optimizer.name=sgd", "schedule.freeze_binary=true", "distillation.teacher=none")),
+        (
+            "finetune",
+            ("schedule.ema=0.9", "schedule.accumulate=2", "data.batch_size=160", "precision=bfloat16"),
+        ),
         ("pretrain", ("optimizer.name=sgd", "schedule.keep_states=3", "schedule.save_steps=1")),
         ("pretrain", ("distillation.teacher=none", "data.augment={}", "schedule.save_steps=null")),
     ],
