@@ -74,7 +74,7 @@ def _streamed(data: Data, files: _Files, names: Sequence[str]) -> StreamedSplit:
         names,
         sum(files.rows),
         source=files.source,
-        identity="\0".join([*map(_identity, files.paths), str(files.columns)]),
+        identity="\0".join([*map(_identity, files.paths), _labels_hash(files), str(files.columns)]),
         resize=data.shorter_side,
         side=data.loaded_side("train"),
         workers=data.workers,
@@ -89,6 +89,14 @@ def _identity(path: Path) -> str:
         length = int.from_bytes(file.read(4), "little")
         file.seek(-8 - length, os.SEEK_END)
         return f"{path.name} {size} {hashlib.sha256(file.read(length)).hexdigest()}"
+
+
+def _labels_hash(files: _Files) -> str:
+    """Hash of every label: a footer may stay as it is when one changes."""
+    digest = hashlib.sha256()
+    for labels in _labels(files):
+        digest.update(labels.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _read_footers(data: Data, paths: list[Path]) -> _Files:

@@ -99,7 +99,7 @@ class Split(ABC):
 
 
 class MemorySplit(Split):
-    """Greyscale images held in memory as uint8 (N, 1, H, W), yielded with three equal channels."""
+    """Images in memory as uint8 (N, 3, H, W), or (N, 1, H, W): yielded with three equal channels."""
 
     def __init__(self, class_names: Sequence[str], images: Tensor, labels: Tensor) -> None:
         """Take the class names, the images and the int64 labels (N,)."""
@@ -115,4 +115,5 @@ class MemorySplit(Split):
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in batches:
-            yield self._images[indices].repeat(1, 3, 1, 1), self.labels[indices]
+            images = self._images[indices]
+            yield images.expand(-1, 3, -1, -1).contiguous(), self.labels[indices]
