@@ -6,10 +6,10 @@ are part of an integer requantization (:func:`folded_constants`). Running statis
 behind a training (:mod:`qat.batchnorm`).
 
 With powers of two as scales (``quantization.power_of_two``), multipliers made of scales alone are powers of
-two, too: those of residual sums and products, the layers of channel attention, the classifier, the head's
-mean before it is divided by its pixels. Not those that carry a learned factor: the requantizations behind
-stem and binary convolutions and the attention's gain (gains of batch normalizations), and the means that
-channel attention takes (mix scales). The fixed grids, image and attention, meet only such multipliers.
+two, too: those of residual sums and products, the layers of channel attention, the classifier, and the
+head's mean before it is divided by its pixels. Not those that carry a learned factor: the requantizations
+behind stem and binary convolutions and the attention's gain (gains of batch normalizations), and the means
+that channel attention takes (mix scales). The fixed grids, image and attention, meet only such multipliers.
 """
 
 from __future__ import annotations

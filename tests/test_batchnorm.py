@@ -117,9 +117,7 @@ def test_values_that_are_not_finite_are_refused(toy: BNext) -> None:
     freeze_observers(toy)
     with torch.no_grad():
         toy.feature[0].conv1.weight.mul_(1e30)  # its variance is no float32 number
-    with pytest.raises(
-        QuantizationError, match=r"feature\.0\.bn1: its statistics over these batches are not"
-    ):
+    with pytest.raises(QuantizationError, match=r"feature\.0\.bn1: its statistics over these batches"):
         reestimate_batch_norm(toy, lambda: _run(toy))
     assert all(bool(value.isfinite().all()) for norm in norms(toy).values() for value in statistics(norm))
 
