@@ -104,7 +104,7 @@ def _find(data: Data) -> _Repository:
     Raises:
         DataError: the Hub has no such repository or revision, or doesn't show it to this user.
     """
-    import huggingface_hub
+    import huggingface_hub.errors
 
     name = CIFAR10 if data.dataset == "cifar10" else data.name
     assert name is not None  # the schema requires it
