@@ -45,13 +45,13 @@ def decode(source: Path | bytes, resize: int, side: int, name: str | None = None
         repeated, shown = str(source), source.name
     else:
         stream = io.BytesIO(source)
-        repeated, shown = repr(stream), "these bytes"
+        repeated, shown = repr(stream), ""
     try:
         with Image.open(stream) as opened:
             image = _rgb(opened)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repeated, shown) or type(error).__name__
-        raise DataError(f"{name or shown}: cannot be decoded: {reason}") from error
+        reason = str(error).replace(repeated, shown).strip() or type(error).__name__
+        raise DataError(f"{name or shown or 'image'}: cannot be decoded: {reason}") from error
     width, height = image.size
     shorter = min(width, height)
     width, height = resize * width // shorter, resize * height // shorter

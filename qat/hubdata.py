@@ -104,16 +104,14 @@ def _find(data: Data) -> _Repository:
     Raises:
         DataError: the Hub has no such repository or revision, or doesn't show it to this user.
     """
-    import huggingface_hub.errors
+    from huggingface_hub import HfApi, errors
 
     name = CIFAR10 if data.dataset == "cifar10" else data.name
     assert name is not None  # the schema requires it
-    errors = huggingface_hub.errors
     try:
-        found = huggingface_hub.HfApi().dataset_info(name, revision=data.revision, timeout=_PATIENCE)
+        found = HfApi().dataset_info(name, revision=data.revision, timeout=_PATIENCE)
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        kept_back = not isinstance(error, errors.HFValidationError) and _server_trouble(error)
-        if not kept_back:
+        if not _server_trouble(error):
             raise DataError(f"data.name: {name!r} is not to be had from the Hub: {_reason(error)}") from error
         return _unreachable(data, name, error)
     except Exception as error:  # of the HTTP library in use: there is no network, or the Hub is down
@@ -122,8 +120,9 @@ def _find(data: Data) -> _Repository:
 
 
 def _server_trouble(error: Exception) -> bool:
+    """Whether the Hub answered that it is out of order; then this machine's copy may do."""
     response = getattr(error, "response", None)
-    return getattr(response, "status_code", 0) >= 500
+    return bool(getattr(response, "status_code", 0) >= 500)
 
 
 def _unreachable(data: Data, name: str, error: Exception) -> _Repository:

@@ -14,9 +14,9 @@ def quiet_datasets(*, offline: bool = False) -> Iterator[None]:
     ``offline``: nothing is asked of the Hub, so that what is not in its cache is missing at once.
     """
     import datasets  # imported here: it takes two seconds
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    config, constants = datasets.config, huggingface_hub.constants
+    config = datasets.config
     bars, counts = not datasets.are_progress_bars_disabled(), config.HF_UPDATE_DOWNLOAD_COUNTS
     modes = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,3 +170,18 @@ def test_being_offline_is_put_back(hub: Hub) -> None:
     hub.trouble = OSError("no route to host")
     refusal(settings(name="other/images"))
     assert before == (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
+def test_a_fresh_process_without_a_network_says_so(tmp_path: Path) -> None:
+    """Here the real libraries answer, from an empty cache and told to ask nobody."""
+    code = "from qat.data import load_split as load, Data; load(Data(dataset='cifar10'), 'test')"
+    environment = {key: value for key, value in os.environ.items() if key != "QAT_DATA"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "qat.errors.DataError: data.root is unset, QAT_DATA names no folder with" in done.stderr
