@@ -103,7 +103,7 @@ def test_an_override_of_what_stays_in_float_changes_nothing() -> None:
         ),
         (
             {"match": "feature.1.trunk_*", "weight_bits": 4},
-            r"overrides\[1\]\.weight_bits: .* feature\.1\.trunk_mid, which has no use for it: its weights are",
+            r"overrides\[1\]\.weight_bits: .* feature\.1\.trunk_mid, which has no use for it: its weights",
         ),
         (
             {"match": "prelu", "activation_bits": 4},
