@@ -7,8 +7,8 @@ Learned step size quantization (LSQ; Esser et al. 2020, arXiv 1902.08153). With 
     ∂v/∂s = round(x / s) − x / s   inside,   Qn or Qp beyond
     ∂L/∂s is multiplied by 1 / √(N · Qp)         N values share the step (of activations: in one image)
 
-Rounding, clamping and their gradients are brevitas' ``IntQuant``; what keeps steps positive, and makes them
-powers of two, are its restrictions of values. A step is ``start · 2**log_scale``: ``start`` is what the
+Integers and the gradient through rounding are brevitas' ``IntQuant``; what keeps steps positive, and makes
+them powers of two, are its restrictions of values. A step is ``start · 2**log_scale``: ``start`` is what the
 observers of :mod:`qat.observers` found in calibration, or the weights' own range, and ``log_scale`` is the
 parameter, 0 at first. So a step can't reach 0, an optimizer's step changes it by a factor whatever its size,
 and a network that has only been calibrated has exactly the grids that ``torch_ao`` gives it.
@@ -75,15 +75,18 @@ def quantize(
         narrow: whether they reach as far below 0 as above.
         shared: N, how many values of one example share a step.
     """
+    high = 2 ** (bits - signed) - 1
+    low = -high - (not narrow) if signed else 0
     if step.requires_grad:
-        factor = 1.0 / math.sqrt(max(shared, 1) * (2 ** (bits - signed) - 1))
+        factor = 1.0 / math.sqrt(max(shared, 1) * high)
         step.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
     exact = x if x.dtype == torch.float64 else x.float()
-    # Times the inverse, as torch's own fake quantization computes it: ties fall alike.
-    steps = exact * step.reciprocal()
+    # Times the inverse, as torch's own fake quantization computes it: ties fall alike. Clamped before it is
+    # rounded, too, which changes no value: half a step beyond the range counts as outside of it.
+    steps = (exact * step.reciprocal()).clamp(low, high)
     unit, zero, width = torch.ones_like(step), torch.zeros_like(step), step.new_full((), bits)
     integers: Tensor = _int_quant(signed, narrow)(unit.detach(), zero.detach(), width.detach(), steps)
-    return (integers * step).to(x.dtype)
+    return (integers.to(step.dtype) * step).to(x.dtype)
 
 
 class LearnedActivationQuantizer(ActivationQuantizer):
