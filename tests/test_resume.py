@@ -117,6 +117,7 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
     [
         ("finetune", ("quantization.trunk.observer=histogram", "output.float_weights=float16")),
         ("finetune", ("optimizer.name=sgd", "schedule.freeze_binary=true", "distillation.teacher=none")),
+        ("finetune", ("quantization.backend=brevitas", "quantization.trunk.observer=percentile")),
         ("pretrain", ("optimizer.name=sgd", "schedule.keep_states=3", "schedule.save_steps=1")),
         ("pretrain", ("distillation.teacher=none", "data.augment={}", "schedule.save_steps=null")),
     ],
