@@ -161,6 +161,7 @@ def test_a_run_with_a_teacher_goes_on_with_that_teacher_alone(
             "finetune",
             ("schedule.ema=0.9", "schedule.accumulate=2", "data.batch_size=160", "precision=bfloat16"),
         ),
+        ("finetune", ("quantization.backend=brevitas", "quantization.trunk.observer=percentile")),
         ("pretrain", ("optimizer.name=sgd", "schedule.keep_states=3", "schedule.save_steps=1")),
         ("pretrain", ("distillation.teacher=none", "data.augment={}", "schedule.save_steps=null")),
     ],
