@@ -51,7 +51,7 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
 
 
 def prelu(x: Tensor, activation: nn.PReLU) -> Tensor:
-    """``PReLU(x)``, any shape with channels second; torch's own gradient takes ten times as long."""
+    """``PReLU(x)``, any shape with channels second; torch's own gradient takes several times as long."""
     return _apply(_PReLU, x, activation.weight)
 
 
