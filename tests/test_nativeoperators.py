@@ -17,7 +17,7 @@ from qat.dyadic import PRODUCT_BITS, SUM_BITS, Dyadic
 pytestmark = needs_library
 
 Random = np.random.Generator
-CASES = 40
+CASES = 24
 
 
 @pytest.fixture(params=KERNELS, autouse=True)

@@ -5,9 +5,10 @@
 namespace bnext {
 namespace {
 
-// Clamp first, then round half to even: what export/reference.py does, within int16.
+// Clamp first, then round half to even: what export/reference.py does, within int16. The order of max's arguments
+// makes the difference of two infinities `low`.
 int16_t saturate(float value, float low, float high) {
-  return static_cast<int16_t>(std::nearbyintf(std::min(std::max(value, low), high)));
+  return static_cast<int16_t>(std::nearbyintf(std::min(std::max(low, value), high)));
 }
 
 }  // namespace
