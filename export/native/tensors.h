@@ -121,7 +121,7 @@ class Info {
 
   int64_t integer(const char* name, int64_t low, int64_t high) const {
     int64_t value = 0;
-    check(ort::call(api_, ort::kKernelInfoGetAttributeInt64, info_, name, &value));
+    present(ort::call(api_, ort::kKernelInfoGetAttributeInt64, info_, name, &value), name, "an integer");
     require(value >= low && value <= high, std::string(name) + " is " + std::to_string(value) + ", allowed are " +
                                                std::to_string(low) + " to " + std::to_string(high));
     return value;
@@ -129,7 +129,7 @@ class Info {
 
   float real(const char* name) const {
     float value = 0;
-    check(ort::call(api_, ort::kKernelInfoGetAttributeFloat, info_, name, &value));
+    present(ort::call(api_, ort::kKernelInfoGetAttributeFloat, info_, name, &value), name, "a real number");
     require(std::isfinite(value), std::string(name) + " is not finite");
     return value;
   }
@@ -156,6 +156,13 @@ class Info {
   }
 
  private:
+  // onnxruntime's own words name no attribute where it has another type.
+  void present(ort::Status* status, const char* name, const char* need) const {
+    if (status == nullptr) return;
+    ort::release(api_, ort::kReleaseStatus, status);
+    throw Error("attribute " + std::string(name) + " is missing or not " + need);
+  }
+
   ort::Api api_;
   const ort::KernelInfo* info_;
 };

@@ -55,6 +55,9 @@ void TrunkUpdate::compute(const Run& run) const {
                                 text_of(shape));
   require(channels_ == 0 || channels == channels_,
           "x has shape " + text_of(x.shape) + ", need " + std::to_string(channels_) + " channels");
+  // An optional input may arrive in a run without having been a constant before.
+  require(!offset_.empty() || !run.input<int8_t>(3, "offset"), "offset must be a constant");
+  require(!slopes_.empty() || !run.input<int8_t>(4, "residual_slopes"), "residual_slopes must be a constant");
   const Tensor<int8_t> gain = run.input<int8_t>(2, "gain");
   require(!offset_.empty() == static_cast<bool>(gain), "gain and offset go together");
   const bool fits = !gain || gain.shape == Shape{images, channels} || gain.shape == Shape{1, channels};
