@@ -8,7 +8,7 @@ needs the library registered: see :mod:`export.nativelibrary`.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from export.graph import FLOAT, UINT8, GraphBuilder, shorten_names, tensor_info
 from export.integer import Attention, BinaryConv, Grid, IntegerNetwork, Slopes, SubBlock
 from export.metadata import INPUT, OUTPUT
+from export.nativelibrary import DOMAIN
 from export.operators import IntegerOperators, per_pixel
 from export.pixels import fold_normalization
 from export.portable import OPSET, InputKind, network_metadata
 from qat import __version__
 from qat.errors import QuantizationError
 
-#: Domain of the operators and its version.
-DOMAIN: Final = "bnext_qat"
+#: Version of the operators' domain.
 DOMAIN_VERSION: Final = 1
 #: Metadata property ``format``.
 FORMAT: Final = "bnext-qat native 1"
 #: Endings of the names of weights.
-_WEIGHTS: Final = ("/binary_weight", ".weight")
+_WEIGHTS: Final = (".bits", ".weight")
 
 
 def emit_native(
@@ -38,7 +38,7 @@ def emit_native(
     """The native ONNX model of ``network``; arguments and images as in :func:`export.portable.emit`.
 
     Raises:
-        QuantizationError: an image size below 1, or the normalization can't be folded into raw pixels exactly.
+        QuantizationError: an image size below 1, or a normalization that can't be folded into pixels exactly.
     """
     size = network.image_size if image_size is None else image_size
     if size < 1:
@@ -63,7 +63,7 @@ def emit_native(
 
 
 def packed_weight(conv: BinaryConv) -> NDArray[np.uint8]:
-    """The signs as the operator reads them: (O, k, k, ceil(I / 8)), bit ``i % 8`` of byte ``i // 8``, 1 is +1."""
+    """The signs as the operator reads them: (O, k, k, ceil(I / 8)), 1 is +1, channel 0 the lowest bit."""
     positive = (conv.weight() > 0).transpose(0, 2, 3, 1)
     return np.packbits(positive, axis=-1, bitorder="little")
 
@@ -108,12 +108,17 @@ class _Walk:
             last = input_kind == "uint8 NHWC"
             gain, offset = fold_normalization(network)
             x = self.operators.raw_image(image, gain, offset, "image/uint8", channels_last=last)
-        constants = {"weight": conv.weight, "bias": conv.bias, "multiplier": conv.multiplier}
+        name = "feature.0/trunk"
+        constants: dict[str, NDArray[Any]] = {
+            "weight": conv.weight,
+            "bias": conv.bias,
+            "multiplier": conv.multiplier,
+        }
         return self.builder.custom(
             DOMAIN,
             "Stem",
-            [x, *(self.builder.constant(value, f"stem.{name}") for name, value in constants.items())],
-            ["feature.0/trunk"],
+            [x, *(self.builder.constant(value, f"{name}.{key}") for key, value in constants.items())],
+            [name],
             stride=network.stem.stride,
             zero_point=image.zero_point,
             **_bounds(network.stem_grid),
@@ -130,7 +135,7 @@ class _Walk:
             "BinaryConv",
             [
                 x,
-                self.builder.constant(packed_weight(conv), f"{name}/binary_weight"),
+                self.builder.constant(packed_weight(conv), f"{name}/binary_weight.bits"),
                 self.builder.constant(conv.threshold, f"{name}/threshold"),
                 self.builder.constant(conv.bias, f"{name}/bias"),
                 self.builder.constant(conv.multiplier, f"{name}/multiplier"),
@@ -188,11 +193,11 @@ class _Walk:
 
     def attention(self, attention: Attention, name: str, in_pixels: int, out_pixels: int) -> str:
         """The gain of each channel, (N, C) int8, from the sums that the sub-block's BinaryConv gives."""
-        constants = {
+        constants: dict[str, NDArray[Any]] = {
             "x_multiplier": per_pixel(attention.input_mean, in_pixels),
             "y_multiplier": per_pixel(attention.y_mean, out_pixels),
         }
-        for part, layer in (("reduce", attention.reduce), ("expand", attention.expand)):
+        for part, layer in (("hidden", attention.reduce), ("logits", attention.expand)):
             constants[f"{part}.weight"] = layer.weight.reshape(len(layer.weight), -1)
             constants |= {f"{part}.bias": layer.bias, f"{part}.multiplier": layer.multiplier}
         constants |= {"sigmoid_table": attention.table, "gain.multiplier": attention.gain}

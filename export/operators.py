@@ -237,11 +237,9 @@ class IntegerOperators:
         return self.builder.node("Reshape", [flat, self.builder.constant(np.array(conv.shape))], output)
 
     def classifier(self, x: str, layer: Affine, output: str) -> str:
-        """Logits ``float32(weight · x + bias) * multiplier`` of pooled integers, any shape of C values each."""
+        """Logits ``float32(weight · x + bias) * multiplier`` of pooled integers, C values each."""
         channels = layer.weight.shape[1]
-        flat = self.builder.node(
-            "Reshape", [x, self.builder.constant(np.array([0, channels]))], "head/flat"
-        )
+        flat = self.builder.node("Reshape", [x, self.builder.constant(np.array([0, channels]))], "head/flat")
         flat = self.as_uint8(flat, "head/flat.uint8")
         stored = (layer.weight.T.astype(np.int16) + ZERO).astype(np.uint8)
         weight = self.builder.constant(stored, "fc.weight")
