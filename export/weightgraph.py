@@ -153,7 +153,8 @@ class WeightGraph:
         return InspectedLayer(
             f"{name}.se" if role == "attention" else name,
             role,
-            tuple(array.shape for array in arrays),
+            # Of 1×1 layers, too, as in every other file.
+            tuple(array.shape + (1, 1) * (role == "attention" and array.ndim == 2) for array in arrays),
             stored=arrays[0].dtype.name,
             bits=8 * arrays[0].itemsize,
             size=sum(array.nbytes for array in arrays),
