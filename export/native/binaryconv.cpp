@@ -10,7 +10,11 @@ namespace {
 constexpr int64_t kUnit = 64;
 // Binary products of one task: some microseconds, so that threads share the work evenly and a task's weights
 // stay in the cache.
-constexpr int64_t kTaskProducts = 4 << 20;
+constexpr int64_t kTaskProducts = 2 << 20;
+// What it costs to requantize one sum, in words of 32 products.
+constexpr int64_t kWordsOfRequantization = 8;
+// Inputs that one task packs.
+constexpr int64_t kTaskInputs = 1 << 14;
 
 int64_t padded(int64_t channels) { return (channels + kPadding - 1) / kPadding * kPadding; }
 
@@ -131,7 +135,7 @@ void BinaryConv::compute(const Run& run) const {
                 bits.get() + image * image_words, words_, pad, stride_ == 2,
                 rows ? rows.get() + image * height * padded_inputs : nullptr};
   };
-  const int64_t strips = std::clamp<int64_t>(height * width * inputs_ / (1 << 16), 1, height);
+  const int64_t strips = parts_of(height * width * inputs_, kTaskInputs, height);
   run.parallel(images * strips, [&](int64_t task) {
     const int64_t image = task / strips, strip = task % strips;
     uint32_t* const packed = bits.get() + image * image_words;
@@ -150,8 +154,8 @@ void BinaryConv::compute(const Run& run) const {
 
   const int64_t wide = groups_ * kernels_.lanes, tiles = (channels_ + wide - 1) / wide;
   const int64_t pixels = out_height * out_width;
-  const int64_t products = kernel_ * kernel_ * words_ * 32 * wide;
-  const int64_t chunks = std::clamp<int64_t>(pixels * products / kTaskProducts, 1, std::max<int64_t>(pixels / 32, 1));
+  const int64_t products = (kernel_ * kernel_ * words_ + kWordsOfRequantization) * 32 * wide;
+  const int64_t chunks = parts_of(pixels * products, kTaskProducts, std::max<int64_t>(pixels / 32, 1));
   const std::unique_ptr<int32_t[]> partial(
       y_sum != nullptr ? new int32_t[static_cast<size_t>(images * chunks * tiles * wide)]() : nullptr);
   run.parallel(images * chunks * tiles, [&](int64_t task) {

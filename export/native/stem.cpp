@@ -46,7 +46,7 @@ void Stem::compute(const Run& run) const {
   int8_t* out = run.output<int8_t>(0, {images, out_height, out_width, channels_});
   if (images == 0) return;
   const int64_t pixels = out_height * out_width;
-  const int64_t strips = std::clamp<int64_t>(pixels / kTaskPixels, 1, out_height);
+  const int64_t strips = parts_of(pixels, kTaskPixels, out_height);
   std::vector<float> work(static_cast<size_t>(images * strips * kTaps * (width + 2)));
   run.parallel(images * strips, [&](int64_t task) {
     const int64_t image = task / strips, strip = task % strips;

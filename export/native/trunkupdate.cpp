@@ -6,7 +6,7 @@ namespace bnext {
 namespace {
 
 // Elements of one task.
-constexpr int64_t kTaskElements = 1 << 15;
+constexpr int64_t kTaskElements = 1 << 14;
 
 }  // namespace
 
@@ -76,7 +76,7 @@ void TrunkUpdate::compute(const Run& run) const {
     }
   }
   const int64_t pixels = out_height * out_width;
-  const int64_t strips = std::clamp<int64_t>(pixels * channels / kTaskElements, 1, out_height);
+  const int64_t strips = parts_of(pixels * channels, kTaskElements, out_height);
   run.parallel(images * strips, [&](int64_t task) {
     const int64_t image = task / strips, strip = task % strips;
     Update update = update_;
