@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.binary import ACTIVATION_CLIP, sign
+from qat.binary import ACTIVATION_CLIP
 
 
 def shifted_sign(x: Tensor, bias: Tensor, zero_is_positive: bool = False) -> Tensor:
@@ -50,9 +50,9 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     )
 
 
-def prelu(x: Tensor, activation: nn.PReLU) -> Tensor:
-    """``PReLU(x)``, any shape with channels second; torch's own gradient takes several times as long."""
-    return _apply(_PReLU, x, activation.weight)
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """``PReLU(x)``: (N, C, H, W), slopes (C,); torch's own gradient takes several times as long."""
+    return _apply(_PReLU, x, slope)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,23 @@ def scaled_norm(
     Returns:
         (N, C, H, W).
     """
+    gain, offset = affine_form(norm, factor, mean, variance, x[0, 0].numel())
+    return _apply(_ScaleAndAdd, x, factor * gain, offset, residual)
+
+
+def affine_form(
+    norm: nn.BatchNorm2d, factor: Tensor, mean: Tensor, variance: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    """Gain and offset of ``BN(factor ⊙ x)`` with batch statistics, which are counted in.
+
+    Args:
+        norm: in training, with running statistics.
+        factor, mean, variance: (N, C), the last two of ``x``.
+        pixels: of an image of ``x``.
+
+    Returns:
+        (C,) each.
+    """
     means = factor * mean
     center = means.mean(0)
     spread = (factor.square() * variance).mean(0) + (means - center).square().mean(0)
@@ -87,13 +104,20 @@ def scaled_norm(
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        assert norm.momentum is not None
-        count = x.numel() // x.shape[1]
-        norm.running_mean.lerp_(center.to(norm.running_mean.dtype), norm.momentum)
+        assert norm.num_batches_tracked is not None
+        count = len(mean) * pixels
+        # No momentum means the plain average of all batches, as in torch.
+        momentum = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(center.to(norm.running_mean.dtype), momentum)
         unbiased = spread * (count / max(count - 1, 1))
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
     gain = norm.weight * torch.rsqrt(spread + norm.eps)
-    return _apply(_ScaleAndAdd, x, factor * gain, norm.bias - center * gain, residual)
+    return gain, norm.bias - center * gain
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``factor ⊙ x``: (N, C, H, W) times (N, C) or (1, C)."""
+    return _apply(_Scale, x, factor)
 
 
 def _count(norm: nn.BatchNorm2d) -> None:
@@ -129,7 +153,9 @@ class _ShiftedSign(torch.autograd.Function):
         shifted = x + bias.to(x.dtype)
         ctx.save_for_backward(shifted)
         ctx.bias_type = bias.dtype
-        return sign(shifted) if zero_is_positive else torch.sign(shifted)
+        if zero_is_positive:  # in passes that torch vectorizes, which `where` is not
+            return torch.sign(shifted).add_(0.5).sign_()
+        return torch.sign(shifted)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -208,6 +234,18 @@ class _Moments(torch.autograd.Function):
         slope = 2.0 * by_variance
         offset = (by_mean - slope * mean).to(x.dtype)
         return _multiply_add(offset[..., None, None], x, slope.to(x.dtype)[..., None, None])
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        return x * factor[..., None, None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, factor = ctx.saved_tensors
+        return grads[0] * factor[..., None, None], _dot(grads[0], x).sum_to_size(factor.shape)
 
 
 class _ScaleAndAdd(torch.autograd.Function):

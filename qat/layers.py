@@ -213,7 +213,7 @@ class SubBlock(nn.Module):
         signs = shifted_sign(x, self.move.bias, self.binary_activation.zero_is_positive)
         y = norm_prelu(self.binary_conv(signs), self.norm1, self.activation2)
         scale_kind = self.kind == "scale"
-        residual = self.pool(prelu(x, self.activation1) if scale_kind else x)
+        residual = self.pool(prelu(x, self.activation1.weight) if scale_kind else x)
         if not (scale_kind or self.infor_recoupling):
             return y + residual
         branch = y * residual if scale_kind else y
