@@ -90,7 +90,7 @@ class Trainer:
 
 
 def serve(name: str, settings: Settings, calls: Connection) -> None:
-    """The child: answers ``True`` with seconds and loss of a step, ``False`` with its peak memory in bytes."""
+    """The child: answers ``True`` with a step's seconds and loss, ``False`` with its peak memory in bytes."""
     torch.set_num_threads(settings.threads)
     trainer = Trainer(name, settings)
     while calls.recv():

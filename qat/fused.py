@@ -6,13 +6,18 @@ gradient written out; what runs over vectors (N, C) is left to autograd.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.binary import ACTIVATION_CLIP
+
+#: A tensor of this many bytes stays in a core's reach, and its memory is used again where a larger one's is
+#: given back to the system and asked for anew, page by page.
+PORTION: Final = 2**21
+HALF: Final = (torch.bfloat16, torch.float16)
 
 
 def shifted_sign(x: Tensor, bias: Tensor, zero_is_positive: bool = False) -> Tensor:
@@ -136,15 +141,23 @@ def _per_channel(x: Tensor, like: Tensor) -> Tensor:
 
 def _multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """``base + x · factor`` with a factor per channel or per image and channel."""
-    if x.dtype in (torch.bfloat16, torch.float16):  # whose fused form is slow with a factor per channel
+    if x.dtype in HALF:  # whose fused form is slow with a factor per channel
         return (x * factor).add_(base)
     return torch.addcmul(base, x, factor)
 
 
+def _portions(x: Tensor) -> list[slice]:
+    """Slices of the batch of about :data:`PORTION` bytes each; on accelerators all of it."""
+    count = len(x)
+    if x.device.type == "cpu":
+        count = max(1, PORTION * count // max(x.nbytes, 1))
+    return [slice(start, start + count) for start in range(0, len(x), count)]
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products over height and width, (N, C) in the type of sums."""
-    sums: Tensor = torch.linalg.vecdot(a.flatten(2), b.flatten(2))
-    return sums
+    sums = [torch.linalg.vecdot(a[some].flatten(2), b[some].flatten(2)) for some in _portions(a)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 class _ShiftedSign(torch.autograd.Function):
@@ -166,17 +179,25 @@ class _ShiftedSign(torch.autograd.Function):
 
 
 def _prelu_gradients(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    positive = torch.ops.aten.threshold_backward(grad, x, 0)
-    negative = grad - positive
-    grad_slope = _dot(negative, x).sum(0, dtype=slope.dtype)
-    return _multiply_add(positive, negative, _per_channel(slope, negative)), grad_slope
+    out, grad_slope = torch.empty_like(grad), torch.zeros_like(slope)
+    factor = _per_channel(slope, grad)
+    for some in _portions(grad):
+        positive = torch.ops.aten.threshold_backward.grad_input(grad[some], x[some], 0, grad_input=out[some])
+        negative = grad[some] - positive
+        grad_slope += torch.linalg.vecdot(negative.flatten(2), x[some].flatten(2)).sum(0, dtype=slope.dtype)
+        if grad.dtype in HALF:
+            positive.add_(negative.mul_(factor))
+        else:
+            positive.addcmul_(negative, factor)
+    return out, grad_slope
 
 
 class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(x, slope)
-        return F.prelu(x, slope.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # which would leave the type of ``x``
+            return F.prelu(x, slope.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
