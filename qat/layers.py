@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight
+from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.binaryconv import training_conv2d
 from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
 
@@ -107,7 +107,8 @@ class BinaryConv2d(nn.Module):
 
     def forward(self, signs: Tensor) -> Tensor:
         """(N, C, H, W) of signs → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if self.training and self.weight.requires_grad:
+        # Weights that need no clamping are left alone, since a graph of an earlier pass may hold them.
+        if self.training and self.weight.requires_grad and not lies_within(self.weight.detach(), LATENT_CLIP):
             with torch.no_grad():
                 self.weight.clamp_(-LATENT_CLIP, LATENT_CLIP)
         weight = self.effective_weight()
