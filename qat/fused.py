@@ -6,6 +6,7 @@ gradient written out; what runs over vectors (N, C) is left to autograd.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,8 @@ from qat.binary import ACTIVATION_CLIP
 #: A tensor of this many bytes stays in a core's reach, and its memory is used again where a larger one's is
 #: given back to the system and asked for anew, page by page.
 PORTION: Final = 2**21
+#: Bytes that the processor computes with at once.
+REGISTER: Final = 64
 HALF: Final = (torch.bfloat16, torch.float16)
 
 
@@ -135,15 +138,35 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return result
 
 
-def _per_channel(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype).view(1, -1, 1, 1)
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """Values (C,), (1, C) or (N, C) in the type of ``x``, and in a shape that goes with it (N, C, H, W).
+
+    One value for all pixels leaves torch runs of one image to vectorize. Images of a few pixels fill no
+    register, so that a value for each pixel is several times as fast, tensor of its own or not.
+    """
+    shaped = values.to(x.dtype)[..., None, None].view(-1, x.shape[1], 1, 1)
+    if x.device.type == "cpu" and x[0, 0].numel() > 1 and x[0, 0].nbytes < REGISTER:
+        return shaped.expand(-1, -1, *x.shape[2:]).contiguous()
+    return shaped
 
 
 def _multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """``base + x · factor`` with a factor per channel or per image and channel."""
-    if x.dtype in HALF:  # whose fused form is slow with a factor per channel
+    """``base + x · factor`` with a factor from :func:`_spread`."""
+    if x.dtype in HALF and factor.shape[-1] != x.shape[-1]:  # whose fused form is slow then
         return (x * factor).add_(base)
     return torch.addcmul(base, x, factor)
+
+
+def _prelu_values(x: Tensor, slope: Tensor) -> Tensor:
+    factor = _spread(slope, x)
+    if factor[0, 0].numel() == 1:
+        return F.prelu(x, slope.to(x.dtype))
+    return F.prelu(x.flatten(1), factor.flatten()).view_as(x)
 
 
 def _portions(x: Tensor) -> list[slice]:
@@ -163,7 +186,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 class _ShiftedSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, zero_is_positive: bool) -> Tensor:
-        shifted = x + bias.to(x.dtype)
+        shifted = x + _spread(bias.flatten(), x)
         ctx.save_for_backward(shifted)
         ctx.bias_type = bias.dtype
         if zero_is_positive:  # in passes that torch vectorizes, which `where` is not
@@ -180,12 +203,12 @@ class _ShiftedSign(torch.autograd.Function):
 
 def _prelu_gradients(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     out, grad_slope = torch.empty_like(grad), torch.zeros_like(slope)
-    factor = _per_channel(slope, grad)
+    factor = _spread(slope, grad)
     for some in _portions(grad):
         positive = torch.ops.aten.threshold_backward.grad_input(grad[some], x[some], 0, grad_input=out[some])
         negative = grad[some] - positive
         grad_slope += torch.linalg.vecdot(negative.flatten(2), x[some].flatten(2)).sum(0, dtype=slope.dtype)
-        if grad.dtype in HALF:
+        if grad.dtype in HALF and factor.shape[-1] != grad.shape[-1]:
             positive.add_(negative.mul_(factor))
         else:
             positive.addcmul_(negative, factor)
@@ -196,8 +219,8 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(x, slope)
-        with torch.autocast(x.device.type, enabled=False):  # which would leave the type of ``x``
-            return F.prelu(x, slope.to(x.dtype))
+        with _without_autocast(x):  # which would leave the type of ``x``
+            return _prelu_values(x, slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -222,7 +245,7 @@ class _NormPReLU(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, slope, normed, mean, invstd)
         ctx.eps = eps
-        return F.prelu(normed, slope.to(normed.dtype))
+        return _prelu_values(normed, slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -253,20 +276,19 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         by_mean, by_variance = (grad / x[0, 0].numel() for grad in grads)
         slope = 2.0 * by_variance
-        offset = (by_mean - slope * mean).to(x.dtype)
-        return _multiply_add(offset[..., None, None], x, slope.to(x.dtype)[..., None, None])
+        return _multiply_add(_spread(by_mean - slope * mean, x), x, _spread(slope, x))
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(x, factor)
-        return x * factor[..., None, None]
+        return x * _spread(factor, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, factor = ctx.saved_tensors
-        return grads[0] * factor[..., None, None], _dot(grads[0], x).sum_to_size(factor.shape)
+        return grads[0] * _spread(factor, grads[0]), _dot(grads[0], x).sum_to_size(factor.shape)
 
 
 class _ScaleAndAdd(torch.autograd.Function):
@@ -276,15 +298,15 @@ class _ScaleAndAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, residual: Tensor) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.offset_type = offset.dtype
-        out = _multiply_add(residual, x, gain.to(x.dtype)[..., None, None])
-        return out.add_(_per_channel(offset, out))
+        out = _multiply_add(residual, x, _spread(gain, x))
+        return out.add_(_spread(offset, out))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, gain = ctx.saved_tensors
         (grad,) = grads
         return (
-            grad * gain.to(grad.dtype)[..., None, None],
+            grad * _spread(gain, grad),
             _dot(grad, x).to(gain.dtype),
             grad.sum((2, 3)).sum(0, dtype=ctx.offset_type),
             grad,
