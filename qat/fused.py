@@ -166,7 +166,7 @@ def _prelu_values(x: Tensor, slope: Tensor) -> Tensor:
     factor = _spread(slope, x)
     if factor[0, 0].numel() == 1:
         return F.prelu(x, slope.to(x.dtype))
-    return F.prelu(x.flatten(1), factor.flatten()).view_as(x)
+    return x.clamp_min(0).addcmul_(x.clamp_max(0), factor)
 
 
 def _portions(x: Tensor) -> list[slice]:

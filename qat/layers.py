@@ -113,7 +113,7 @@ class BinaryConv2d(nn.Module):
                 self.weight.clamp_(-LATENT_CLIP, LATENT_CLIP)
         weight = self.effective_weight()
         if self.training:
-            return training_conv2d(signs, weight, self.stride)
+            return training_conv2d(signs, weight, self.stride, self.is_binary())
         return F.conv2d(signs, weight, stride=self.stride, padding=self.padding)
 
 

@@ -83,11 +83,12 @@ def sub_blocks(model: nn.Module) -> list[tuple[str, FakeQuantSubBlock]]:
 ABLATIONS = [{"elm_attention": e, "infor_recoupling": i} for e in (True, False) for i in (True, False)]
 
 
+@pytest.mark.parametrize("shape", [(7, 6), (2, 2)], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
 @pytest.mark.parametrize("spread", [1.0, 3.0], ids=["narrow", "wide"])
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
 def test_training_computes_the_plain_formula_and_its_gradients(
-    options: dict[str, bool], spread: float, frozen: bool
+    options: dict[str, bool], spread: float, frozen: bool, shape: tuple[int, int]
 ) -> None:
     model = toy(0, **options).double().train()
     for name, block in sub_blocks(model):
@@ -99,7 +100,7 @@ def test_training_computes_the_plain_formula_and_its_gradients(
         random = torch.Generator().manual_seed(1)
         trunk = cast(ActivationQuantizer, block.source.quantizer)
         x = trunk.requantize(
-            spread * torch.randn(6, block.channels, 7, 6, generator=random, dtype=torch.float64)
+            spread * torch.randn(6, block.channels, *shape, generator=random, dtype=torch.float64)
         ).requires_grad_()
         found, expected = block(x), plain(other, x)
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6, msg=name)
