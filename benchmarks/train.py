@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
 from export.peakmemory import own_peak_rss_bytes
+from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, set_temperature
 from qat.data import image_grid
 from qat.loop import make_optimizer
@@ -74,6 +75,8 @@ class Trainer:
             self.optimizer = optimizer(self.model, LEARNING_RATE)
             return
         if name == FAKE_QUANTIZED:
+            # Calibration sees the network as it evaluates: with the statistics that it had from training.
+            reestimate_batch_norm(ours, lambda: ours(self.images))
             prepare(ours, Quantization(), image_grid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
             calibrate(ours, lambda: ours(self.images))
             ours.train()

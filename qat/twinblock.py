@@ -92,12 +92,17 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
         # Whatever is not finite stays so, for the caller to see; an index can't.
         return constants.table[(q + 128).nan_to_num(0.0, 0.0, 0.0).long()] + 0.0 * q.float()
 
+    def _values(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        weight = self.weight_quantizer(layer.weight)
+        if self.training:  # whose gradients are products of matrices then, many times faster
+            return F.linear(x.flatten(1), weight.flatten(1), layer.bias)[..., None, None]
+        return F.conv2d(x, weight, layer.bias)
+
     def forward(self, pooled: Tensor) -> Tensor:
         """(N, C, 1, 1) → attention (N, C, 1, 1) in [0, 1]."""
         reduce, expand = cast(nn.Conv2d, self.se[1]), cast(nn.Conv2d, self.se[3])
-        hidden = F.conv2d(self.pooled(pooled), self.weight_quantizer(reduce.weight), reduce.bias)
-        hidden = self.hidden(F.relu(hidden))
-        logits = self.logits(F.conv2d(hidden, self.weight_quantizer(expand.weight), expand.bias))
+        hidden = self.hidden(F.relu(self._values(self.pooled(pooled), reduce)))
+        logits = self.logits(self._values(hidden, expand))
         attention: Tensor = self.attention(torch.sigmoid(logits))
         return attention
 
