@@ -21,21 +21,23 @@ class ChannelAttention {
   void compute(const Run& run) const;
 
  private:
-  struct Linear {
+  struct Layer {
     int64_t outputs = 0, inputs = 0;
     std::vector<int8_t> weight;
     std::vector<int32_t> bias;
     std::vector<float> multiplier;
     float low = 0, high = 0;
+
+    operator Linear() const {
+      return {weight.data(), outputs, (inputs + 1) / 2, bias.data(), multiplier.data(), low, high};
+    }
   };
-  static Linear linear(const Info& info, size_t index, const std::string& name, const std::string& grid);
-  void apply(const Linear& layer, const int16_t* x, int16_t* out, int32_t* products) const;
+  Layer layer(const Info& info, size_t index, const std::string& name, const std::string& grid) const;
 
   const Kernels& kernels_;
-  Linear reduce_, expand_;
+  Layer reduce_, expand_;
   float low_, high_;
-  std::vector<float> x_multiplier_, y_multiplier_, gain_;
-  std::vector<uint8_t> table_;
+  std::vector<float> x_multiplier_, y_multiplier_, gain_, table_;
 };
 
 }  // namespace bnext

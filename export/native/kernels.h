@@ -69,12 +69,36 @@ struct StemRows {
   const uint8_t* image;  // [3][height][width]
   int64_t height, width;
   float zero_point;
-  const float* weight;  // [27][padded channels], in the order (row, column, color)
+  const float* weight;  // [27][padded channels], in the order (row, color, column)
   const int32_t* bias;
   const float* multiplier;
   float low, high;
   int64_t out_width, channels, stride;
   int8_t* out;  // [out height][out width][channels]
+  float* rows;  // [9][width + 2], to work in
+};
+
+// A layer of channel attention: clamp(rint(float(weight · x + bias) * multiplier)).
+struct Linear {
+  const int8_t* weight;  // [vector of outputs][pair of inputs][lanes][2]
+  int64_t outputs, pairs;
+  const int32_t* bias;      // [padded outputs]
+  const float* multiplier;  // [padded outputs]
+  float low, high;
+};
+
+// Channel attention of one image: see export/reference.py.
+struct Attention {
+  const int32_t *x_sum, *y_sum;  // [channels]
+  int64_t channels;
+  const float *x_multiplier, *y_multiplier;  // [padded channels]
+  float low, high;                           // of the pooled vector
+  Linear reduce, expand;
+  const float* table;  // [256] attention of logit `index - 128`
+  const float* gain;   // [padded channels]
+  int8_t* out;         // [channels]
+  int32_t* sums;       // [padded, as many as the longest vector], to work in
+  int16_t* vectors;    // [2][the same], 0 at first
 };
 
 struct Kernels {
@@ -89,8 +113,7 @@ struct Kernels {
   void (*stem)(const StemRows&, int64_t first_row, int64_t last_row);
   // Sums of PReLU(x) over rows of a channels-last tensor: [padded channels], added.
   void (*sum)(const int8_t* x, int64_t pixels, int64_t channels, const Prelu&, int32_t* sums);
-  // Products of a vector with the rows of an int8 matrix (rows, columns), exact.
-  void (*matvec)(const int8_t* matrix, const int16_t* x, int64_t rows, int64_t columns, int32_t* out);
+  void (*attention)(const Attention&);
 };
 
 // The best set this processor runs, or the one that the environment variable BNEXT_QAT_KERNELS names.

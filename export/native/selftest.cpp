@@ -197,10 +197,11 @@ void compare_stem(const Kernels& kernels) {
   const auto zero_point = static_cast<float>(between(0, 255));
   place += " stem " + std::to_string(height) + "×" + std::to_string(width) + " to " + std::to_string(channels);
   std::vector<int8_t> out[2];
+  std::vector<float> work(static_cast<size_t>(9 * (width + 2)));
   for (int i = 0; i < 2; ++i) {
     out[i].assign(static_cast<size_t>(out_height * out_width * channels), 99);
     const StemRows rows{image.data(), height, width, zero_point, weight.data(), bias.data(), multiplier.data(),
-                        grid.low, grid.high, out_width, channels, stride, out[i].data()};
+                        grid.low, grid.high, out_width, channels, stride, out[i].data(), work.data()};
     (i == 0 ? kernels : kernels_portable).stem(rows, 0, out_height / 2);
     (i == 0 ? kernels : kernels_portable).stem(rows, out_height / 2, out_height);
   }
@@ -223,15 +224,59 @@ void compare_sum(const Kernels& kernels) {
   equal(sums[0], sums[1], "sums");
 }
 
-void compare_matvec(const Kernels& kernels) {
-  const int64_t rows = between(1, 40), columns = some_channels();
-  const auto matrix = integers<int8_t>(rows * columns, -128, 127);
-  const auto x = integers<int16_t>(columns, -128, 255);
-  place += " matvec " + std::to_string(rows) + "×" + std::to_string(columns);
-  std::vector<int32_t> out[2];
+// A layer of channel attention, its weights (outputs, inputs) laid out for `lanes`.
+struct Layer {
+  int64_t outputs, inputs;
+  std::vector<int8_t> weight;
+  std::vector<int32_t> bias;
+  std::vector<float> multiplier;
+  Grid grid;
+  std::vector<int8_t> tiled;
+
+  Layer(int64_t out, int64_t in, Grid of)
+      : outputs(out),
+        inputs(in),
+        weight(integers<int8_t>(out * in, -128, 127)),
+        bias(integers<int32_t>(padded(out), -100000, 100000)),
+        multiplier(factors(out, 0.001f)),
+        grid(of) {
+    bias[0] = chance(0.2) ? INT32_MIN : bias[0];
+  }
+
+  Linear for_lanes(int64_t lanes) {
+    const int64_t pairs = (inputs + 1) / 2;
+    tiled.assign(static_cast<size_t>((outputs + lanes - 1) / lanes * pairs * lanes * 2), 0);
+    for (int64_t output = 0; output < outputs; ++output) {
+      for (int64_t input = 0; input < inputs; ++input) {
+        const int64_t to = ((output / lanes * pairs + input / 2) * lanes + output % lanes) * 2 + input % 2;
+        tiled[static_cast<size_t>(to)] = weight[static_cast<size_t>(output * inputs + input)];
+      }
+    }
+    return {tiled.data(), outputs, pairs, bias.data(), multiplier.data(), grid.low, grid.high};
+  }
+};
+
+void compare_attention(const Kernels& kernels) {
+  const int64_t channels = some_channels(), hidden = between(1, 40);
+  const auto x = integers<int32_t>(channels, -100000, 100000), y = integers<int32_t>(channels, -100000, 100000);
+  auto x_multiplier = factors(channels, 0.001f);
+  const auto y_multiplier = factors(channels, 0.001f), gain = factors(channels, 0.5f);
+  // The difference of two infinities is no number.
+  for (float& value : x_multiplier) value = value > 1e20f ? -3e38f : value;
+  const Grid pooled = some_grid();
+  Layer reduce(hidden, channels, {0, 255}), expand(channels, hidden, some_grid());
+  const auto table = whole_floats(256, 0, 255, 1.0f);
+  place += " attention " + std::to_string(channels) + " channels, " + std::to_string(hidden) + " hidden";
+  std::vector<int8_t> out[2];
   for (int i = 0; i < 2; ++i) {
-    out[i].assign(static_cast<size_t>(rows), 0);
-    (i == 0 ? kernels : kernels_portable).matvec(matrix.data(), x.data(), rows, columns, out[i].data());
+    const Kernels& used = i == 0 ? kernels : kernels_portable;
+    const auto longest = static_cast<size_t>(padded(std::max(channels, hidden)));
+    std::vector<int32_t> sums(longest);
+    std::vector<int16_t> vectors(2 * longest);
+    out[i].assign(static_cast<size_t>(channels), 99);
+    used.attention({x.data(), y.data(), channels, x_multiplier.data(), y_multiplier.data(), pooled.low, pooled.high,
+                    reduce.for_lanes(used.lanes), expand.for_lanes(used.lanes), table.data(), gain.data(),
+                    out[i].data(), sums.data(), vectors.data()});
   }
   equal(out[0], out[1], "out");
 }
@@ -247,7 +292,7 @@ int main(int count, char** arguments) {
     generator.seed(1);
     for (int round = 0; round < rounds; ++round) {
       for (const auto compare : {compare_pack, compare_convolve, compare_update, compare_stem, compare_sum,
-                                 compare_matvec}) {
+                                 compare_attention}) {
         place = choice->kernels->name;
         compare(*choice->kernels);
       }

@@ -30,7 +30,8 @@ Stem::Stem(const Info& info)
   for (int64_t channel = 0; channel < channels_; ++channel) {
     for (int64_t color = 0; color < kColors; ++color) {
       for (int64_t tap = 0; tap < kTaps; ++tap) {
-        weight_[static_cast<size_t>((tap * kColors + color) * padded + channel)] =
+        const int64_t place = (tap / 3 * kColors + color) * 3 + tap % 3;
+        weight_[static_cast<size_t>(place * padded + channel)] =
             static_cast<float>(weight.data[(channel * kColors + color) * kTaps + tap]);
       }
     }
@@ -46,8 +47,10 @@ void Stem::compute(const Run& run) const {
   if (images == 0) return;
   const int64_t pixels = out_height * out_width;
   const int64_t strips = std::clamp<int64_t>(pixels / kTaskPixels, 1, out_height);
+  std::vector<float> work(static_cast<size_t>(images * strips * kTaps * (width + 2)));
   run.parallel(images * strips, [&](int64_t task) {
     const int64_t image = task / strips, strip = task % strips;
+    float* const scratch = work.data() + task * kTaps * (width + 2);
     const StemRows rows{x.data + image * kColors * height * width,
                                height,
                                width,
@@ -60,7 +63,8 @@ void Stem::compute(const Run& run) const {
                                out_width,
                                channels_,
                                stride_,
-                               out + image * pixels * channels_};
+                               out + image * pixels * channels_,
+                               scratch};
     kernels_.stem(rows, cut(out_height, strips, strip), cut(out_height, strips, strip + 1));
   });
 }

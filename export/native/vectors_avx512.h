@@ -24,6 +24,7 @@ struct V {
   }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F exact_multiply_add(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -38,6 +39,14 @@ struct V {
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I minus_128_times(I a, I b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 7)); }
+  static int to_integer(float value) { return _mm_cvtss_si32(_mm_set_ss(value)); }
+  // x[0] w[2 i] + x[1] w[2 i + 1] in lane i.
+  static I pair_products(const int8_t* w, const int16_t* x) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    const I weights = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+    return _mm512_madd_epi16(weights, _mm512_set1_epi32(pair));
+  }
 
   static I load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
   static I broadcast(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }

@@ -29,6 +29,7 @@ struct V {
   }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F exact_multiply_add(F a, F b, F sum) { return vfmaq_f32(sum, a, b); }
   // Of a number and no number, the number.
   static F min(F a, F b) { return vminnmq_f32(a, b); }
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }
@@ -42,6 +43,14 @@ struct V {
   static I to_int(F a) { return vcvtnq_s32_f32(a); }
   static F to_float(I a) { return vcvtq_f32_s32(a); }
   static I minus_128_times(I a, I b) { return vsubq_s32(a, vshlq_n_s32(b, 7)); }
+  static int to_integer(float value) { return vcvtns_s32_f32(value); }
+  // x[0] w[2 i] + x[1] w[2 i + 1] in lane i.
+  static I pair_products(const int8_t* w, const int16_t* x) {
+    const int16x8_t weights = vmovl_s8(vld1_s8(w));
+    const int16x4_t pair = vld1_dup_s16(x), second = vld1_dup_s16(x + 1);
+    const int16x4_t both = vzip1_s16(pair, second);
+    return vpaddq_s32(vmull_s16(vget_low_s16(weights), both), vmull_s16(vget_high_s16(weights), both));
+  }
 
   static I load_words(const uint32_t* from) { return vreinterpretq_s32_u32(vld1q_u32(from)); }
   static I broadcast(uint32_t word) { return vreinterpretq_s32_u32(vdupq_n_u32(word)); }

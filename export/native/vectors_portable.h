@@ -18,6 +18,7 @@ struct V {
   static void store_i8(int8_t* to, F value) { *to = static_cast<int8_t>(value); }
   static F mul(F a, F b) { return a * b; }
   static F add(F a, F b) { return a + b; }
+  static F exact_multiply_add(F a, F b, F sum) { return a * b + sum; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F round(F a) { return __builtin_rintf(a); }
@@ -28,11 +29,14 @@ struct V {
   static I load_i32(const int32_t* from) { return *from; }
   static void store_i32(int32_t* to, I value) { *to = value; }
   static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
-  static I to_int(F a) { return static_cast<I>(a); }
+  static I to_int(F a) { return static_cast<I>(__builtin_rintf(a)); }
   static F to_float(I a) { return static_cast<F>(a); }
   static I minus_128_times(I a, I b) {
     return static_cast<I>(static_cast<uint32_t>(a) - 128 * static_cast<uint32_t>(b));
   }
+  static int to_integer(float value) { return static_cast<int>(__builtin_rintf(value)); }
+  // x[0] w[2 i] + x[1] w[2 i + 1] in lane i.
+  static I pair_products(const int8_t* w, const int16_t* x) { return w[0] * x[0] + w[1] * x[1]; }
 
   static I load_words(const uint32_t* from) { return static_cast<I>(*from); }
   static I broadcast(uint32_t word) { return static_cast<I>(word); }
