@@ -30,6 +30,8 @@ F32 = np.float32
 #: Change of a valid node: the value of an input (by index) or an attribute (by name); `GONE` leaves it out.
 Change = dict[int | str, Any]
 GONE = "left out"
+#: Random models of each operator.
+ROUNDS = 200
 #: Wherever onnxruntime itself refuses a type.
 TYPE = r"Type Error: Type .* of input parameter"
 #: Wherever it misses an input.
@@ -284,7 +286,7 @@ def refuse(operator: str) -> dict[str, str]:
     return answers
 
 
-def fuzz(operator: str, rounds: int = 400) -> dict[str, str]:
+def fuzz(operator: str, rounds: int = ROUNDS) -> dict[str, str]:
     """Random shapes, types and attributes: everything ends in a result or an error of onnxruntime."""
     random = np.random.default_rng(len(operator))
     dtypes = [np.int8, np.uint8, np.int16, np.int32, F32]
@@ -356,7 +358,7 @@ def test_a_valid_model_is_not_refused(operator: str) -> None:
 @pytest.mark.parametrize("operator", GROUPS)
 def test_random_models_run_or_are_refused(operator: str) -> None:
     answers = answers_of("fuzz", operator)
-    assert int(answers["runs"]) + int(answers["refused"]) == 400
+    assert int(answers["runs"]) + int(answers["refused"]) == ROUNDS
     assert min(map(int, answers.values())) >= 20
 
 

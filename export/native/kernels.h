@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "packed signs are bytes of little-endian words here"
+#endif
+
 namespace bnext {
 
 // Constants per channel are padded with zeros to a multiple of this, so that kernels read whole vectors.

@@ -30,8 +30,9 @@ struct V {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F exact_multiply_add(F a, F b, F sum) { return vfmaq_f32(sum, a, b); }
-  static F min(F a, F b) { return vminq_f32(a, b); }
-  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  // Of a number and no number, the number.
+  static F min(F a, F b) { return vminnmq_f32(a, b); }
+  static F max(F a, F b) { return vmaxnmq_f32(a, b); }
   static F round(F a) { return vrndnq_f32(a); }
   static F where_negative(F q, F negative, F otherwise) { return vbslq_f32(vcltzq_f32(q), negative, otherwise); }
 
