@@ -17,7 +17,7 @@ finetune: $(VENV)/.user
 	$(BIN)/qat export --onnx
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
