@@ -3,8 +3,8 @@
     python -m benchmarks.native [--threads N] [--repeats N] [--side PIXELS]
 
 For each convolution of BNext-Tiny: onnxruntime's Conv in float32, and the operator BinaryConv, which also
-packs its input, requantizes, applies PReLU and adds up for the attention. Both are models of one node and run by
-turns; times are medians. Bytes are those of input, weights and result, each once. The last line is JSON.
+packs its input, requantizes, applies PReLU and adds up for the attention. Both are models of one node, run by
+turns; times are medians. Bytes: input, weights and result, each once. The last line is JSON.
 """
 
 from __future__ import annotations
