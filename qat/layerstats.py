@@ -106,7 +106,7 @@ def measure(
             sums, hooks = _Sums(), activations
             if isinstance(module, SubBlock):
                 points[f"{name}.binary_conv"] = module.binary_conv, sums
-                handle = module.binary_activation.register_forward_hook(partial(_see_signs, sums))
+                handle = module.register_forward_pre_hook(partial(_see_signs, sums))
             elif isinstance(module, WeightQuantizer):
                 points[name], hooks = (module, sums), weights
                 handle = module.register_forward_hook(partial(_see_weights, sums))
@@ -179,10 +179,12 @@ def _see_weights(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output
     sums.add(weight, output, scale, (-module.quant_max, module.quant_max))
 
 
-def _see_signs(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a binary activation."""
-    sums.extend(inputs[0])
-    sums.positive += int((output > 0).sum())
+def _see_signs(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Hook before a sub-block: what its sign is taken of is no module's result where steps are fused."""
+    assert isinstance(module, SubBlock)
+    moved = module.move(inputs[0])
+    sums.extend(moved)
+    sums.positive += int((module.binary_activation(moved) > 0).sum())
 
 
 def _statistics(name: str, module: nn.Module, sums: _Sums, flipped: float | None) -> LayerStatistics:
