@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def test_all_kernels_of_this_processor_are_equal(sources: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == list(KERNELS or [line.split(":")[0] for line in lines])
     assert all(line.endswith(f": equal in {ROUNDS} rounds") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("processor", "names"), [("Nehalem", ["portable"]), ("Haswell", ["avx2", "portable"])]
+)
+def test_a_processor_without_avx_512_runs_what_it_has(
+    sources: Path, processor: str, names: list[str]
+) -> None:
+    """An instruction that an emulated processor lacks would end the program."""
+    need("qemu-x86_64", always=False)
+    if platform.machine() != "x86_64":
+        pytest.skip("needs x86_64")
+    done = run("qemu-x86_64", "-cpu", processor, selftest(sources), "200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [f"{name}: equal in 200 rounds" for name in names]
 
 
 @pytest.mark.skipif("avx2" not in KERNELS, reason="needs a processor with AVX2")
