@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from export.benchmark import Candidate, Conditions, Measurement, measure
 from export.floatgraph import FORMAT as FLOAT_FORMAT
-from export.nativelibrary import native_library_path
+from export.nativelibrary import has_library
 from export.staticquant import FORMAT as STATIC_FORMAT
 from export.targets import Subject, check_targets, export_targets
 from qat.bnext import Architecture
-from qat.errors import NativeLibraryError, QatError
+from qat.errors import QatError
 from qat.machine import machine
 
 #: What others are compared with: the name of the target, and the metadata ``format`` of its files.
@@ -32,12 +32,12 @@ _MOST_CLASSES: Final = 100_000
 
 
 def default_targets() -> tuple[str, ...]:
-    """What is measured where nothing is named: every target that can run here."""
-    try:
-        native_library_path()
-    except NativeLibraryError:
-        return (FLOAT32, ORT_STATIC, PORTABLE)
-    return (FLOAT32, ORT_STATIC, PORTABLE, NATIVE)
+    """What is measured where nothing is named: every target that can run here.
+
+    Raises:
+        NativeLibraryError: the environment names a native library that isn't there.
+    """
+    return (FLOAT32, ORT_STATIC, PORTABLE, *((NATIVE,) if has_library() else ()))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import onnx
 from export.describe import layers as describe_layers
 from export.fields import named_arrays
 from export.integer import IntegerNetwork
+from export.nativegraph import FORMAT as NATIVE_FORMAT
 from export.networkfile import load_network
 from export.onnxmodel import OnnxModel, normalization
 from export.weightgraph import Array, WeightGraph, exact_share, value_range
@@ -78,7 +79,7 @@ def inspect_onnx(path: Path) -> Inspection:
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     kind = exported.metadata["format"]
     as_float = kind.startswith("bnext-qat float")
-    native = kind.startswith("bnext-qat native")
+    native = kind == NATIVE_FORMAT
     if not as_float and not native and not kind.startswith("bnext-qat portable"):
         raise CheckpointError(f"{path}: metadata 'format' is {kind!r}, which this version doesn't know")
     facts = facts_of(exported.metadata)

@@ -46,6 +46,20 @@ def native_library_path() -> Path:
     return path
 
 
+def has_library() -> bool:
+    """Whether the library was built.
+
+    Raises `NativeLibraryError` where the environment names a file that is not there.
+    """
+    try:
+        native_library_path()
+    except NativeLibraryError:
+        if os.environ.get(LIBRARY_VARIABLE):
+            raise
+        return False
+    return True
+
+
 def available_kernels() -> tuple[str, ...]:
     """Sets of kernels that this processor runs, best first, such as ``("avx2", "portable")``.
 

@@ -135,7 +135,9 @@ class WeightGraph:
     def _has_prelu(self, name: str) -> bool:
         """Whether a PReLU stands before the residual of the sub-block ``name``."""
         updates = [node for node in self.consumers.get(f"{name}/y", []) if node.op_type == "TrunkUpdate"]
-        return f"{name}/prelu1" in self.producers or any(bool(node.input[4:5] != [""]) for node in updates)
+        return f"{name}/prelu1" in self.producers or any(
+            len(node.input) > 4 and node.input[4] for node in updates
+        )
 
     def _rest(self, name: str, role: str, initializers: list[str], result: str) -> InspectedLayer:
         arrays = [self._checked(initializer) for initializer in initializers]

@@ -179,3 +179,15 @@ def test_inspection_finds_every_layer_with_its_bits(tmp_path: Path) -> None:
     binary = [layer for layer in native.layers if layer.stored == SIGN_BITS]
     assert len(binary) == len(list(network.sub_blocks()))
     assert {layer.in_use for layer in binary} == {PLUS_MINUS_ONE}
+
+
+@needs_library
+def test_inspection_reads_a_model_whose_absent_inputs_were_cut_off(tmp_path: Path) -> None:
+    model = emit_native(ordinary()[1])
+    before = inspect_onnx(saved(model, tmp_path / "before.onnx"))
+    for node in model.graph.node:
+        while node.input and not node.input[-1]:
+            del node.input[-1]
+    after = inspect_onnx(saved(model, tmp_path / "after.onnx"))
+    assert [layer.kind for layer in after.layers] == [layer.kind for layer in before.layers]
+    assert {"bias 3×3", "scale 3×3"} <= {layer.kind for layer in after.layers}

@@ -144,6 +144,9 @@ def activation_cases(index: int, name: str, shape: tuple[int, ...], dtype: Any, 
         f"{name} of {what}": ({index: Fed(ints(*changed, dtype=dtype))}, said)
         for what, changed in shapes.items()
     }
+    # Their sums would not fit.
+    wide = np.zeros((1, 1, 2**23 + 1, 1), dtype)
+    cases[f"{name} of too many pixels"] = {index: Fed(wide)}, f"{name} has shape .*more than 8388608 pixels"
     cases[f"{name} of another type"] = {index: Fed(ints(*shape, dtype=other))}, TYPE
     cases[f"{name} missing"] = {index: GONE}, MISSING
     return cases

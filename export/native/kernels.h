@@ -60,8 +60,7 @@ struct Update {
   float branch_low, branch_high;
   float branch_multiplier, residual_multiplier;
   float low, high;       // of the result
-  int8_t* out;           // [out height][out width][out_channels], at the first channel to write
-  int64_t out_channels;  // distance between pixels of `out`
+  int8_t* out;           // [out height][out width][channels]
 };
 
 // 3×3 convolution of a uint8 image of three channels, requantized.

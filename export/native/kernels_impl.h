@@ -233,7 +233,7 @@ void update_rows(const Update& u, int64_t first_row, int64_t last_row) {
       const int64_t row_step = u.width * u.channels;
       const Residual residual{u, PreluVector(u.residual, channel), x + upper * row_step, x + lower * row_step, count};
       const int8_t* y = u.y + row * u.out_width * u.channels + channel;
-      int8_t* out = u.out + row * u.out_width * u.out_channels + channel;
+      int8_t* out = u.out + row * u.out_width * u.channels + channel;
       for (int64_t column = 0; column < u.out_width; ++column) {
         F branch = load(y + column * u.channels, count);
         const F r = residual.at(column);
@@ -247,7 +247,7 @@ void update_rows(const Update& u, int64_t first_row, int64_t last_row) {
           branch = clamp(V::add(branch, offset), branch_low, branch_high);
         }
         const F total = V::add(V::mul(branch, of_branch), V::mul(r, of_residual));
-        store(out + column * u.out_channels, V::round(clamp(total, low, high)), count);
+        store(out + column * u.channels, V::round(clamp(total, low, high)), count);
       }
     }
   }

@@ -33,18 +33,29 @@ BNEXT_EXPORT bnext::ort::Status* RegisterCustomOps(
     bnext::ort::SessionOptions* options, const bnext::ort::ApiBase* base) {
   using namespace bnext;
   const ort::Api api = ort::api_of(base);
-  // Without the table there is no status to return; onnxruntime has printed which versions it knows.
-  if (api == nullptr) return nullptr;
+  if (api == nullptr) {
+    const ort::Api first = base != nullptr ? base->get_api(1) : nullptr;
+    if (first == nullptr) return nullptr;  // nothing to make a status with
+    return guarded(first, "register", [&] {
+      throw Error(std::string("needs onnxruntime 1.17 or newer, this is ") + base->get_version_string());
+    });
+  }
   return guarded(api, "register", [&] {
     kernels();  // a wrong BNEXT_QAT_KERNELS is said here
-    ort::CustomOpDomain* domain = nullptr;
-    check(ort::call(api, ort::kCreateCustomOpDomain, "bnext_qat", &domain));
-    // Sessions keep no share in a domain: it lives as long as the process, like the library.
-    for (const ort::CustomOp* op :
-         {&Operator<BinaryConv>::instance(), &Operator<ChannelAttention>::instance(),
-          &Operator<TrunkUpdate>::instance(), &Operator<Stem>::instance(), &Operator<ChannelSums>::instance()}) {
-      check(ort::call(api, ort::kCustomOpDomainAdd, domain, op));
-    }
+    // Sessions keep no share in a domain: one serves them all, as long as the library is loaded.
+    static ort::CustomOpDomain* const domain = [api] {
+      ort::CustomOpDomain* made = nullptr;
+      check(ort::call(api, ort::kCreateCustomOpDomain, "bnext_qat", &made));
+      for (const ort::CustomOp* op :
+           {&Operator<BinaryConv>::instance(), &Operator<ChannelAttention>::instance(),
+            &Operator<TrunkUpdate>::instance(), &Operator<Stem>::instance(), &Operator<ChannelSums>::instance()}) {
+        if (ort::Status* status = ort::call(api, ort::kCustomOpDomainAdd, made, op)) {
+          ort::release(api, ort::kReleaseCustomOpDomain, made);
+          throw StatusError{status};
+        }
+      }
+      return made;
+    }();
     check(ort::call(api, ort::kAddCustomOpDomain, options, domain));
   });
 }

@@ -38,7 +38,6 @@ struct ApiBase {
 // Index of each function in the table.
 enum Entry : size_t {
   kCreateStatus = 0,
-  kGetErrorMessage = 2,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,

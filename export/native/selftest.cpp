@@ -160,7 +160,6 @@ void compare_update(const Kernels& kernels) {
   const auto gain = whole_floats(channels, -128, 127, step);
   const auto offset = whole_floats(channels, -128, 127, 1.0f), slopes = whole_floats(channels, -128, 127, 0.0625f);
   const Grid residual = some_grid(), product = some_grid(), between_ = some_grid(), output = some_grid();
-  const int64_t out_channels = channels + between(0, 3);
   const auto second = std::ldexp(static_cast<float>(between(0, 1023)), -16);
   const auto of_branch = std::ldexp(static_cast<float>(between(0, 16383)), -14);
   const auto of_residual = std::ldexp(static_cast<float>(between(0, 16383)), -14);
@@ -169,12 +168,11 @@ void compare_update(const Kernels& kernels) {
            (prelu ? ", PReLU" : "");
   std::vector<int8_t> out[2];
   for (int i = 0; i < 2; ++i) {
-    out[i].assign(static_cast<size_t>(out_height * out_width * out_channels), 99);
+    out[i].assign(static_cast<size_t>(out_height * out_width * channels), 99);
     const Update update{y.data(), x.data(), height, width, out_width, channels, stride,
                         Prelu{prelu ? slopes.data() : nullptr, residual.low, residual.high},
                         branch ? gain.data() : nullptr, offset.data(), scales, product.low, product.high, second,
-                        between_.low, between_.high, of_branch, of_residual, output.low, output.high, out[i].data(),
-                        out_channels};
+                        between_.low, between_.high, of_branch, of_residual, output.low, output.high, out[i].data()};
     (i == 0 ? kernels : kernels_portable).update(update, 0, out_height / 2);
     (i == 0 ? kernels : kernels_portable).update(update, out_height / 2, out_height);
   }

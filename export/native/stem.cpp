@@ -51,20 +51,9 @@ void Stem::compute(const Run& run) const {
   run.parallel(images * strips, [&](int64_t task) {
     const int64_t image = task / strips, strip = task % strips;
     float* const scratch = work.data() + task * kTaps * (width + 2);
-    const StemRows rows{x.data + image * kColors * height * width,
-                               height,
-                               width,
-                               zero_point_,
-                               weight_.data(),
-                               bias_.data(),
-                               multiplier_.data(),
-                               low_,
-                               high_,
-                               out_width,
-                               channels_,
-                               stride_,
-                               out + image * pixels * channels_,
-                               scratch};
+    const StemRows rows{x.data + image * kColors * height * width, height, width, zero_point_, weight_.data(),
+                        bias_.data(), multiplier_.data(), low_, high_, out_width, channels_, stride_,
+                        out + image * pixels * channels_, scratch};
     kernels_.stem(rows, cut(out_height, strips, strip), cut(out_height, strips, strip + 1));
   });
 }

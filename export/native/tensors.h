@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -78,11 +79,6 @@ struct Tensor {
   Shape shape;
 
   explicit operator bool() const { return data != nullptr; }
-  int64_t size() const {
-    int64_t count = 1;
-    for (const int64_t side : shape) count *= side;
-    return count;
-  }
 };
 
 template <typename T>
@@ -98,7 +94,12 @@ Tensor<T> tensor_of(ort::Api api, const ort::Value* value, const char* name) {
     status = ort::call(api, ort::kGetDimensionsCount, static_cast<const ort::ShapeInfo*>(info), &rank);
   }
   if (status == nullptr) {
-    tensor.shape.resize(rank);
+    try {
+      tensor.shape.resize(rank);
+    } catch (...) {
+      ort::release(api, ort::kReleaseTensorTypeAndShapeInfo, info);
+      throw;
+    }
     status = ort::call(
         api, ort::kGetDimensions, static_cast<const ort::ShapeInfo*>(info), tensor.shape.data(), rank);
   }
@@ -117,7 +118,6 @@ Tensor<T> tensor_of(ort::Api api, const ort::Value* value, const char* name) {
 class Info {
  public:
   Info(ort::Api api, const ort::KernelInfo* info) : api_(api), info_(info) {}
-  ort::Api api() const { return api_; }
 
   int64_t integer(const char* name, int64_t low, int64_t high) const {
     int64_t value = 0;
@@ -191,6 +191,10 @@ class Run {
                       tensor.shape[3] > 0;
     require(fits, std::string(name) + " has shape " + text_of(tensor.shape) +
                       ", need 4 dimensions, those after the first at least 1");
+    // Sums of int8 over more pixels do not fit into int32. (One row and column may count twice.)
+    const auto most = int64_t{1} << 23;
+    require(tensor.shape[1] <= most && tensor.shape[2] <= most && tensor.shape[1] * tensor.shape[2] <= most,
+            std::string(name) + " has shape " + text_of(tensor.shape) + ", more than 8388608 pixels");
     return tensor;
   }
 

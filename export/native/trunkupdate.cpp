@@ -85,7 +85,7 @@ void TrunkUpdate::compute(const Run& run) const {
     update.height = height;
     update.width = width;
     update.out_width = out_width;
-    update.channels = update.out_channels = channels;
+    update.channels = channels;
     update.residual = {slopes_.empty() ? nullptr : slopes_.data(), residual_low_, residual_high_};
     update.gain = gains == 0 ? nullptr : scaled.data() + (gains == 1 ? 0 : image * padded);
     update.offset = offset_.data();
