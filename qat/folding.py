@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric, power_of_two_above
 from qat.integers import Requantization, snap_up
+from qat.syncednorm import correction, global_moments
 
 #: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
 CONSTANT_BITS: Final = 8
@@ -48,12 +49,12 @@ def fold_batch_norm(norm: nn.BatchNorm2d, x: Callable[[], Tensor]) -> tuple[Tens
     if norm.training:
         values = x()
         variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+        mean, variance, count = global_moments(mean, variance, values.numel() / values.shape[1])
         with torch.no_grad():
-            count = values.numel() / values.shape[1]
             tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
             # No momentum means the plain average of all batches, as in torch.
             momentum = tracked.float().reciprocal() if norm.momentum is None else norm.momentum
-            unbiased = variance * (count / max(count - 1, 1))
+            unbiased = variance * correction(count)
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     else:

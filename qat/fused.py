@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.binary import ACTIVATION_CLIP, sign
+from qat.distributed import world
+from qat.syncednorm import correction, global_moments, synced_batch_norm
 
 
 def shifted_sign(x: Tensor, bias: Tensor, zero_is_positive: bool = False) -> Tensor:
@@ -36,6 +38,8 @@ def can_fuse(norm: nn.BatchNorm2d) -> bool:
 
 def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     """``PReLU(BN(x))`` with batch statistics, for which :func:`can_fuse` must hold; (N, C, H, W)."""
+    if world().size > 1:
+        return prelu(synced_batch_norm(x, norm), activation)
     _count(norm)
     return _apply(
         _NormPReLU,
@@ -83,14 +87,14 @@ def scaled_norm(
     means = factor * mean
     center = means.mean(0)
     spread = (factor.square() * variance).mean(0) + (means - center).square().mean(0)
+    center, spread, count = global_moments(center, spread, x.numel() // x.shape[1])
     _count(norm)
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.momentum is not None
-        count = x.numel() // x.shape[1]
         norm.running_mean.lerp_(center.to(norm.running_mean.dtype), norm.momentum)
-        unbiased = spread * (count / max(count - 1, 1))
+        unbiased = spread * correction(count)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
     gain = norm.weight * torch.rsqrt(spread + norm.eps)
     return _apply(_ScaleAndAdd, x, factor * gain, norm.bias - center * gain, residual)

@@ -15,6 +15,7 @@ from toyruns import Silent
 from qat.bnext import binary_convolutions, set_temperature
 from qat.checkpoint import file_hash, load_checkpoint, save_checkpoint
 from qat.data import load_split
+from qat.devices import choose_device
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
 from qat.evaluate import evaluate, predictor
 from qat.fakequant import activation_quantizers
@@ -22,7 +23,7 @@ from qat.loading import build
 from qat.prepare import quantization_map
 from qat.recipe import load_recipe
 from qat.rundir import RunDirectory
-from qat.train import apply_freezes, choose_device, finetune, pretrain
+from qat.train import apply_freezes, finetune, pretrain
 
 
 @pytest.fixture(scope="module")

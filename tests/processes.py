@@ -1,0 +1,134 @@
+"""Two processes that train together as `torchrun` starts them, but quickly: forked from one that has torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from qat.cli import main
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    ["qat.train", "qat.cli", "sklearn.datasets", "kornia.augmentation", "accelerate", "torch.distributed"]
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended, and what it said; ``result`` is that of a function."""
+
+    code: int
+    output: str
+    errors: str
+    result: Any = None
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def together(
+    arguments: Sequence[str], prepare: Callable[[int], None] | None = None, size: int = 2
+) -> list[Ended]:
+    """Run `qat ARGUMENTS` in processes that share the work; ``prepare`` is given the rank of each first."""
+    return _run(_command, (list(arguments), prepare), size)
+
+
+def call(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
+    """What ``function`` of ``arguments`` returns in each of the processes, joined; it must be of a module."""
+    ended = _run(_function, (function, arguments), size)
+    assert [one.code for one in ended] == [0] * size, [one.errors for one in ended]
+    return [one.result for one in ended]
+
+
+def _run(target: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> list[Ended]:
+    port = free_port()
+    # The store of torchrun's agent outlives the processes.
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    running = []
+    for rank in range(size):
+        receive, reply = _PROCESSES.Pipe(duplex=False)
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": "1",
+        }
+        # Pickled by hand: between processes, torch would share tensors' memory.
+        work = pickle.dumps((target, arguments))
+        process = _PROCESSES.Process(target=_child, args=(environment, reply, work))
+        process.start()
+        reply.close()
+        running.append((process, receive))
+    ended = []
+    for process, receive in running:
+        try:
+            code, output, errors, result = receive.recv()
+        except EOFError:  # killed
+            code, output, errors, result = None, "", "", pickle.dumps(None)
+        process.join()
+        assert process.exitcode is not None
+        ended.append(Ended(process.exitcode if code is None else code, output, errors, pickle.loads(result)))
+    del store
+    return ended
+
+
+def _child(environment: dict[str, str], reply: Connection, work: bytes) -> None:
+    import io
+    import traceback
+
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+    result = None
+    target, arguments = pickle.loads(work)
+
+    def end(code: int) -> None:
+        said = sys.stdout.getvalue(), sys.stderr.getvalue()  # type: ignore[attr-defined]
+        reply.send((code, *said, pickle.dumps(result)))
+        reply.close()
+        leave(code)
+
+    leave, os._exit = os._exit, end  # type: ignore[assignment]
+    code = 0
+    try:
+        result = target(*arguments)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    end(code)
+
+
+def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> None:
+    import qat.cli.training
+
+    qat.cli.training._report = lambda run: None
+    if prepare is not None:
+        prepare(int(os.environ["RANK"]))
+    main(arguments)
+
+
+def _function(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    from qat.distributed import joined
+
+    with joined():
+        return function(*arguments)

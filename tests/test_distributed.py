@@ -1,0 +1,219 @@
+"""Several processes as one: what each is told of the others, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from processes import call, together
+from torch import Tensor, nn
+
+from qat.distributed import (
+    any_of,
+    exchanged,
+    extremes,
+    from_main,
+    is_main,
+    of_each,
+    rows_of_all,
+    total,
+    world,
+)
+from qat.launch import Share, World, launched
+from qat.observers import OBSERVERS, observed_grid
+from qat.syncednorm import BatchNorm2d
+
+NAN = float("nan")
+
+
+def test_a_process_alone_is_given_back_what_it_gives() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    assert world() == World()
+    assert is_main()
+    assert total([1.5, 2.0]) == [1.5, 2.0]
+    assert any_of(True)
+    assert not any_of(False)
+    assert from_main("a") == "a"
+    assert rows_of_all(x) is x
+    assert of_each(x).shape == (1, 4, 3)
+    assert torch.equal(exchanged(x, [2, 0, 1, 3]), x[[2, 0, 1, 3]])
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+def test_without_a_launcher_there_is_one_process(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == World()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8])
+def test_shares_are_a_batch_cut_into_consecutive_parts_of_nearly_one_size(count: int) -> None:
+    parts = [list(range(count))[Share(rank, 3).of(count)] for rank in range(3)]
+    assert [row for part in parts for row in part] == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def _everything() -> dict[str, object]:
+    rank = world().rank
+    rows = torch.arange(3.0 if rank == 0 else 1.0)[:, None] + 10 * rank
+    order = [5, 0, 3, 1, 4, 2]
+    mine = torch.arange(3)[:, None] + 3 * rank
+    return {
+        "world": (world().rank, world().size, is_main()),
+        "total": total([rank + 1, 0.5]),
+        "any": (any_of(rank == 1), any_of(False)),
+        "text": from_main(f"of {rank}"),
+        "rows": rows_of_all(rows).flatten().tolist(),
+        "nothing": rows_of_all(rows if rank else torch.empty(0, 0)).tolist(),
+        "extremes": extremes(torch.tensor([1.0, 2.0]) * (1 - 3 * rank)).tolist(),
+        "of_few": extremes(torch.tensor([4.0, 5.0][:rank])).tolist(),
+        "no_number": extremes(torch.tensor([1.0, NAN][: 2 - rank])).tolist(),
+        "exchanged": exchanged(mine, order).flatten().tolist(),
+    }
+
+
+def test_each_process_is_told_what_the_others_have() -> None:
+    first, second = call(_everything)
+    assert first.pop("world") == (0, 2, True)
+    assert second.pop("world") == (1, 2, False)
+    assert first.pop("exchanged") == [5, 0, 3]
+    assert second.pop("exchanged") == [1, 4, 2]
+    assert first == second
+    assert first["total"] == [3.0, 1.0]
+    assert first["any"] == (True, False)
+    assert first["text"] == "of 0"
+    assert first["rows"] == [0.0, 1.0, 2.0, 10.0]
+    assert first["nothing"] == [[10.0]]
+    assert first["extremes"] == [-4.0, 2.0]
+    assert first["of_few"] == [4.0, 4.0]
+    assert first["no_number"] == [-torch.inf, torch.inf]
+
+
+# Batch statistics
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    norms = [BatchNorm2d(4), BatchNorm2d(4, momentum=None)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return nn.Sequential(norms[0], nn.Conv2d(4, 4, 3), nn.ReLU(), norms[1]).double()
+
+
+def _trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Outputs, gradients and running statistics; those of parameters as the mean of all processes."""
+    images = images.clone().requires_grad_()
+    out = network.train()(images)
+    (
+        out.square() * torch.linspace(0, 1, out[0].numel(), dtype=out.dtype).view(out[0].shape)
+    ).mean().backward()
+    assert images.grad is not None
+    found = {"out": out.detach(), "input": images.grad}
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        found[name] = of_each(parameter.grad).mean(0)
+    return found | {name: value.clone() for name, value in network.named_buffers()}
+
+
+def _shared_norm(images: Tensor) -> dict[str, Tensor]:
+    return _trained(_network(), images[world().share.of(len(images))])
+
+
+def test_batch_normalization_is_that_of_all_processes_images_forward_and_backward() -> None:
+    images = torch.randn(6, 4, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 3
+    whole = _trained(_network(), images)
+    first, second = call(_shared_norm, images)
+    for name, expected in whole.items():
+        if name in ("out", "input"):
+            # Each process's loss is a mean over half of the images.
+            scale = 1.0 if name == "out" else 0.5
+            found = torch.cat([first[name], second[name]]) * scale
+        else:
+            found = first[name]
+            assert torch.equal(found, second[name])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def _uneven_norm(images: Tensor) -> dict[str, Tensor]:
+    norm = BatchNorm2d(4)
+    norm(images[: len(images) - 1] if world().rank == 0 else images[len(images) - 1 :])
+    norm(images if world().rank == 0 else images[:0])
+    return {name: value.clone() for name, value in norm.named_buffers()}
+
+
+def test_statistics_weigh_each_process_by_its_values_even_by_none() -> None:
+    images = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    norm = BatchNorm2d(4)
+    norm(images)
+    norm(images)
+    for found in call(_uneven_norm, images):
+        for name, value in norm.named_buffers():
+            torch.testing.assert_close(found[name], value)
+
+
+# Observers
+
+
+def _batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(count, 3, 5, 5, generator=generator) * 2**i for i, count in enumerate((8, 7, 1, 6))]
+
+
+def _observed(share: Share) -> dict[str, list[Tensor]]:
+    found = {}
+    for observer in OBSERVERS:
+        for signed in (True, False):
+            seen = observed_grid(8, signed, observer, averaging=0.3, percentile=97.0).activation_post_process
+            for batch in _batches():
+                part = batch[share.of(len(batch))]
+                seen(part if signed else part.relu())
+            found[f"{observer} {signed}"] = [value.clone() for value in seen.state_dict().values()]
+            found[f"{observer} {signed}"] += list(seen.calculate_qparams())
+    return found
+
+
+def _shared_observers() -> dict[str, list[Tensor]]:
+    return _observed(world().share)
+
+
+def test_observers_see_bit_for_bit_what_one_process_would() -> None:
+    """The batch of one image leaves a process without any."""
+    alone = _observed(Share())
+    for found in call(_shared_observers):
+        assert found.keys() == alone.keys()
+        for name, expected in alone.items():
+            for mine, value in zip(found[name], expected, strict=True):
+                assert torch.equal(mine, value), name
+
+
+# Endings
+
+
+def _vanish(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_other_commands_are_not_run_several_times(tmp_path: object) -> None:
+    first, second = together(["export", "--onnx", "--runs", str(tmp_path)])
+    assert (first.code, second.code) == (2, 2)
+    assert (
+        "`qat export` runs in one process, 2 were launched; several share the work of evaluate"
+        in first.errors
+    )
+    assert second.errors == ""
+
+
+def test_an_error_of_all_is_told_once() -> None:
+    ended = together(["pretrain", "--set", "data.batch_size=63"])
+    assert [one.code for one in ended] == [2, 2]
+    (said,) = [one.errors for one in ended if one.errors]
+    assert "data.batch_size: found 63, allowed with 2 processes, which share it: a multiple of 2" in said
