@@ -45,6 +45,15 @@ class Command(click.Command):
             click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
         )
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, unless several processes were launched to do what is to be done once."""
+        if (size := launched().size) > 1 and self.name not in _SHARED:
+            raise QatError(
+                f"`{ctx.command_path}` runs in one process, {size} were launched; several share the work of "
+                f"{', '.join(_SHARED)}"
+            )
+        return super().invoke(ctx)
+
 
 class _Group(click.Group):
     """Turns the project's errors into messages and exit codes; --debug shows the traceback."""
@@ -60,7 +69,6 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            _check_launched(ctx)
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort) as error:
             if isinstance(error, click.ClickException) and launched().rank:
@@ -83,20 +91,6 @@ class _Group(click.Group):
                 _end_together(code, message, error)
         click.echo(f"error: {message}", err=True)
         sys.exit(code)
-
-
-def _check_launched(ctx: click.Context) -> None:
-    """Refuse to do several times what is to be done once.
-
-    Raises:
-        QatError: several processes were launched with a command that one process runs.
-    """
-    name = next(iter(ctx.protected_args or ctx.args), "")
-    if (size := launched().size) > 1 and name not in _SHARED and name in main.commands:
-        raise QatError(
-            f"`qat {name}` runs in one process, {size} were launched; several share the work of "
-            f"{', '.join(sorted(_SHARED))}"
-        )
 
 
 def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
