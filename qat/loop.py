@@ -49,7 +49,9 @@ class Reporter(Protocol):
         """Training begins: ``epochs`` of ``steps`` batches, of which ``done`` are behind a resumed run."""
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """One batch is done: loss, top1 (percent), images_per_second, all running means of the epoch."""
+        """One step is done: loss, top1 (percent), images_per_second, all running means of the epoch; its
+        learning_rate, and its number in all epochs, ``step``.
+        """
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """One epoch is done, with its metrics."""
@@ -247,7 +249,7 @@ def _epoch(
             job.average.update(model, done + 1)
         sums.step = step + 1
         sums.seconds = time.perf_counter() - started
-        job.report.step(epoch, _means(sums))
+        job.report.step(epoch, {**_means(sums), "learning_rate": sums.learning_rate, "step": float(done + 1)})
         job.check_stop()
         if save_steps and (done + 1) % save_steps == 0:
             _save(job, parts)

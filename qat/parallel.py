@@ -36,19 +36,12 @@ class Parallel:
         if not self._wrapped:
             return
         _check_configuration()
-        threads = torch.get_num_threads()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about threads, which the recipe decides
-            from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import DistributedDataParallelKwargs
 
-            # A stem's PReLU is in no forward pass, and scales leave it when they freeze.
-            options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-            # The recipe's precision is applied by the loop, as in a process alone.
-            accelerator = Accelerator(
-                cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[options], dynamo_backend="no"
-            )
-        torch.set_num_threads(threads)
-        self._forward = accelerator.prepare_model(model, device_placement=False)
+        # A stem's PReLU is in no forward pass, and scales leave it when they freeze.
+        options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+        prepared = accelerator(device, kwargs_handlers=[options])
+        self._forward = prepared.prepare_model(model, device_placement=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalized images (N, 3, H, W), this process's, → logits (N, num_classes)."""
@@ -63,6 +56,19 @@ class Parallel:
                 yield
         else:
             yield
+
+
+def accelerator(device: torch.device, **options: Any) -> Any:
+    """accelerate's engine for ``device``, which leaves threads and precision as the recipe has them."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about threads
+        from accelerate import Accelerator
+
+        # The loop applies the precision, as in a process alone.
+        made = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no", **options)
+    torch.set_num_threads(threads)
+    return made
 
 
 def _check_configuration() -> None:

@@ -29,7 +29,16 @@ from qat.rundir import SUMMARY, RunDirectory
 from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_leftovers
 
 #: Keys that may change when a run goes on: they leave its result alone.
-NEUTRAL: Final = ("device", "threads", "data.workers", "schedule.save_steps", "schedule.keep_states")
+NEUTRAL: Final = (
+    "device",
+    "threads",
+    "data.workers",
+    "schedule.save_steps",
+    "schedule.keep_states",
+    "tracking.trackers",
+    "tracking.project",
+    "tracking.every",
+)
 #: Keys whose text may change since what they name is compared by its content.
 _PATHS: Final = ("model.checkpoint", "data.root", "distillation.teachers")
 

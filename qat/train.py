@@ -31,6 +31,7 @@ from qat.rundir import SUMMARY, RunDirectory
 from qat.runfacts import check_alike, run_facts
 from qat.statefile import remove_states, write_state
 from qat.teachers import Teacher, Teachers, load_teachers
+from qat.tracking import check_trackers, tracked
 
 
 def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = None) -> RunDirectory:
@@ -155,10 +156,13 @@ def _begin_job(
     teachers = load_teachers(loaded, test.class_names, device, report) if named else None
     facts = run_facts(train, test, start, teachers)
     check_alike(facts, resumed)
+    check_trackers(recipe.tracking)
     if resumed is None:
         run = RunDirectory.create(loaded)
+        report = tracked(report, recipe, run, device)
         report.message(f"{model.architecture}, run directory {run.path}")
         return Job(recipe, model, train, test, device, run, report, teachers, metadata=facts)
+    report = tracked(report, resumed.recipe, resumed.run, device)
     job = Job(resumed.recipe, model, train, test, device, resumed.run, report, teachers, metadata=facts)
     if resumed.state is None:
         report.message(f"{model.architecture}, run directory {job.run.path}: begins again, nothing was saved")
