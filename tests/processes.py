@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -10,7 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+from toyruns import TOY, settings
 
 from qat.cli import main
 
@@ -28,6 +32,15 @@ class Ended:
     output: str
     errors: str
     result: Any = None
+
+
+#: 2 epochs of 4 steps, a state after every third step.
+LONG = (
+    "data.batch_size=320",
+    "data.augment={translate: 0.1, mixup: 0.2}",
+    "schedule.epochs=2",
+    "schedule.save_steps=3",
+)
 
 
 def free_port() -> int:
@@ -134,3 +147,40 @@ def _function(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
     with joined():
         return function(*arguments)
+
+
+def arguments(task: str, out: Path, *overrides: str) -> list[str]:
+    """Of a toy `qat TASK` that writes below ``out``."""
+    keys = {override.partition("=")[0] for override in overrides}
+    fixed = [*TOY, f"output.dir={json.dumps(str(out))}"]
+    return [task, *settings([one for one in fixed if one.partition("=")[0] not in keys] + list(overrides))]
+
+
+def the_run(out: Path) -> Path:
+    """The one run below ``out``."""
+    (run,) = out.iterdir()
+    return run
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one epoch each."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def codes(ended: list[Ended]) -> list[int]:
+    """Exit codes, by rank."""
+    return [one.code for one in ended]
+
+
+def send(number: int, to: int, at: int, rank: int) -> None:
+    """Send a signal to process ``to`` after optimizer step ``at``."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    steps = []
+
+    def passed(*_: object) -> None:
+        steps.append(1)
+        if rank == to and len(steps) == at:
+            os.kill(os.getpid(), number)
+
+    register_optimizer_step_post_hook(passed)

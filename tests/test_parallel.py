@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from killed import differences, outcome, timeless, unfinished
-from processes import Ended, together
-from toyruns import TOY, qat, settings
+from processes import LONG, arguments, codes, rows, send, the_run, together
+from toyruns import qat
 
 from qat.checkpoint import load_checkpoint
 from qat.launch import Share
@@ -46,30 +46,11 @@ TUNED = (
 )
 
 
-def arguments(task: str, out: Path, *overrides: str) -> list[str]:
-    keys = {override.partition("=")[0] for override in overrides}
-    fixed = [*TOY, f"output.dir={json.dumps(str(out))}"]
-    return [task, *settings([one for one in fixed if one.partition("=")[0] not in keys] + list(overrides))]
-
-
-def the_run(out: Path) -> Path:
-    (run,) = out.iterdir()
-    return run
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
 def alone(words: list[str]) -> str:
     """Run `qat WORDS` in one process; what it says."""
     result = qat(*words)
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def codes(ended: list[Ended]) -> list[int]:
-    return [one.code for one in ended]
 
 
 @pytest.fixture(scope="module")
@@ -141,29 +122,6 @@ def test_each_image_is_evaluated_once_however_they_divide(start: Path, size: int
 
 
 # Endings
-
-
-def send(number: int, to: int, at: int, rank: int) -> None:
-    """Send a signal to process ``to`` after optimizer step ``at``."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    steps = []
-
-    def passed(*_: object) -> None:
-        steps.append(1)
-        if rank == to and len(steps) == at:
-            os.kill(os.getpid(), number)
-
-    register_optimizer_step_post_hook(passed)
-
-
-#: 2 epochs of 4 steps, a state after every third step.
-LONG = (
-    "data.batch_size=320",
-    "data.augment={translate: 0.1, mixup: 0.2}",
-    "schedule.epochs=2",
-    "schedule.save_steps=3",
-)
 
 
 @pytest.fixture(scope="module")

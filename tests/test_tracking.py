@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import together
-from test_parallel import LONG, arguments, codes, rows, send, the_run
+from processes import LONG, arguments, codes, rows, send, the_run, together
 from toyruns import fail, qat
 
 from qat.errors import RecipeError
@@ -111,6 +110,9 @@ def test_without_trackers_accelerate_is_not_loaded(tmp_path: Path) -> None:
     import sys
 
     words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=1", "data.augment={}")
-    code = f"import sys; from qat.cli import main\ntry: main({words!r})\nexcept SystemExit: print('accelerate' in sys.modules)"
+    code = (
+        f"import sys; from qat.cli import main\ntry: main({words!r})\n"
+        "except SystemExit: print('accelerate' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False"), done.stdout + done.stderr

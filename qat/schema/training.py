@@ -156,20 +156,18 @@ def _project(name: str) -> str:
         raise PydanticCustomError(
             "refused",
             "{why}",
-            {
-                "why": f"found {found(name)}, allowed: letters, digits, '_', '-' and '.', the first no '-' or '.'"
-            },
+            {"why": f"found {found(name)}, allowed: letters, digits, '_', behind these '-' and '.'"},
         )
     return name
 
 
 class Tracking(Section):
-    """Experiment trackers that are sent metrics while a run trains; `metrics.jsonl` is written in any case."""
+    """Experiment trackers that are sent metrics while a run trains, beside its `metrics.jsonl`."""
 
     trackers: list[Text] = Field(
         default=[],
-        description="Trackers of accelerate, such as 'tensorboard', 'wandb' or 'mlflow'; each needs its package. "
-        "They are set up by their own environment variables.",
+        description="Trackers of accelerate, such as 'tensorboard', 'wandb' or 'mlflow'; each needs its "
+        "package, and is set up by its own environment variables.",
     )
     project: Annotated[str, AfterValidator(_project)] = Field(
         default="bnext-qat", description="Project, or experiment, that the run belongs to there."
