@@ -45,15 +45,17 @@ def check_alike(facts: dict[str, str], resumed: Resumed | None) -> None:
         DataError: images, checkpoint or versions differ from those of the first process.
         CheckpointError: so does the state that a run goes on from.
     """
+    state = str(resumed.state.source) if resumed is not None and resumed.state is not None else "no state"
+    # One message, since a process that refuses takes part in no other.
+    first, first_state = json.loads(from_main(json.dumps([facts, state])))
     for key, value in facts.items():
-        if value != (first := from_main(value)):
+        if value != (other := first.get(key, "nothing")):
             raise DataError(
                 f"process {world().rank} of {world().size}: {key}: found {value[:200]}, allowed: what "
-                f"the first one has, {first[:200]}"
+                f"the first one has, {other[:200]}"
             )
-    state = str(resumed.state.source) if resumed is not None and resumed.state is not None else "no state"
-    if state != (first := from_main(state)):
+    if state != first_state:
         raise CheckpointError(
-            f"process {world().rank} of {world().size} goes on from {state}, the first from {first}; the "
-            "run's folder must be one that all machines share"
+            f"process {world().rank} of {world().size} goes on from {state}, the first from {first_state}; "
+            "the run's folder must be one that all machines share"
         )

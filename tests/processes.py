@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from toyruns import TOY, settings
 
@@ -22,6 +22,10 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["qat.train", "qat.cli", "sklearn.datasets", "kornia.augmentation", "accelerate", "torch.distributed"]
 )
+
+
+#: Seconds after which a process that says nothing hangs.
+_PATIENCE: Final = 120.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def _run(target: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> l
     ended = []
     for process, receive in running:
         try:
+            if not receive.poll(_PATIENCE):
+                process.kill()
             code, output, errors, result = receive.recv()
         except EOFError:  # killed
             code, output, errors, result = None, "", "", pickle.dumps(None)

@@ -18,8 +18,12 @@ from killed import differences, outcome, timeless, unfinished
 from processes import LONG, arguments, codes, rows, send, the_run, together
 from toyruns import qat
 
+from qat import distributed
 from qat.checkpoint import load_checkpoint
-from qat.launch import Share
+from qat.errors import RecipeError
+from qat.launch import Share, World
+from qat.parallel import Parallel
+from qat.statefile import newest_state
 
 #: Every random change there is, and all that happens between a loss and a step.
 EVERYTHING = (
@@ -211,6 +215,16 @@ def test_shards_of_a_training_are_those_of_its_batches(tmp_path: Path) -> None:
             assert torch.equal(torch.cat([part[index] for part in parts]), batch[index])
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RecipeError, match=r"accelerate is configured for .*, allowed: distributed data"):
+        Parallel(torch.nn.Linear(2, 2), torch.device("cpu"))
+
+
 # Launchers
 
 
@@ -241,5 +255,27 @@ def test_both_launchers_start_a_training(launcher: list[str], tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert len(rows(the_run(tmp_path))) == 1
     assert re.findall(r"epoch 1/1", done.stdout) == ["epoch 1/1"]
-    state = done.stdout + done.stderr
-    assert "Traceback" not in state
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_too(tmp_path: Path) -> None:
+    words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=2000")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launcher, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    while "epoch 1/2000" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert errors.count("error: stopped by SIGTERM, everything is saved; go on with: qat pretrain") == 1
+    (record,) = [newest_state(run, print) for run in tmp_path.iterdir()]
+    assert record is not None
+    assert record.record.epoch >= 1

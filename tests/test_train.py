@@ -15,7 +15,6 @@ from toyruns import Silent
 from qat.bnext import binary_convolutions, set_temperature
 from qat.checkpoint import file_hash, load_checkpoint, save_checkpoint
 from qat.data import load_split
-from qat.devices import choose_device
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
 from qat.evaluate import evaluate, predictor
 from qat.fakequant import activation_quantizers
@@ -290,12 +289,3 @@ def test_weights_that_are_not_binary_yet_are_refused(checkpoint: Path, tmp_path:
     save_checkpoint(tmp_path / "soft.safetensors", model, recipe=None)
     message = refused(tmp_path / "soft.safetensors", tmp_path / "runs")
     assert "not binary yet: the temperature is 0.3" in message
-
-
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(RecipeError) as caught:
-        choose_device("cuda:99")
-    found = torch.cuda.device_count()
-    assert str(caught.value) == f"device: 'cuda:99' cannot be used here, which has {found} CUDA devices"
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda")
