@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 import torch
+from conftest import toy_images
 from processes import call, together
 from torch import Tensor, nn
 
+from qat.batchnorm import reestimate_batch_norm
+from qat.bnext import BNext
 from qat.distributed import (
     any_of,
     exchanged,
@@ -159,6 +159,40 @@ def test_statistics_weigh_each_process_by_its_values_even_by_none() -> None:
             torch.testing.assert_close(found[name], value)
 
 
+def _reestimated(models: list[BNext], share: Share) -> list[dict[str, Tensor]]:
+    found = []
+    for model in models:
+        batches = [toy_images(count, seed=count)[share.of(count)] for count in (8, 7)]
+        batches = [batch.to(model.fc.weight.dtype) for batch in batches]
+
+        def forward(model: BNext = model, batches: list[Tensor] = batches) -> None:
+            for batch in batches:
+                model(batch)
+
+        reestimate_batch_norm(model, forward)
+        found.append({name: value.clone() for name, value in model.named_buffers() if "running" in name})
+    return found
+
+
+def _shared_reestimation(models: list[BNext]) -> list[dict[str, Tensor]]:
+    return _reestimated(models, world().share)
+
+
+def test_statistics_averaged_anew_are_those_of_one_process(float_toy: BNext, toy: BNext) -> None:
+    """Float rest and quantized; shares of 7 images are not of one size.
+
+    Float rest in float64. The quantized one has no float64: there a value half-way between two steps can fall
+    either way, and move a channel's mean by a share of a step.
+    """
+    models = [float_toy.double(), toy]
+    first, second = call(_shared_reestimation, models)
+    expected = _reestimated(models, Share())
+    for one, mine, other, bound in zip(expected, first, second, (1e-10, 5e-3), strict=True):
+        for name, value in one.items():
+            assert torch.equal(mine[name], other[name])
+            torch.testing.assert_close(mine[name], value, rtol=bound, atol=bound)
+
+
 # Observers
 
 
@@ -195,11 +229,6 @@ def test_observers_see_bit_for_bit_what_one_process_would() -> None:
 
 
 # Endings
-
-
-def _vanish(rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_other_commands_are_not_run_several_times(tmp_path: object) -> None:
