@@ -1,24 +1,31 @@
 """Training speed against the plain implementation of :mod:`benchmarks.plain`: `make bench-train`.
 
-Both start from the same weights and see the same batches, step by step in turn, in one process; medians.
-The last line printed is JSON with ``ratio_float32`` and ``ratio_bfloat16``: how many times as many images per
-second, this project's float32 and bfloat16 steps against the plain float32 step.
+All start from the same weights and see the same batch, step by step in turn, each in a process of its own, so
+that none lives in memory that another one left; medians. The last line printed is JSON:
+
+- ``ratio_float32``, ``ratio_bfloat16``: how many times as many images per second, this project's steps
+  against the plain float32 step.
+- ``peak_memory_ratio_…``: the most memory that each process held, over that of the plain one. Python and
+  torch are part of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
+from export.peakmemory import own_peak_rss_bytes
+from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, set_temperature
 from qat.data import image_grid
 from qat.loop import make_optimizer
@@ -26,69 +33,112 @@ from qat.prepare import calibrate, prepare
 from qat.recipe import Optimizer, Quantization
 
 LEARNING_RATE = 1e-4
+PLAIN, FAKE_QUANTIZED = "plain", "fake-quantized"
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all sides share; see the command's options."""
+
+    batch: int
+    side: int
+    threads: int
+    temperature: float
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) in 0 to 1, and labels (N,)."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(self.batch, 3, self.side, self.side, generator=generator)
+        return images, torch.randint(0, 10, (self.batch,), generator=generator)
+
+
+class Trainer:
+    """One way to train, and a step of it as the training loop does it.
+
+    Args:
+        name: ``plain``, ``float32``, ``bfloat16`` or ``fake-quantized``.
+        settings: the data and the temperature of the weights.
+    """
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        """Make network and optimizer."""
+        self.images, self.labels = settings.data()
+        self.bfloat16 = name == "bfloat16"
+        torch.manual_seed(0)
+        ours = BNext(10).train()
+        set_temperature(ours, settings.temperature)
+        self.model: nn.Module = ours
+        if name == PLAIN:
+            self.model = PlainBNext(10).train()
+            self.model.load_state_dict(ours.state_dict())
+            self.optimizer = optimizer(self.model, LEARNING_RATE)
+            return
+        if name == FAKE_QUANTIZED:
+            # Calibration sees the network as it evaluates: with the statistics that it had from training.
+            reestimate_batch_norm(ours, lambda: ours(self.images))
+            prepare(ours, Quantization(), image_grid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+            calibrate(ours, lambda: ours(self.images))
+            ours.train()
+        self.optimizer = make_optimizer(ours, Optimizer(lr=LEARNING_RATE))
+
+    def step(self) -> float:
+        """Train on the batch; its loss."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+def serve(name: str, settings: Settings, calls: Connection) -> None:
+    """The child: answers ``True`` with a step's seconds and loss, ``False`` with its peak memory in bytes."""
+    torch.set_num_threads(settings.threads)
+    trainer = Trainer(name, settings)
+    while calls.recv():
+        started = time.perf_counter()
+        loss = trainer.step()
+        calls.send((time.perf_counter() - started, loss))
+    calls.send(own_peak_rss_bytes())
 
 
 @dataclass
 class Side:
-    """One way to train, its losses and the seconds of its steps."""
+    """A process that trains, its losses and the seconds of its steps."""
 
-    step: Callable[[Tensor, Tensor], float]
+    process: multiprocessing.process.BaseProcess
+    calls: Connection
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def run(self, images: Tensor, labels: Tensor) -> None:
+    @classmethod
+    def start(cls, name: str, settings: Settings) -> Side:
+        """Start the process of one way to train."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(name, settings, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that a child that dies is noticed
+        return cls(process, ours)
+
+    def step(self) -> None:
         """One timed step."""
-        started = time.perf_counter()
-        self.losses.append(self.step(images, labels))
-        self.seconds.append(time.perf_counter() - started)
+        self.calls.send(True)
+        seconds, loss = self.calls.recv()
+        self.seconds.append(seconds)
+        self.losses.append(loss)
 
     def images_per_second(self, batch: int, warm_up: int) -> float:
         """Median over the steps after the warm-up."""
         return batch / statistics.median(self.seconds[warm_up:])
 
-
-def side(model: nn.Module, adam: torch.optim.Optimizer, bfloat16: bool = False) -> Side:
-    """A step of ``model`` as the training loop does it."""
-
-    def step(images: Tensor, labels: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = F.cross_entropy(model(images), labels)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
-        adam.step()
-        return float(loss.detach())
-
-    return Side(step)
-
-
-def sides(temperature: float, fake_quantized: bool, images: Tensor) -> dict[str, Side]:
-    """All ways, from the same weights."""
-    torch.manual_seed(0)
-    start = BNext(10).train()
-    set_temperature(start, temperature)
-    weights = start.state_dict()
-
-    def ours() -> BNext:
-        model = BNext(10).train()
-        model.load_state_dict(weights)
-        return model
-
-    plain = PlainBNext(10).train()
-    plain.load_state_dict(weights)
-    settings = Optimizer(lr=LEARNING_RATE)
-    float32, bfloat16 = ours(), ours()
-    found = {
-        "plain": side(plain, optimizer(plain, LEARNING_RATE)),
-        "float32": side(float32, make_optimizer(float32, settings)),
-        "bfloat16": side(bfloat16, make_optimizer(bfloat16, settings), bfloat16=True),
-    }
-    if fake_quantized:
-        quantized = ours()
-        prepare(quantized, Quantization(), image_grid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-        calibrate(quantized, lambda: quantized(images))
-        quantized.train()
-        found["fake-quantized"] = side(quantized, make_optimizer(quantized, settings))
-    return found
+    def finish(self) -> int | None:
+        """End the process; the most memory that it held, in bytes, where the system tells."""
+        self.calls.send(False)
+        peak: int | None = self.calls.recv()
+        self.process.join()
+        return peak
 
 
 def check_same(temperature: float) -> None:
@@ -125,26 +175,32 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the binary weights; 1e-8: ±1")
     parser.add_argument("--fake-quantized", action="store_true", help="also a step with fake quantization")
     options = parser.parse_args()
+    settings = Settings(options.batch, options.side, options.threads, options.temperature)
     torch.set_num_threads(options.threads)
 
     check_same(options.temperature)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(options.batch, 3, options.side, options.side, generator=generator)
-    labels = torch.randint(0, 10, (options.batch,), generator=generator)
-    every = sides(options.temperature, options.fake_quantized, images)
+    names = [PLAIN, "float32", "bfloat16"] + [FAKE_QUANTIZED] * options.fake_quantized
+    every = {name: Side.start(name, settings) for name in names}
     for done in range(options.warm_up + options.steps):
         for one in every.values():
-            one.run(images, labels)
+            one.step()
         print(f"\rstep {done + 1} of {options.warm_up + options.steps}", end="", flush=True)
     print()
     speeds = {name: one.images_per_second(options.batch, options.warm_up) for name, one in every.items()}
+    peaks = {name: one.finish() for name, one in every.items()}
+    result: dict[str, float] = {}
     for name, speed in speeds.items():
         losses = ", ".join(f"{loss:.4f}" for loss in every[name].losses[:4])
-        print(f"{name:15} {speed:7.1f} images/s   {speed / speeds['plain']:.2f}×   first losses {losses}")
-    result = {f"ratio_{name}": round(speed / speeds["plain"], 3) for name, speed in speeds.items()}
-    if "fake-quantized" in speeds:
-        result["fake_quantization_overhead"] = round(speeds["float32"] / speeds["fake-quantized"] - 1, 3)
-    print(json.dumps({key: value for key, value in result.items() if key != "ratio_plain"}))
+        ratio, peak, most = speed / speeds[PLAIN], peaks[name], peaks[PLAIN]
+        memory = "" if peak is None else f"   peak {peak / MEGABYTE:.0f} MB"
+        print(f"{name:15} {speed:7.1f} images/s   {ratio:.2f}×{memory}   first losses {losses}")
+        if name != PLAIN:
+            result[f"ratio_{name}"] = round(ratio, 3)
+            if peak is not None and most is not None:
+                result[f"peak_memory_ratio_{name}"] = round(peak / most, 3)
+    if FAKE_QUANTIZED in speeds:
+        result["fake_quantization_overhead"] = round(speeds["float32"] / speeds[FAKE_QUANTIZED] - 1, 3)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,14 @@ def sign(x: Tensor) -> Tensor:
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
+def lies_within(x: Tensor, limit: float) -> bool:
+    """Whether no magnitude exceeds ``limit``; False on accelerators, which the answer would make wait."""
+    if x.device.type != "cpu" or not x.numel():
+        return False
+    lowest, highest = torch.aminmax(x)
+    return float(lowest) >= -limit and float(highest) <= limit
+
+
 class _BinarizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, zero_is_positive: bool) -> Tensor:
@@ -42,8 +50,8 @@ class _BinarizeWeight(torch.autograd.Function):
         if temperature < BINARY_TEMPERATURE:
             # Of millions of weights: passes that torch vectorizes, which `where` is not.
             return torch.sign(weight).add_(0.5).sign_()
-        if temperature == 1.0:  # where pretraining starts: a pass over all weights less
-            return weight.clamp(-1.0, 1.0)
+        if temperature == 1.0:  # where pretraining starts: a pass over all weights less, mostly even no copy
+            return weight.view_as(weight) if lies_within(weight, 1.0) else weight.clamp(-1.0, 1.0)
         return (weight / temperature).clamp_(-1.0, 1.0)
 
     @staticmethod

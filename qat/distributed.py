@@ -177,6 +177,16 @@ def extremes(values: Tensor) -> Tensor:
     return torch.stack([-ends[0], ends[1]])
 
 
+def greatest(values: Tensor) -> Tensor:
+    """Of each value the greatest that any process has, any shape, float; of no numbers infinity."""
+    if _world.size == 1:
+        return values
+    # Processes may disagree about the greatest of NaN and a number.
+    values = values.detach().float().nan_to_num(torch.inf, torch.inf, -torch.inf)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def of_each(values: Tensor) -> Tensor:
     """(processes, *shape): the values of each process, which have one shape; gradients flow back to each."""
     if _world.size == 1:

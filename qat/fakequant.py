@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qat.integers import saturate
 from qat.observers import MOVING, Observer, channel_scales, observed_grid
+from qat.rounding import Extremes, fake_quantize
 
 #: Widest integers of integer arithmetic; more are simulated.
 LARGEST_BITS: Final = 8
@@ -60,14 +61,24 @@ class Quantizer(_OwnState):
 
     enabled = False
     bits = 32
+    #: Whether the smallest and the largest value are all that ``forward`` looks at.
+    looks_at_extremes = True
 
-    def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
-        """Any shape → same shape; ``observed`` is looked at for the range in place of ``x``."""
+    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape; ``observed`` is looked at for the range in place of ``x``.
+
+        With ``overwrite`` the result may take the memory of ``x``, see :func:`qat.rounding.fake_quantize`.
+        """
         return x
 
-    def requantize(self, x: Tensor) -> Tensor:
+    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """Any shape → same shape, on the grid of this point."""
         return x
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``forward`` looks at values for the range right now."""
+        return False
 
     @property
     def has_grid(self) -> bool:
@@ -104,11 +115,11 @@ class FixedQuantizer(Quantizer):
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
 
-    def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """Any shape → same shape, on the grid."""
         return self.requantize(x)
 
-    def requantize(self, x: Tensor) -> Tensor:
+    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """Any shape → same shape, on the grid."""
         return torch.fake_quantize_per_tensor_affine(
             x, self.scale, self.zero_point, self.quant_min, self.quant_max
@@ -180,22 +191,27 @@ class ActivationQuantizer(Quantizer):
         scale: Tensor = self.fake.scale
         return power_of_two_above(scale) if self.power_of_two else scale
 
-    def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """Any shape → same shape; see the class for when it observes and quantizes."""
-        if self.observing and (self.calibrating or self.training):
-            self._observe(x if observed is None else observed)
-        return self.requantize(x)
-
-    def requantize(self, x: Tensor) -> Tensor:
-        """Any shape → same shape, on the grid; unchanged while calibrating or uncalibrated."""
-        if self.calibrating or not self.calibrated:
+        extremes = None
+        if self.observes:
+            found = self._observe(x if observed is None else observed)
+            extremes = found if observed is None else None
+        if not self.has_grid:
             return x
-        return self._on_grid(x)
+        return self._on_grid(x, extremes, overwrite)
 
-    def _on_grid(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(
-            x, self.scale, self.fake.zero_point, self.quant_min, self.quant_max
-        )
+    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape, on the grid; unchanged while calibrating or uncalibrated."""
+        return self._on_grid(x, None, overwrite) if self.has_grid else x
+
+    def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
+        return fake_quantize(x, self.scale, self.quant_min, self.quant_max, extremes, overwrite)
+
+    @property
+    def observes(self) -> bool:
+        """In calibration and training, until frozen."""
+        return self.observing and (self.calibrating or self.training)
 
     @property
     def has_grid(self) -> bool:
@@ -214,12 +230,25 @@ class ActivationQuantizer(Quantizer):
         """Values of steps, rounded and clamped to the grid first; any shape, float32."""
         return self.saturate(steps) * self.scale
 
-    def _observe(self, x: Tensor) -> None:
-        if self.observer not in MOVING and not self.calibrating:
-            return
-        self.fake.activation_post_process(x.detach().float())
+    @property
+    def looks_at_extremes(self) -> bool:  # type: ignore[override]  # of the base class it is a constant
+        """Not while calibrating: observers that clip look at every value then."""
+        return not self.calibrating
+
+    def _observe(self, x: Tensor) -> Extremes | None:
+        """Take ``x`` into account; its extremes, where they were looked for."""
+        if self.observer not in MOVING:
+            if self.calibrating:
+                self.fake.activation_post_process(x.detach().float())
+            return None
+        # All that these observers look at, and the rounding wants to know them, too.
+        extremes = torch.aminmax(x.detach()) if x.numel() else None
+        # Where another process has values, this one's observer must hear of them, too.
+        seen = x.detach() if extremes is None else torch.stack(extremes)
+        self.fake.activation_post_process(seen.float())
         if not self.calibrating:
             self._update_grid()
+        return extremes
 
     def _update_grid(self) -> None:
         scale, zero_point = self.fake.activation_post_process.calculate_qparams()
@@ -308,9 +337,7 @@ def power_of_two_above(scale: Tensor) -> Tensor:
 
 def fake_quantize_symmetric(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     """Fake-quantize ``x`` per tensor on the signed grid of ``scale`` (scalar tensor), zero point 0."""
-    scale = scale.detach().float().reshape(1)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return fake_quantize(x, scale.detach().float().reshape(1), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:

@@ -14,7 +14,6 @@ that channel attention takes (mix scales). The fixed grids, image and attention,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric, power_of_two_above
 from qat.integers import Requantization, snap_up
-from qat.syncednorm import correction, global_moments
 
 #: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
 CONSTANT_BITS: Final = 8
@@ -36,32 +34,16 @@ class Grid:
     quantizer: Quantizer
 
 
-def fold_batch_norm(norm: nn.BatchNorm2d, x: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """The affine form of a batch normalization: ``norm(x) = gain · x + offset``.
+def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The affine form of a batch normalization with its running statistics: ``norm(x) = gain · x + offset``.
 
-    In training mode with batch statistics (through which gradients flow; the running ones are updated),
-    else with the running ones; ``x`` is only evaluated when it is needed.
+    With a batch's own statistics: :func:`qat.fused.affine_form`.
 
     Returns:
-        gain and offset, (1, C, 1, 1) each.
+        gain and offset, (C,) each.
     """
-    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    if norm.training:
-        values = x()
-        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        mean, variance, count = global_moments(mean, variance, values.numel() / values.shape[1])
-        with torch.no_grad():
-            tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
-            # No momentum means the plain average of all batches, as in torch.
-            momentum = tracked.float().reciprocal() if norm.momentum is None else norm.momentum
-            unbiased = variance * correction(count)
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-    else:
-        mean, variance = running_mean, running_var
-    gain = norm.weight * torch.rsqrt(variance + norm.eps)
-    offset = norm.bias - mean * gain
-    return gain.view(1, -1, 1, 1), offset.view(1, -1, 1, 1)
+    gain = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
+    return gain, norm.bias - cast(Tensor, norm.running_mean) * gain
 
 
 def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,23 @@ gradient written out; what runs over vectors (N, C) is left to autograd.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.binary import ACTIVATION_CLIP, sign
+from qat.binary import ACTIVATION_CLIP
 from qat.distributed import world
 from qat.syncednorm import correction, global_moments, synced_batch_norm
+
+#: A tensor of this many bytes stays in a core's reach, and its memory is used again where a larger one's is
+#: given back to the system and asked for anew, page by page.
+PORTION: Final = 2**21
+#: Bytes that the processor computes with at once.
+REGISTER: Final = 64
+HALF: Final = (torch.bfloat16, torch.float16)
 
 
 def shifted_sign(x: Tensor, bias: Tensor, zero_is_positive: bool = False) -> Tensor:
@@ -39,7 +47,7 @@ def can_fuse(norm: nn.BatchNorm2d) -> bool:
 def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     """``PReLU(BN(x))`` with batch statistics, for which :func:`can_fuse` must hold; (N, C, H, W)."""
     if world().size > 1:
-        return prelu(synced_batch_norm(x, norm), activation)
+        return prelu(synced_batch_norm(x, norm), activation.weight)
     _count(norm)
     return _apply(
         _NormPReLU,
@@ -54,9 +62,9 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     )
 
 
-def prelu(x: Tensor, activation: nn.PReLU) -> Tensor:
-    """``PReLU(x)``, any shape with channels second; torch's own gradient takes several times as long."""
-    return _apply(_PReLU, x, activation.weight)
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """``PReLU(x)``: (N, C, H, W), slopes (C,); torch's own gradient takes several times as long."""
+    return _apply(_PReLU, x, slope)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,20 +92,46 @@ def scaled_norm(
     Returns:
         (N, C, H, W).
     """
+    gain, offset = affine_form(norm, factor, mean, variance, x.shape[2:].numel())
+    return _apply(_ScaleAndAdd, x, factor * gain, offset, residual)
+
+
+def affine_form(
+    norm: nn.BatchNorm2d, factor: Tensor, mean: Tensor, variance: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    """Gain and offset of ``BN(factor ⊙ x)`` with batch statistics, which are counted in.
+
+    The batch is that of all processes.
+
+    Args:
+        norm: in training, with running statistics.
+        factor, mean, variance: (N, C), the last two of ``x``.
+        pixels: of an image of ``x``.
+
+    Returns:
+        (C,) each.
+    """
     means = factor * mean
     center = means.mean(0)
     spread = (factor.square() * variance).mean(0) + (means - center).square().mean(0)
-    center, spread, count = global_moments(center, spread, x.numel() // x.shape[1])
+    center, spread, count = global_moments(center, spread, len(mean) * pixels)
     _count(norm)
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        assert norm.momentum is not None
-        norm.running_mean.lerp_(center.to(norm.running_mean.dtype), norm.momentum)
+        assert norm.num_batches_tracked is not None
+        # No momentum means the plain average of all batches, as in torch.
+        momentum = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(center.to(norm.running_mean.dtype), momentum)
         unbiased = spread * correction(count)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
     gain = norm.weight * torch.rsqrt(spread + norm.eps)
-    return _apply(_ScaleAndAdd, x, factor * gain, norm.bias - center * gain, residual)
+    return gain, norm.bias - center * gain
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``factor ⊙ x``: (N, C, H, W) times (N, C) or (1, C)."""
+    return _apply(_Scale, x, factor)
 
 
 def _count(norm: nn.BatchNorm2d) -> None:
@@ -110,30 +144,61 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return result
 
 
-def _per_channel(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype).view(1, -1, 1, 1)
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """Values (C,), (1, C) or (N, C) in the type of ``x``, and in a shape that goes with it (N, C, H, W).
+
+    One value for all pixels leaves torch runs of one image to vectorize. Images of a few pixels fill no
+    register, so that a value for each pixel is several times as fast, tensor of its own or not.
+    """
+    pixels = x.shape[2:].numel()
+    shaped = values.to(x.dtype)[..., None, None].view(-1, x.shape[1], 1, 1)
+    if x.device.type == "cpu" and pixels > 1 and pixels * x.itemsize < REGISTER:
+        return shaped.expand(-1, -1, *x.shape[2:]).contiguous()
+    return shaped
 
 
 def _multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """``base + x · factor`` with a factor per channel or per image and channel."""
-    if x.dtype in (torch.bfloat16, torch.float16):  # whose fused form is slow with a factor per channel
+    """``base + x · factor`` with a factor from :func:`_spread`."""
+    if x.dtype in HALF and factor.shape[-1] != x.shape[-1]:  # whose fused form is slow then
         return (x * factor).add_(base)
     return torch.addcmul(base, x, factor)
 
 
+def _prelu_values(x: Tensor, slope: Tensor) -> Tensor:
+    factor = _spread(slope, x)
+    if factor.shape[2:].numel() == 1:
+        return F.prelu(x, slope.to(x.dtype))
+    return x.clamp_min(0).addcmul_(x.clamp_max(0), factor)
+
+
+def _portions(x: Tensor) -> list[slice]:
+    """Slices of the batch of about :data:`PORTION` bytes each; on accelerators all of it."""
+    count = len(x)
+    if x.device.type == "cpu":
+        count = max(1, PORTION * count // max(x.nbytes, 1))
+    return [slice(start, start + count) for start in range(0, len(x), count)]
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products over height and width, (N, C) in the type of sums."""
-    sums: Tensor = torch.linalg.vecdot(a.flatten(2), b.flatten(2))
-    return sums
+    sums = [torch.linalg.vecdot(a[some].flatten(2), b[some].flatten(2)) for some in _portions(a)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 class _ShiftedSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, zero_is_positive: bool) -> Tensor:
-        shifted = x + bias.to(x.dtype)
+        shifted = x + _spread(bias.flatten(), x)
         ctx.save_for_backward(shifted)
         ctx.bias_type = bias.dtype
-        return sign(shifted) if zero_is_positive else torch.sign(shifted)
+        if zero_is_positive:  # in passes that torch vectorizes, which `where` is not
+            return torch.sign(shifted).add_(0.5).sign_()
+        return torch.sign(shifted)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -144,17 +209,25 @@ class _ShiftedSign(torch.autograd.Function):
 
 
 def _prelu_gradients(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    positive = torch.ops.aten.threshold_backward(grad, x, 0)
-    negative = grad - positive
-    grad_slope = _dot(negative, x).sum(0, dtype=slope.dtype)
-    return _multiply_add(positive, negative, _per_channel(slope, negative)), grad_slope
+    out, grad_slope = torch.empty_like(grad), torch.zeros_like(slope)
+    factor = _spread(slope, grad)
+    for some in _portions(grad):
+        positive = torch.ops.aten.threshold_backward.grad_input(grad[some], x[some], 0, grad_input=out[some])
+        negative = grad[some] - positive
+        grad_slope += torch.linalg.vecdot(negative.flatten(2), x[some].flatten(2)).sum(0, dtype=slope.dtype)
+        if grad.dtype in HALF and factor.shape[-1] != grad.shape[-1]:
+            positive.add_(negative.mul_(factor))
+        else:
+            positive.addcmul_(negative, factor)
+    return out, grad_slope
 
 
 class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(x, slope)
-        return F.prelu(x, slope.to(x.dtype))
+        with _without_autocast(x):  # which would leave the type of ``x``
+            return _prelu_values(x, slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -179,7 +252,7 @@ class _NormPReLU(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, slope, normed, mean, invstd)
         ctx.eps = eps
-        return F.prelu(normed, slope.to(normed.dtype))
+        return _prelu_values(normed, slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -195,7 +268,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
         images, channels = x.shape[:2]
-        size = x[0, 0].numel()
+        size = x.shape[2:].numel()
         eps = 1e-5
         # With weights of another type than half precision, so that the moments are too.
         ones = x.new_ones(channels, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -210,8 +283,19 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         by_mean, by_variance = (grad / x[0, 0].numel() for grad in grads)
         slope = 2.0 * by_variance
-        offset = (by_mean - slope * mean).to(x.dtype)
-        return _multiply_add(offset[..., None, None], x, slope.to(x.dtype)[..., None, None])
+        return _multiply_add(_spread(by_mean - slope * mean, x), x, _spread(slope, x))
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        return x * _spread(factor, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, factor = ctx.saved_tensors
+        return grads[0] * _spread(factor, grads[0]), _dot(grads[0], x).sum_to_size(factor.shape)
 
 
 class _ScaleAndAdd(torch.autograd.Function):
@@ -221,15 +305,15 @@ class _ScaleAndAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, residual: Tensor) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.offset_type = offset.dtype
-        out = _multiply_add(residual, x, gain.to(x.dtype)[..., None, None])
-        return out.add_(_per_channel(offset, out))
+        out = _multiply_add(residual, x, _spread(gain, x))
+        return out.add_(_spread(offset, out))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, gain = ctx.saved_tensors
         (grad,) = grads
         return (
-            grad * gain.to(grad.dtype)[..., None, None],
+            grad * _spread(gain, grad),
             _dot(grad, x).to(gain.dtype),
             grad.sum((2, 3)).sum(0, dtype=ctx.offset_type),
             grad,

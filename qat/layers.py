@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight
+from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.binaryconv import training_conv2d
 from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
 from qat.syncednorm import BatchNorm2d
@@ -108,12 +108,13 @@ class BinaryConv2d(nn.Module):
 
     def forward(self, signs: Tensor) -> Tensor:
         """(N, C, H, W) of signs → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if self.training and self.weight.requires_grad:
+        # Weights that need no clamping are left alone, since a graph of an earlier pass may hold them.
+        if self.training and self.weight.requires_grad and not lies_within(self.weight.detach(), LATENT_CLIP):
             with torch.no_grad():
                 self.weight.clamp_(-LATENT_CLIP, LATENT_CLIP)
         weight = self.effective_weight()
         if self.training:
-            return training_conv2d(signs, weight, self.stride)
+            return training_conv2d(signs, weight, self.stride, self.is_binary())
         return F.conv2d(signs, weight, stride=self.stride, padding=self.padding)
 
 
@@ -214,7 +215,7 @@ class SubBlock(nn.Module):
         signs = shifted_sign(x, self.move.bias, self.binary_activation.zero_is_positive)
         y = norm_prelu(self.binary_conv(signs), self.norm1, self.activation2)
         scale_kind = self.kind == "scale"
-        residual = self.pool(prelu(x, self.activation1) if scale_kind else x)
+        residual = self.pool(prelu(x, self.activation1.weight) if scale_kind else x)
         if not (scale_kind or self.infor_recoupling):
             return y + residual
         branch = y * residual if scale_kind else y

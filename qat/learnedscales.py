@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, WeightQuantizer
 from qat.observers import channel_scales
+from qat.rounding import Extremes
 
 
 @cache
@@ -109,13 +110,14 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         """Step of the grid, (1,) float32, without a gradient."""
         return self._step().detach()
 
-    def _on_grid(self, x: Tensor) -> Tensor:
+    def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
-    def _observe(self, x: Tensor) -> None:
-        if self.calibrating or not self.calibrated:
-            super()._observe(x)
+    @property
+    def observes(self) -> bool:
+        """Until calibrated."""
+        return super().observes and (self.calibrating or not self.calibrated)
 
     def _update_grid(self) -> None:
         super()._update_grid()

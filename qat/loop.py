@@ -80,6 +80,8 @@ class Job:
     teacher: Callable[[Tensor, Tensor], Tensor] | None = None
     #: Called before each step with the share of all steps that are done.
     before_step: Callable[[float], None] = lambda share: None
+    #: Called with the network that is kept, once the last step is done and before it is evaluated.
+    after_training: Callable[[BNext], None] = lambda model: None
     metadata: dict[str, str] = field(default_factory=dict)
     best: Accuracy | None = None
     best_epoch: int | None = None
@@ -173,6 +175,8 @@ def fit(job: Job) -> None:
     try:
         for epoch in range(job.epoch + 1, epochs + 1):
             metrics = _epoch(job, epoch, steps, parts, inputs, network)
+            if epoch == epochs:
+                _after_training(job, epoch)
             accuracy = _evaluate(job, epoch)
             metrics |= {"test_top1": accuracy.top1, "test_top5": accuracy.top5, "test_loss": accuracy.loss}
             job.epoch, job.accuracy, job.running = epoch, accuracy, Running()
@@ -322,6 +326,13 @@ def _means(sums: Running) -> dict[str, float]:
         "top1": 100.0 * sums.correct / sums.seen,
         "images_per_second": sums.seen / sums.seconds,
     }
+
+
+def _after_training(job: Job, epoch: int) -> None:
+    try:
+        job.after_training(job.kept)
+    except QuantizationError as error:  # statistics that are no numbers
+        raise TrainingError(f"epoch {epoch}: {error}; {_kept(job)}") from error
 
 
 def _evaluate(job: Job, epoch: int) -> Accuracy:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.augment import image_grid, normalize
+from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, binary_convolutions, is_binary, set_temperature
 from qat.checkpoint import as_stored, load_checkpoint
 from qat.data import Split, check_fits, load_splits
@@ -180,11 +181,22 @@ def _begin_job(
     return job
 
 
+def _reestimate(job: Job, model: BNext) -> None:
+    """Average the batch-norm statistics of ``model`` anew, over as many batches as the recipe asks for."""
+    count = job.recipe.schedule.reestimate_batch_norm
+    if count:
+        reestimate_batch_norm(
+            model,
+            lambda: calibration_pass(model, job.train, job.recipe, job.device, job.check_stop, count),
+        )
+
+
 @contextmanager
 def _under_way(job: Job) -> Iterator[None]:
     """Hold the run's directory and heed SIGTERM; an interruption says how to go on, the end tidies up."""
     path = job.run.path
     job.stop.patient = world().size > 1
+    job.after_training = lambda model: _reestimate(job, model)
     with held(job.run):
         try:
             with job.stop:
@@ -234,10 +246,15 @@ def calibration_pass(
     recipe: Recipe,
     device: torch.device,
     before_batch: Callable[[], None] = lambda: None,
+    count: int | None = None,
 ) -> None:
-    """Some batches of clean training images, in an order that depends on the seed alone."""
+    """Some batches of clean training images, in an order that depends on the seed alone.
+
+    As many as the recipe calibrates with, or ``count``.
+    """
     batches = train.batches(recipe.data.batch_size, shuffle_seed=recipe.seed)
-    for _, (images, _) in zip(range(recipe.schedule.calibration_batches), batches, strict=False):
+    count = recipe.schedule.calibration_batches if count is None else count
+    for _, (images, _) in zip(range(count), batches, strict=False):
         before_batch()
         if images.shape[-1] != recipe.data.image_size:  # larger where training crops at random
             images = _centre(images, recipe.data.image_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.backends import Backend
 from qat.binary import sign
+from qat.distributed import greatest
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
 from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, fake_quantize_symmetric
 from qat.folding import (
@@ -26,6 +27,7 @@ from qat.folding import (
     quantized_slope,
     scale_of,
 )
+from qat.fused import affine_form, moments, prelu, scaled, shifted_sign
 from qat.integers import mean_steps, prelu_steps, requantization, saturate, sigmoid_table
 from qat.layers import SqueezeExcitation, SubBlock, pad_to_even, pool2x2
 from qat.recipe import Group, TrunkGroup
@@ -91,12 +93,17 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
         # Whatever is not finite stays so, for the caller to see; an index can't.
         return constants.table[(q + 128).nan_to_num(0.0, 0.0, 0.0).long()] + 0.0 * q.float()
 
+    def _values(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        weight = self.weight_quantizer(layer.weight)
+        if self.training:  # whose gradients are products of matrices then, many times faster
+            return F.linear(x.flatten(1), weight.flatten(1), layer.bias)[..., None, None]
+        return F.conv2d(x, weight, layer.bias)
+
     def forward(self, pooled: Tensor) -> Tensor:
         """(N, C, 1, 1) → attention (N, C, 1, 1) in [0, 1]."""
         reduce, expand = cast(nn.Conv2d, self.se[1]), cast(nn.Conv2d, self.se[3])
-        hidden = F.conv2d(self.pooled(pooled), self.weight_quantizer(reduce.weight), reduce.bias)
-        hidden = self.hidden(F.relu(hidden))
-        logits = self.logits(F.conv2d(hidden, self.weight_quantizer(expand.weight), expand.bias))
+        hidden = self.hidden(F.relu(self._values(self.pooled(pooled), reduce)))
+        logits = self.logits(self._values(hidden, expand))
         attention: Tensor = self.attention(torch.sigmoid(logits))
         return attention
 
@@ -283,31 +290,63 @@ class FakeQuantSubBlock(SubBlock):
         if self._computes_integers():
             return self._forward_integers(x)
         on_trunk = self.source.quantizer.requantize
-        accumulated = self.binary_conv(self.binary_activation(self.move(x)))
-        gain1, offset1 = fold_batch_norm(self.norm1, lambda: accumulated)
-        y = self.y(torch.addcmul(offset1, accumulated, gain1))
-        y = self.y.requantize(F.prelu(y, self.slope(self.activation2)))
+        scale_kind = self.kind == "scale"
+        accumulated = self.binary_conv(shifted_sign(x, self.move.bias, zero_is_positive=True))
+        y = self.y(self._first_norm(accumulated), overwrite=True)
+        y = self.y.requantize(prelu(y, self.slope(self.activation2)), overwrite=True)
 
-        residual = on_trunk(F.prelu(x, self.slope(self.activation1))) if self.kind == "scale" else x
+        residual = x
+        if scale_kind:
+            residual = on_trunk(prelu(x, self.slope(self.activation1)), overwrite=True)
         if self.stride == 2:
-            residual = on_trunk(pool2x2(residual))
+            residual = on_trunk(pool2x2(residual), overwrite=True)
         if not self.has_branch:
             return y + residual
 
         attention = (
             self.se(self.mix_means(x, y)) if self.infor_recoupling else torch.ones_like(self.move.bias)
         )
-        gain2, offset2 = fold_batch_norm(
-            self.norm2, lambda: attention * y * residual if self.kind == "scale" else attention * y
-        )
+        if self.norm2.training:
+            unscaled = y * residual if scale_kind else y
+            affine = affine_form(self.norm2, attention.flatten(1), *moments(unscaled), y.shape[2:].numel())
+        else:
+            affine = fold_batch_norm(self.norm2)
+        gain2, offset2 = (constant.to(self.norm2.weight.dtype).view(1, -1, 1, 1) for constant in affine)
         gain = attention * gain2
         if self.quantized:
             gain = fake_quantize_symmetric(gain, self.gain_step(gain2), CONSTANT_BITS)
-        branch = gain * y
-        if self.kind == "scale":
-            branch = self.product(branch) * residual
+        branch = scaled(y, gain.flatten(1))
+        if scale_kind:
+            branch = self.product(branch, overwrite=True) * residual
         # The same grid holds the branch before and after BN2's offset, and the offset: it must span all.
-        observed = torch.maximum(torch.maximum(branch.abs(), (branch + offset2).abs()), offset2.abs())
-        branch = self.branch(branch, observed.detach())
-        branch = self.branch.requantize(branch + self.branch.requantize(offset2))
-        return branch + residual
+        observed = None
+        if self.branch.observes:
+            observed = _magnitudes(branch.detach(), offset2.detach(), self.branch.looks_at_extremes)
+        branch = self.branch(branch, observed, overwrite=True)
+        # In place, like the residual: what a sum has added up, no gradient asks for.
+        branch = self.branch.requantize(branch.add_(self.branch.requantize(offset2)), overwrite=True)
+        return branch.add_(residual)
+
+    def _first_norm(self, accumulated: Tensor) -> Tensor:
+        if self.training:
+            # Autocast leaves sums in half precision, whose steps are wider than the grid's.
+            kind = torch.promote_types(accumulated.dtype, self.norm1.weight.dtype)
+            normed: Tensor = self.norm1(accumulated.to(kind))
+            return normed
+        gain, offset = (constant.view(1, -1, 1, 1) for constant in fold_batch_norm(self.norm1))
+        return torch.addcmul(offset, accumulated, gain)
+
+
+def _magnitudes(branch: Tensor, offset: Tensor, extremes: bool) -> Tensor:
+    """The largest magnitudes of the branch (N, C, H, W) before and after the offset, and of the offset.
+
+    Of every value, or of every channel where the largest one is all that is asked for; then of the images of
+    all processes.
+    """
+    if not extremes:
+        return torch.maximum(torch.maximum(branch.abs(), (branch + offset).abs()), offset.abs())
+    # Over the images first, which torch vectorizes however small an image is.
+    ends = [branch.amin(0).amin((1, 2)), branch.amax(0).amax((1, 2))]
+    offset = offset.flatten()
+    magnitudes = torch.stack([end.abs() for end in (*ends, *(end + offset for end in ends), offset)])
+    return greatest(magnitudes.amax(0))

@@ -44,6 +44,7 @@ from qat.folding import (
     quantized_slope,
     scale_of,
 )
+from qat.fused import prelu
 from qat.integers import Requantization, mean_steps, prelu_steps, requantization
 from qat.layers import GlobalAveragePool, Stem
 from qat.recipe import Group
@@ -113,7 +114,7 @@ class FakeQuantPReLU(nn.PReLU):
             point = cast(ActivationQuantizer, source)
             q = prelu_steps(point.steps(input), slopes.detach().float(), point.quant_min, point.quant_max)
             return point.values(q).to(input.dtype)
-        return source.requantize(F.prelu(input, slopes))
+        return source.requantize(prelu(input, slopes), overwrite=True)
 
 
 class FakeQuantPool(GlobalAveragePool):

@@ -25,11 +25,12 @@ SMALL = (
     "data.augment.translate=0.1",
     "data.augment.rotate=5.0",
 )
-#: Two kinds of observers, observers and batch norm that freeze under way.
+#: Two kinds of observers, observers and batch norm that freeze under way, statistics averaged at the end.
 TUNED = (
     "schedule.calibration_batches=2",
     "schedule.freeze_observers=0.6",
     "schedule.freeze_batch_norm=0.4",
+    "schedule.reestimate_batch_norm=2",
     "quantization.se.observer=minmax",
     "optimizer.weight_decay=0.01",
     "optimizer.clip_norm=5.0",

@@ -145,6 +145,7 @@ def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> Non
     qat.train.remove_states = lambda path: None  # what a finished run ends with is compared
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
+    sys.argv = ["qat", *arguments]  # of a worker that tests run in, it is another name
     main(arguments)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat.binaryconv import training_conv2d
+from qat.binaryconv import SMALL_SIDE, training_conv2d
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (5, 2)])
@@ -33,9 +33,56 @@ def test_sums_of_signs_are_exact_integers() -> None:
     assert torch.equal(training_conv2d(x, weight, 1).double(), exact)
 
 
-def test_a_frozen_weight_gets_no_gradient() -> None:
-    x, weight = torch.randn(2, 4, 2, 2, requires_grad=True), torch.randn(4, 4, 3, 3)
-    training_conv2d(x, weight, 1).sum().backward()
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 3), (5, 2)])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_bfloat16_small_sums_of_signs_and_their_gradients_are_exact(
+    height: int, width: int, kernel: int, stride: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, height, width).sign().double().requires_grad_()
+    weight = torch.randn(6, 4, kernel, kernel).sign().double().requires_grad_()
+    torchs = F.conv2d(x, weight, stride=stride, padding=kernel // 2)
+    grad = torch.randint(-2, 3, torchs.shape).double()
+    expected = torch.autograd.grad(torchs, (x, weight), grad)
+    rough = [one.detach().bfloat16().requires_grad_() for one in (x, weight)]
+    ours = training_conv2d(*rough, stride)
+    assert torch.equal(ours.double(), torchs)
+    for one, other in zip(torch.autograd.grad(ours, rough, grad.bfloat16()), expected, strict=True):
+        assert one.shape == other.shape
+        assert torch.equal(one.double(), other)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (3, 3), (4, 4), (6, 7)])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_of_bytes_give_the_sums_and_gradients_of_float32(
+    height: int, width: int, kernel: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qat.binaryconv._bytes_are_fast", lambda x, weight: True)
+    torch.manual_seed(0)
+    x = torch.randint(-1, 2, (3, 20, height, width)).float().requires_grad_()
+    weight = torch.randn(12, 20, kernel, kernel).sign().requires_grad_()
+    ours, torchs = training_conv2d(x, weight, stride, signs=True), training_conv2d(x, weight, stride)
+    assert torch.equal(ours, torchs)
+    assert ours.is_contiguous()
+    if kernel == 1 or max(height, width) > SMALL_SIDE or stride == 2:  # else both go tap by tap
+        assert type(ours.grad_fn) is not type(torchs.grad_fn)
+    grad = torch.randn_like(ours)
+    for one, other in zip(
+        torch.autograd.grad(ours, (x, weight), grad),
+        torch.autograd.grad(torchs, (x, weight), grad),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_a_frozen_weight_gets_no_gradient(side: int) -> None:
+    x, weight = torch.randn(2, 4, side, side, requires_grad=True), torch.randn(4, 4, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=side > 2):
+        out = training_conv2d(x, weight, 1)
+    out.sum().backward()
     assert x.grad is not None
     assert weight.grad is None
 

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.binary import binarize_activation
-from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
+from qat.fused import (
+    affine_form,
+    can_fuse,
+    moments,
+    norm_prelu,
+    prelu,
+    scaled,
+    scaled_norm,
+    shifted_sign,
+)
 from qat.layers import SubBlock
 
 
@@ -63,9 +72,9 @@ def test_prelu_equals_torchs_at_zero_too() -> None:
     x, activation = values(2, 3, 4, 4).requires_grad_(), nn.PReLU(3).double()
     with torch.no_grad():
         x[:, :, 0, 0] = 0.0
-    assert torch.equal(prelu(x, activation), activation(x))
+    assert torch.equal(prelu(x, activation.weight), activation(x))
     assert_same(
-        gradients(prelu(x, activation), x, activation.weight),
+        gradients(prelu(x, activation.weight), x, activation.weight),
         gradients(activation(x), x, activation.weight),
     )
 
@@ -92,6 +101,32 @@ def test_a_scaled_norm_equals_the_norm_of_the_product() -> None:
         gradients(plain, x, factor, residual, plain_norm.weight, plain_norm.bias),
     )
     assert_same(tuple(fused_norm.buffers()), tuple(plain_norm.buffers()))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (1, 3, 1, 2)])
+def test_the_affine_form_of_a_norm_equals_torchs_and_counts_its_batch(
+    shape: tuple[int, ...], momentum: float | None
+) -> None:
+    x = values(*shape).requires_grad_()
+    ours, plain = norm(3), norm(3)
+    ours.momentum = plain.momentum = momentum
+    factor = torch.ones(shape[:2], dtype=torch.float64)
+    for _ in range(2):
+        gain, offset = affine_form(ours, factor, *moments(x), x[0, 0].numel())
+        found, expected = gain.view(-1, 1, 1) * x + offset.view(-1, 1, 1), plain(x)
+    assert_same((found,), (expected,))
+    assert_same(gradients(found, x, ours.weight, ours.bias), gradients(expected, x, plain.weight, plain.bias))
+    for mine, torchs in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-6, atol=1e-7)  # a float32 moment of the average
+
+
+@pytest.mark.parametrize("images", [4, 1])
+def test_scaling_equals_a_product_for_images_that_share_a_factor_too(images: int) -> None:
+    x, factor = values(4, 3, 5, 5).requires_grad_(), values(images, 3, seed=4).requires_grad_()
+    fused, plain = scaled(x, factor), x * factor[..., None, None]
+    assert torch.equal(fused, plain)
+    assert_same(gradients(fused, x, factor), gradients(plain, x, factor))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ TUNED = (
     # The last batch has 157 images, which two can't share evenly.
     "schedule.calibration_batches=9",
     "schedule.freeze_batch_norm=0.5",
+    "schedule.reestimate_batch_norm=9",
     "quantization.se.observer=percentile",
     "quantization.classifier.observer=minmax",
 )
@@ -66,10 +67,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def require_same(run: Path, one: Path) -> None:
-    """Counts are equal; sums are added up in another order."""
+    """Counts are equal; sums are added up in another order.
+
+    Of that, an integer of an evaluation may come out one step away.
+    """
+    near = {"loss": 1e-5, "test_loss": 1e-4}
     for mine, expected in zip(rows(run), rows(one), strict=True):
         for key, value in timeless(expected).items():
-            assert mine[key] == (pytest.approx(value, rel=1e-5) if "loss" in key else value), key
+            assert mine[key] == (pytest.approx(value, rel=near[key]) if key in near else value), key
     (mine_kept, kept) = (load_checkpoint(path / "last.safetensors").state for path in (run, one))
     assert mine_kept.keys() == kept.keys()
     for name, value in kept.items():

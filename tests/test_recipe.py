@@ -355,6 +355,7 @@ FINETUNING = [
     ("schedule.calibration_batches", [1], [0], "an integer >= 1"),
     ("schedule.freeze_observers", [0, 1], [-0.1, 1.1], "a number from 0"),
     ("schedule.freeze_batch_norm", [0, 1], [-0.1, 1.1], "a number from 0"),
+    ("schedule.reestimate_batch_norm", [0, 16], [-1, None, 1.0], "an integer >= 0"),
     ("schedule.freeze_binary", [True], [1], "true or false"),
     ("schedule.save_steps", [None, 1, 1000], [0, "1"], "an integer >= 1"),
     ("schedule.keep_states", [1, 5], [0, None], "an integer >= 1"),

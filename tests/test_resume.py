@@ -117,6 +117,7 @@ RICH = (
     "schedule.accumulate=3",
     "schedule.ema=0.9",
     "loss.label_smoothing=0.1",
+    "schedule.reestimate_batch_norm=2",
     "data.augment={pad: 1, mixup: 0.8, cutmix: 1.0, erasing: 0.3}",
 )
 

@@ -12,6 +12,7 @@ import toyruns
 from torch import nn
 from toyruns import Silent
 
+from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import binary_convolutions, set_temperature
 from qat.checkpoint import file_hash, load_checkpoint, save_checkpoint
 from qat.data import load_split
@@ -22,7 +23,7 @@ from qat.loading import build
 from qat.prepare import quantization_map
 from qat.recipe import load_recipe
 from qat.rundir import RunDirectory
-from qat.train import apply_freezes, finetune, pretrain
+from qat.train import apply_freezes, calibration_pass, finetune, pretrain, splits_of
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,43 @@ def test_frozen_scales_and_statistics_do_not_move(checkpoint: Path, tmp_path: Pa
         assert torch.equal(states["frozen"][key], calibrated[key]), key
     for keys in (statistics, scales):
         assert not all(torch.equal(states["free"][key], calibrated[key]) for key in keys)
+
+
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+def test_statistics_are_averaged_anew_after_the_last_step_and_before_the_evaluation(
+    checkpoint: Path, tmp_path: Path, ema: str
+) -> None:
+    options = ("schedule.epochs=2", f"schedule.ema={ema}", MOVING)
+    plain, _ = tune(checkpoint, tmp_path / "plain", *options)
+    anew, report = tune(checkpoint, tmp_path / "anew", *options, "schedule.reestimate_batch_norm=3")
+    recipe = toyruns.recipe("tiny_int8", tmp_path, "data.batch_size=128").recipe
+    train, test = splits_of(recipe)
+    model = build(load_checkpoint(plain.last))
+    reestimate_batch_norm(model, lambda: calibration_pass(model, train, recipe, torch.device("cpu"), count=3))
+    expected, found = model.state_dict(), build(load_checkpoint(anew.last)).state_dict()
+    before = build(load_checkpoint(plain.last)).state_dict()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], msg=key)
+        if not key.endswith(("running_mean", "running_var")):
+            assert torch.equal(value, before[key]), key
+    assert not torch.equal(
+        found["feature.1.FFN.norm1.running_mean"], before["feature.1.FFN.norm1.running_mean"]
+    )
+    assert report.epochs[0]["test_loss"] == lines(plain)[0]["test_loss"]
+    again = evaluate(predictor(build(load_checkpoint(anew.last))), test, recipe.data)
+    assert report.epochs[1]["test_loss"] == pytest.approx(again.loss)
+    assert report.epochs[1]["test_loss"] != lines(plain)[1]["test_loss"]
+
+
+def test_statistics_that_are_no_numbers_end_the_training(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise QuantizationError("feature.0.bn1: its statistics over these batches are not finite")
+
+    monkeypatch.setattr("qat.train.reestimate_batch_norm", broken)
+    with pytest.raises(TrainingError, match=r"epoch 1: feature\.0\.bn1: its statistics .* checkpoint"):
+        tune(checkpoint, tmp_path, "schedule.epochs=1", "schedule.reestimate_batch_norm=1")
 
 
 def test_frozen_binary_weights_keep_their_signs(checkpoint: Path, tmp_path: Path) -> None:

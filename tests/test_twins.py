@@ -437,13 +437,10 @@ def test_sub_blocks_give_the_same_integers_for_an_input_in_bfloat16() -> None:
 # --- folded batch normalization ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 6), (1, 3, 1, 2)])
-def test_a_folded_batch_norm_equals_torch_in_values_statistics_and_gradients(
-    training: bool, shape: tuple[int, ...]
-) -> None:
+def test_a_folded_batch_norm_equals_torch_in_values_and_gradients(shape: tuple[int, ...]) -> None:
     random = torch.Generator().manual_seed(0)
-    norm = nn.BatchNorm2d(3).double().train(training)
+    norm = nn.BatchNorm2d(3).double().eval()
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             tensor.copy_(torch.rand(3, generator=random, dtype=torch.float64) + 0.2)
@@ -452,9 +449,9 @@ def test_a_folded_batch_norm_equals_torch_in_values_statistics_and_gradients(
     twin = x.detach().clone().requires_grad_()
     incoming = torch.randn(shape, generator=random, dtype=torch.float64)
 
-    gain, offset = fold_batch_norm(ours, lambda: twin)
-    assert gain.shape == offset.shape == (1, 3, 1, 1)
-    expected, found = norm(x), gain * twin + offset
+    gain, offset = fold_batch_norm(ours)
+    assert gain.shape == offset.shape == (3,)
+    expected, found = norm(x), gain.view(-1, 1, 1) * twin + offset.view(-1, 1, 1)
     expected.backward(incoming)
     found.backward(incoming)
 
@@ -462,19 +459,6 @@ def test_a_folded_batch_norm_equals_torch_in_values_statistics_and_gradients(
     torch.testing.assert_close(twin.grad, x.grad, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(ours.weight.grad, norm.weight.grad, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.bias.grad, norm.bias.grad, rtol=1e-9, atol=1e-9)
-    for key, value in norm.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-12, atol=1e-12)
-    assert ours.num_batches_tracked.item() == int(training)
-
-
-def test_folding_in_evaluation_never_computes_its_input() -> None:
-    def unneeded() -> Tensor:
-        raise AssertionError("evaluated")
-
-    norm = nn.BatchNorm2d(2)
-    fold_batch_norm(norm.eval(), unneeded)
-    with pytest.raises(AssertionError, match="evaluated"):
-        fold_batch_norm(norm.train(), unneeded)
 
 
 # --- exact constants -----------------------------------------------------------------------------------
@@ -534,7 +518,7 @@ def test_the_product_s_grid_is_raised_a_little_and_reaches_the_branch_in_few_bit
 def test_the_multipliers_of_a_calibrated_network_have_few_bits(toy: BNext) -> None:
     for block in sub_blocks(toy).values():
         assert isinstance(block, FakeQuantSubBlock)
-        gain, _ = fold_batch_norm(block.norm2, lambda: torch.empty(0))
+        gain, _ = fold_batch_norm(block.norm2)
         step = block.branch.scale
         if block.kind == "scale":
             step = block.product_step()

@@ -51,6 +51,12 @@ class Schedule(Section):
         description="Share of the steps after which batch-norm statistics stay fixed; 0: from the start "
         "(fine-tuning only).",
     )
+    reestimate_batch_norm: int = Field(
+        default=0,
+        ge=0,
+        description="Training batches over which batch-norm statistics are averaged anew after the last "
+        "step. 0: none.",
+    )
     freeze_binary: bool = Field(
         default=False, description="Leave the binary weights as they are (fine-tuning only)."
     )

@@ -1,0 +1,121 @@
+"""A fake-quantized sub-block in training: values and gradients of the plain formula, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import toy
+from torch import Tensor, nn
+
+from qat.binary import binarize_activation
+from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
+from qat.folding import CONSTANT_BITS
+from qat.layers import pool2x2
+from qat.twinblock import FakeQuantSubBlock
+
+
+def observe(point: Quantizer, x: Tensor) -> None:
+    """The point as torch's own observer and fake quantizer have it, all values looked at."""
+    if isinstance(point, ActivationQuantizer) and point.observing:
+        point.fake.activation_post_process(x.detach().float())
+        point._update_grid()
+
+
+def on_grid(point: Quantizer, x: Tensor) -> Tensor:
+    """Straight-through rounding by `detach`, to values that float32 holds."""
+    if not isinstance(point, ActivationQuantizer):
+        return x
+    steps = x * float(point.scale.reciprocal())
+    clamped = steps.round().clamp(point.quant_min, point.quant_max)
+    inside = (steps.round() == clamped).double()
+    passed = steps * inside
+    values = (passed + (clamped - passed).detach()) * float(point.scale)
+    return values + (values.float() - values).detach()
+
+
+def batch_affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    if norm.training:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    else:
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    gain = norm.weight * torch.rsqrt(variance + norm.eps)
+    return gain.view(1, -1, 1, 1), (norm.bias - mean * gain).view(1, -1, 1, 1)
+
+
+def plain(block: FakeQuantSubBlock, x: Tensor) -> Tensor:
+    """The formula of `qat.twins`, operator by operator."""
+    trunk = block.source.quantizer
+    accumulated = block.binary_conv(binarize_activation(x + block.move.bias, zero_is_positive=True))
+    gain1, offset1 = batch_affine(block.norm1, accumulated)
+    y = accumulated * gain1 + offset1
+    observe(block.y, y)
+    y = on_grid(block.y, F.prelu(on_grid(block.y, y), block.slope(block.activation2)))
+    residual = x
+    if block.kind == "scale":
+        residual = on_grid(trunk, F.prelu(x, block.slope(block.activation1)))
+    if block.stride == 2:
+        residual = on_grid(trunk, pool2x2(residual))
+    if not block.has_branch:
+        return y + residual
+    attention = (
+        block.se(block.mix_means(x, y)) if block.infor_recoupling else torch.ones_like(block.move.bias)
+    )
+    branch = attention * y * residual if block.kind == "scale" else attention * y
+    gain2, offset2 = batch_affine(block.norm2, branch)
+    gain = fake_quantize_symmetric(attention * gain2, block.gain_step(gain2), CONSTANT_BITS)
+    branch = gain * y
+    if block.kind == "scale":
+        observe(block.product, branch)
+        branch = on_grid(block.product, branch) * residual
+    observe(block.branch, torch.maximum(torch.maximum(branch.abs(), (branch + offset2).abs()), offset2.abs()))
+    branch = on_grid(block.branch, on_grid(block.branch, branch) + on_grid(block.branch, offset2))
+    return branch + residual
+
+
+def sub_blocks(model: nn.Module) -> list[tuple[str, FakeQuantSubBlock]]:
+    return [(name, block) for name, block in model.named_modules() if isinstance(block, FakeQuantSubBlock)]
+
+
+ABLATIONS = [{"elm_attention": e, "infor_recoupling": i} for e in (True, False) for i in (True, False)]
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (2, 2)], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+@pytest.mark.parametrize("spread", [1.0, 3.0], ids=["narrow", "wide"])
+@pytest.mark.parametrize("options", ABLATIONS, ids=str)
+def test_training_computes_the_plain_formula_and_its_gradients(
+    options: dict[str, bool], spread: float, frozen: bool, shape: tuple[int, int]
+) -> None:
+    model = toy(0, **options).double().train()
+    for name, block in sub_blocks(model):
+        other = copy.deepcopy(block)
+        if frozen:
+            for twin in (block, other):
+                twin.norm1.eval()
+                twin.norm2.eval()
+        random = torch.Generator().manual_seed(1)
+        trunk = cast(ActivationQuantizer, block.source.quantizer)
+        x = trunk.requantize(
+            spread * torch.randn(6, block.channels, *shape, generator=random, dtype=torch.float64)
+        ).requires_grad_()
+        found, expected = block(x), plain(other, x)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6, msg=name)
+        incoming = torch.randn(found.shape, generator=random, dtype=torch.float64)
+        inputs = [key for key, _ in block.named_parameters()]
+        gradients = (
+            torch.autograd.grad(out, [x, *twin.parameters()], incoming, allow_unused=True)
+            for out, twin in ((found, block), (expected, other))
+        )
+        for key, one, two in zip(["x", *inputs], *gradients, strict=True):
+            assert (one is None) == (two is None), f"{name}: {key}"
+            if one is not None and two is not None:
+                tolerance = 1e-6 * float(two.abs().amax()) + 1e-12
+                torch.testing.assert_close(one, two, rtol=0.0, atol=tolerance, msg=f"{name}: {key}")
+        for point in ("y", "product", "branch"):
+            one, two = getattr(block, point), getattr(other, point)
+            if isinstance(one, ActivationQuantizer):
+                torch.testing.assert_close(one.scale, two.scale, rtol=1e-5, atol=0.0)
