@@ -2,20 +2,22 @@
 # make test       set everything up, run linters, type checker, import contract and all tests
 # make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline
 # make bench-train  training speed against a plain implementation, in one run
+# make native     build the native operators again, after a change of export/native
+# make sanitize   the native operators' tests with a library that sanitizers watch
 # make baseline   record that baseline from the newest run under runs/
 VENV ?= .venv
 RECIPE ?= recipes/tiny_int8.yaml
 BIN := $(VENV)/bin
 BASELINE := tests/baselines/tiny_int8_digits.json
 
-.PHONY: finetune test lint gate bench-train baseline pretrain clean
+.PHONY: finetune test lint gate bench-train native sanitize baseline pretrain clean
 
 finetune: $(VENV)/.user
 	$(BIN)/qat finetune --recipe $(RECIPE)
 	$(BIN)/qat export --onnx
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,6 +34,13 @@ gate: $(VENV)/.user
 
 bench-train: $(VENV)/.user
 	$(BIN)/python -m benchmarks.train $(ARGS)
+
+# A compiler's error is an error here, where a plain install goes on without the library.
+native: $(VENV)/.user
+	BNEXT_QAT_NATIVE=require $(BIN)/python -m pip install --quiet --no-deps --editable .
+
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/test_nativesanitized.py
 
 baseline: $(VENV)/.user
 	$(BIN)/qat export --onnx runs/baseline.onnx

@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qat.errors import CheckpointError, VerificationError, first_line
+from export.sessions import create_session
+from qat.errors import CheckpointError, NativeLibraryError, VerificationError, first_line
 
 Array = NDArray[Any]
 #: Types of images, by onnxruntime's names.
@@ -107,21 +108,27 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
 
     Raises:
         CheckpointError: absent, not a model, or one that onnxruntime doesn't know how to run.
+        NativeLibraryError: it has native operators, and their library is missing.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4  # what it reports as an error, it raises, too
-    # Threads that wait by spinning would slow the model that runs next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+
+    def options() -> ort.SessionOptions:
+        chosen = ort.SessionOptions()
+        chosen.intra_op_num_threads = threads
+        chosen.inter_op_num_threads = 1
+        chosen.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        chosen.log_severity_level = 4  # what it reports as an error, it raises, too
+        # Threads that wait by spinning would slow the model that runs next.
+        chosen.add_session_config_entry("session.force_spinning_stop", "1")
+        return chosen
+
     try:
-        # Its own fallback would print to the terminal, then try the same again.
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return create_session(str(path), options)
+    except NativeLibraryError as error:
+        raise NativeLibraryError(f"{path}: has native operators; {error}") from error
     except Exception as error:
         reason = first_line(error)
         raise CheckpointError(f"{path}: not a model that onnxruntime can load: {reason}") from error

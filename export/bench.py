@@ -13,20 +13,31 @@ from typing import Any, Final
 
 from export.benchmark import Candidate, Conditions, Measurement, measure
 from export.floatgraph import FORMAT as FLOAT_FORMAT
+from export.nativelibrary import native_library_path
 from export.staticquant import FORMAT as STATIC_FORMAT
 from export.targets import Subject, check_targets, export_targets
 from qat.bnext import Architecture
-from qat.errors import QatError
+from qat.errors import NativeLibraryError, QatError
 from qat.machine import machine
 
 #: What others are compared with: the name of the target, and the metadata ``format`` of its files.
 FLOAT32: Final = "float32"
 ORT_STATIC: Final = "ort_static"
 _FORMATS: Final = {FLOAT32: FLOAT_FORMAT, ORT_STATIC: STATIC_FORMAT}
-DEFAULT_TARGETS: Final = (FLOAT32, ORT_STATIC, "portable")
+PORTABLE: Final = "portable"
+NATIVE: Final = "native"
 #: What a random network may have; beyond, memory ends.
 _RESOLUTIONS: Final = range(8, 2049)
 _MOST_CLASSES: Final = 100_000
+
+
+def default_targets() -> tuple[str, ...]:
+    """What is measured where nothing is named: every target that can run here."""
+    try:
+        native_library_path()
+    except NativeLibraryError:
+        return (FLOAT32, ORT_STATIC, PORTABLE)
+    return (FLOAT32, ORT_STATIC, PORTABLE, NATIVE)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ network is exported once more, and where both graphs have the same nodes, each c
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx
 from onnx import numpy_helper
 
 from export.exactfigures import TensorExactness
 from export.integer import IntegerNetwork
+from export.nativegraph import emit_native
 from export.portable import InputKind, emit
 
 
@@ -22,8 +25,8 @@ def compare_constants(
     Empty where the graphs differ in more than values: it comes from another version of the exporter, or was
     changed by another tool. A constant is named after the node that reads it, as "NODE, input 4".
     """
-    for strict in (False, True):
-        fresh = emit(network, image_size, input_kind=kind, strict=strict)
+    for emitter in (emit, partial(emit, strict=True), emit_native):
+        fresh = emitter(network, image_size, input_kind=kind)
         if _structure(fresh.graph) == _structure(model.graph):
             return [
                 _compared(name, found, expected)

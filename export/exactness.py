@@ -42,7 +42,7 @@ from export.onnxmodel import (
     takes_pixels,
 )
 from export.portable import InputKind
-from export.probes import integers, sub_block_inputs, tensor_names, with_outputs, with_sums
+from export.probes import inside_operators, integers, sub_block_inputs, tensor_names, with_outputs, with_sums
 from export.reference import Interpreter, convolve, signs
 from export.verify import REFERENCE_IMAGES, reference_count
 from qat.data import Split, normalize
@@ -103,12 +103,14 @@ def exactness(
     sizes = sorted({min(size, at_once) for size in batches})
     missing = check.sums(min(SUM_IMAGES, at_once))
     check.logits(alone, check.tensors(sizes), batches)
+    absent = [*(name for name in network.grids if name not in check.names), *missing]
+    inside = inside_operators(model, network)
     return Exactness(
         images=len(images),
         batches=tuple(sizes),
         logit_batches=tuple(sorted(set(batches))),
         tensors=(*compare_constants(model, network, kind, images.shape[2]), *check.figures.values()),
-        missing=(*(name for name in network.grids if name not in check.names), *missing),
+        missing=tuple(name for name in absent if name not in inside),
     )
 
 

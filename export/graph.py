@@ -61,6 +61,15 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
         return output
 
+    def custom(
+        self, domain: str, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any
+    ) -> str:
+        """Append one node of another domain and return its first output; an empty name leaves one out."""
+        name = outputs[0]
+        node = helper.make_node(operator, list(inputs), list(outputs), name, domain=domain, **attributes)
+        self.nodes.append(node)
+        return name
+
     def model(
         self,
         name: str,
@@ -71,8 +80,12 @@ class GraphBuilder:
         metadata: Mapping[str, str],
         description: str,
         producer_version: str,
+        domains: Mapping[str, int] | None = None,
     ) -> onnx.ModelProto:
-        """The finished model: shapes inferred, checked by ``onnx.checker``, the same bytes every time."""
+        """The finished model: shapes inferred, checked by ``onnx.checker``, the same bytes every time.
+
+        ``domains`` are those of custom operators, with their versions.
+        """
         read = {name for node in self.nodes for name in node.input}
         weights = [tensor for name, tensor in self._initializers.items() if name in read]
         # Inference and checker copy a model several times: they see large weights as further inputs.
@@ -88,7 +101,10 @@ class GraphBuilder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", opset)],
+            opset_imports=[
+                helper.make_opsetid("", opset),
+                *(helper.make_opsetid(domain, version) for domain, version in (domains or {}).items()),
+            ],
             producer_name="bnext-qat",
             producer_version=producer_version,
             ir_version=onnx.helper.find_min_ir_version_for([helper.make_opsetid("", opset)]),

@@ -78,15 +78,16 @@ def inspect_onnx(path: Path) -> Inspection:
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     kind = exported.metadata["format"]
     as_float = kind.startswith("bnext-qat float")
-    if not as_float and not kind.startswith("bnext-qat portable"):
+    native = kind.startswith("bnext-qat native")
+    if not as_float and not native and not kind.startswith("bnext-qat portable"):
         raise CheckpointError(f"{path}: metadata 'format' is {kind!r}, which this version doesn't know")
     facts = facts_of(exported.metadata)
     layers = tuple(graph.layers(as_float, parsed(exported.metadata.get("grids", "{}"))))
     arrays = graph.arrays.values()
     counted = [array for name, array in graph.arrays.items() if name not in graph.weights]
-    form = (
-        "float32" if as_float else "portable" if "QLinearConv" in graph.operators else "portable, strict form"
-    )
+    form = "float32" if as_float else "native" if native else "portable"
+    if form == "portable" and "QLinearConv" not in graph.operators:
+        form = "portable, strict form"
     return Inspection(
         path=str(path),
         format=f"bnext-qat ONNX model, {form}",

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from export.metadata import INPUT, OUTPUT
 from export.portable import InputKind
-from qat.errors import CheckpointError, DataError, first_line, nearest
+from export.sessions import create_session
+from qat.errors import CheckpointError, DataError, NativeLibraryError, first_line, nearest
 from qat.recipe import Data
 
 
@@ -168,15 +169,20 @@ def open_session(model: Path | bytes, source: object, *, optimize: bool = True) 
 
     Raises:
         CheckpointError: naming ``source``: not a model, or one that onnxruntime doesn't know how to run.
+        NativeLibraryError: it has native operators, and their library is missing.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what it reports as an error, it raises, too
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    content = str(model) if isinstance(model, Path) else model
+
+    def options() -> ort.SessionOptions:
+        chosen = ort.SessionOptions()
+        chosen.log_severity_level = 4  # what it reports as an error, it raises, too
+        if not optimize:
+            chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return chosen
+
     try:
-        # Its own fallback would print to the terminal, then try the same again.
-        return ort.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
+        return create_session(str(model) if isinstance(model, Path) else model, options)
+    except NativeLibraryError as error:
+        raise NativeLibraryError(f"{source}: has native operators; {error}") from error
     except Exception as error:  # onnxruntime's exception classes share no base of their own
         raise CheckpointError(
             f"{source}: not a model that onnxruntime can load: {first_line(error)}"

@@ -236,6 +236,19 @@ class IntegerOperators:
             flat = self.builder.node("Slice", [flat, *ends], f"{output}.used")
         return self.builder.node("Reshape", [flat, self.builder.constant(np.array(conv.shape))], output)
 
+    def classifier(self, x: str, layer: Affine, output: str) -> str:
+        """Logits ``float32(weight · x + bias) * multiplier`` of pooled integers, C values each."""
+        channels = layer.weight.shape[1]
+        flat = self.builder.node("Reshape", [x, self.builder.constant(np.array([0, channels]))], "head/flat")
+        flat = self.as_uint8(flat, "head/flat.uint8")
+        stored = (layer.weight.T.astype(np.int16) + ZERO).astype(np.uint8)
+        weight = self.builder.constant(stored, "fc.weight")
+        zero = self.builder.constant(np.uint8(ZERO))
+        total = self.builder.node("MatMulInteger", [flat, weight, zero, zero], "fc/products")
+        biased = self.builder.node("Add", [total, self.builder.constant(layer.bias, "fc.bias")], "fc/total")
+        scale = self.builder.constant(layer.multiplier, "fc.multiplier")
+        return self.builder.node("DequantizeLinear", [biased, scale], output, axis=1)
+
     # Means.
 
     def mean(self, x: str, channels: int, pixels: int, multiplier: Array, output: str) -> str:

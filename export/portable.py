@@ -72,7 +72,7 @@ def emit(
         [tensor_info(INPUT, FLOAT if input_kind == "float32 NCHW" else UINT8, ["batch", *shape])],
         [tensor_info(OUTPUT, FLOAT, ["batch", len(network.class_names)])],
         opset=OPSET,
-        metadata=_metadata(network, size, input_kind),
+        metadata=network_metadata("bnext-qat portable 1", network, size, input_kind),
         description=f"{network}\n"
         f"int8 tensors are uint8 with zero point {ZERO}; metadata 'grids' has the scales.",
         producer_version=__version__,
@@ -82,13 +82,16 @@ def emit(
     return model
 
 
-def _metadata(network: IntegerNetwork, size: int, input_kind: InputKind) -> dict[str, str]:
+def network_metadata(
+    model_format: str, network: IntegerNetwork, size: int, input_kind: InputKind
+) -> dict[str, str]:
+    """Metadata properties of a graph that computes ``network``; its scales are in ``grids``."""
     grids = {
         name: {"scale": grid.scale, "bits": grid.bits, "signed": grid.signed, "zero_point": grid.zero_point}
         for name, grid in network.grids.items()
     }
     return model_metadata(
-        "bnext-qat portable 1",
+        model_format,
         architecture=network.architecture,
         class_names=network.class_names,
         mean=network.mean,
@@ -198,7 +201,7 @@ class _Walk:
 
     def head(self, network: IntegerNetwork, x: str, side: int) -> None:
         """PReLU, mean, classifier."""
-        head, builder = network.head, self.builder
+        head = network.head
         layer = head.classifier
         channels = layer.weight.shape[1]
         x = self.operators.prelu(x, head.slopes, network.blocks[-1].output_grid, side, "head/prelu")
@@ -206,11 +209,4 @@ class _Walk:
             x, channels, side**2, np.full(channels, head.mean, np.float32), "head/mean"
         )
         pooled = self.operators.integer(mean, head.input, "head/input")
-        flat = builder.node("Reshape", [pooled, builder.constant(np.array([0, channels]))], "head/flat")
-        flat = self.operators.as_uint8(flat, "head/flat.uint8")
-        weight = builder.constant((layer.weight.T.astype(np.int16) + ZERO).astype(np.uint8), "fc.weight")
-        zero = builder.constant(np.uint8(ZERO))
-        total = builder.node("MatMulInteger", [flat, weight, zero, zero], "fc/products")
-        biased = builder.node("Add", [total, builder.constant(layer.bias, "fc.bias")], "fc/total")
-        scale = builder.constant(layer.multiplier, "fc.multiplier")
-        builder.node("DequantizeLinear", [biased, scale], OUTPUT, axis=1)
+        self.operators.classifier(pooled, layer, OUTPUT)

@@ -10,6 +10,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export.integer import Grid, IntegerNetwork, SubBlock
+from export.nativelibrary import DOMAIN
 
 Array = NDArray[Any]
 
@@ -19,6 +20,17 @@ def tensor_names(model: onnx.ModelProto, network: IntegerNetwork) -> dict[str, s
     produced = {output for node in model.graph.node for output in node.output}
     names = {name: "image/uint8" if name == "image" else name for name in network.grids}
     return {name: tensor for name, tensor in names.items() if tensor in produced}
+
+
+def inside_operators(model: onnx.ModelProto, network: IntegerNetwork) -> set[str]:
+    """Tensors of ``network`` that no graph of this form has: the native operators keep them to themselves."""
+    if all(node.domain != DOMAIN for node in model.graph.node):
+        return set()
+    seen = {"image", "feature.0/trunk", "head/input"}
+    for block in network.blocks:
+        seen |= {f"{block.name}/trunk_mid", f"{block.name}/trunk_out"}
+    seen |= {f"{sub.name}/y" for sub in network.sub_blocks()}
+    return (set(network.grids) | {f"{sub.name}/sum" for sub in network.sub_blocks()}) - seen
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -32,8 +44,11 @@ def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPr
 def integers(values: Array, grid: Grid) -> Array:
     """The interpreter's integers from a tensor of a graph, in whatever type holds them.
 
-    Graphs store them as uint8, signed ones around 128, or as other numbers relative to the zero point.
+    Graphs store them as uint8, signed ones around 128, or as other numbers relative to the zero point. The
+    native operators' int8 activations have channels last.
     """
+    if values.dtype == np.int8:
+        return values.astype(np.int16).transpose(0, 3, 1, 2) if values.ndim == 4 else values.astype(np.int16)
     if values.dtype == np.uint8:
         return values.astype(np.int16) - (128 if grid.signed else 0)
     return values + grid.zero_point if grid.zero_point else values

@@ -64,7 +64,7 @@ def convolve(x: Array, weight: Array, stride: int) -> Array:
     columns = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, channels * size * size)
     # float64 holds every partial sum exactly, and its matrix product is the fast one.
     out = columns.astype(np.float64) @ weight.reshape(len(weight), -1).T.astype(np.float64)
-    return out.astype(np.int32).reshape(n, height, width, -1).transpose(0, 3, 1, 2)
+    return out.astype(np.int32).reshape(n, height, width, len(weight)).transpose(0, 3, 1, 2)
 
 
 def signs(x: Array, conv: BinaryConv) -> Array:

@@ -17,6 +17,7 @@ from export.benchmark import Candidate
 from export.floatgraph import emit_float
 from export.integer import IntegerNetwork
 from export.lower import lower
+from export.nativegraph import emit_native
 from export.portable import emit
 from export.randomnetwork import quantized, random_images, random_network
 from export.staticquant import quantize_static
@@ -169,4 +170,5 @@ TARGETS: Final[dict[str, Target]] = {
     "float32": Target(_float32),
     "ort_static": Target(_ort_static),
     "portable": Target(lambda subject, path: _save(emit(subject.network), path), exact=True),
+    "native": Target(lambda subject, path: _save(emit_native(subject.network), path), exact=True),
 }

@@ -34,6 +34,8 @@ _FLOAT_NAMES: Final = {
 }
 #: Point whose type a layer's result has, by role; the classifier gives float32 logits.
 _RESULTS: Final = {"stem": "/trunk", "binary": "/conv", "attention": "/attention"}
+#: Input of a node that holds multipliers.
+_MULTIPLIERS: Final = {"QLinearConv": 4, "Mul": 1, "DequantizeLinear": 1, "BinaryConv": 4, "Stem": 3}
 #: Longest way from a weight to its multiplier is Cast, Sub, Conv, Add, Round, Mul.
 _STEPS: Final = 8
 
@@ -109,9 +111,11 @@ class WeightGraph:
         array = self._checked(initializer)
         packed = initializer.endswith(".bits")
         used = self._unpacked(initializer, f"{name}/binary_weight") if packed else array
+        # The native operator reads the bits themselves.
+        unpacked = f"{name}/binary_weight" if f"{name}/binary_weight" in self.producers else ""
         if used.ndim != 4 or not used.size:
             raise CheckpointError(f"{self.path}: {initializer}: shape {list(used.shape)}, expected 4 sides")
-        kind = "scale" if f"{name}/prelu1" in self.producers else "bias"
+        kind = "scale" if self._has_prelu(name) else "bias"
         share = exact_share(used)
         return InspectedLayer(
             name,
@@ -125,8 +129,13 @@ class WeightGraph:
             result=result,
             exact_stored=share,
             exact_in_use=share,
-            multiplier=self._multiplier(f"{name}/binary_weight") if packed else None,
+            multiplier=self._multiplier(unpacked or initializer) if packed else None,
         )
+
+    def _has_prelu(self, name: str) -> bool:
+        """Whether a PReLU stands before the residual of the sub-block ``name``."""
+        updates = [node for node in self.consumers.get(f"{name}/y", []) if node.op_type == "TrunkUpdate"]
+        return f"{name}/prelu1" in self.producers or any(bool(node.input[4:5] != [""]) for node in updates)
 
     def _rest(self, name: str, role: str, initializers: list[str], result: str) -> InspectedLayer:
         arrays = [self._checked(initializer) for initializer in initializers]
@@ -137,12 +146,15 @@ class WeightGraph:
             multiplier = min(low for low, _ in multipliers), max(high for _, high in multipliers)
             if role == "classifier":
                 arrays = [array.T for array in arrays]
-        values = [array.astype(np.int16) - ZERO for array in arrays] if integer else arrays
+        values = arrays
+        if integer:
+            values = [array.astype(np.int16) - (ZERO if array.dtype == np.uint8 else 0) for array in arrays]
         largest = max(int(np.abs(value).max(initial=0)) for value in values) if integer else 0
         return InspectedLayer(
             f"{name}.se" if role == "attention" else name,
             role,
-            tuple(array.shape for array in arrays),
+            # Of 1×1 layers, too, as in every other file.
+            tuple(array.shape + (1, 1) * (role == "attention" and array.ndim == 2) for array in arrays),
             stored=arrays[0].dtype.name,
             bits=8 * arrays[0].itemsize,
             size=sum(array.nbytes for array in arrays),
@@ -154,6 +166,9 @@ class WeightGraph:
 
     def _unpacked(self, bits: str, output: str) -> Array:
         """What the graph makes of sign bits: a look-up in a table, flat, cut to length, in shape."""
+        reader = next(iter(self.consumers.get(bits, [])), None)
+        if reader is not None and reader.op_type == "BinaryConv":
+            return self._operator_weight(bits, reader)
         problem = f"{self.path}: {bits}: is not unpacked to {output!r} as this version does it"
         node = self.producers.get(output)
         if node is None or node.op_type != "Reshape" or node.input[1] not in self.arrays:
@@ -178,13 +193,28 @@ class WeightGraph:
                 return unpacked
         raise CheckpointError(problem)
 
+    def _operator_weight(self, bits: str, reader: onnx.NodeProto) -> Array:
+        """The weights (O, I, k, k) that the native operator reads from (O, k, k, ceil(I / 8)) bytes."""
+        packed = self.arrays[bits]
+        channels = self.arrays.get(reader.input[2], np.empty(0)).size
+        shape = (*packed.shape[:3], -(-channels // 8))
+        if packed.dtype != np.uint8 or packed.ndim != 4 or packed.shape != shape or not channels:
+            raise CheckpointError(
+                f"{self.path}: {bits}: damaged: {packed.dtype.name} {list(packed.shape)}, expected uint8 "
+                f"{list(shape)} for {channels} channels"
+            )
+        positive = np.unpackbits(packed, axis=-1, count=channels, bitorder="little").astype(np.int8)
+        return (2 * positive - 1).transpose(0, 3, 1, 2)
+
     def _multiplier(self, tensor: str) -> Range:
         """Least and largest multiplier of the accumulators of the layer with this weight."""
         for _ in range(_STEPS):
             node = next(iter(self.consumers.get(tensor, [])), None)
             if node is None:
                 break
-            position = {"QLinearConv": 4, "Mul": 1, "DequantizeLinear": 1}.get(node.op_type)
+            position = _MULTIPLIERS.get(node.op_type)
+            if node.op_type == "ChannelAttention":
+                position = list(node.input).index(tensor) + 2
             if position is not None and node.input[position] in self.arrays:
                 return value_range([self._checked(node.input[position])])
             tensor = node.output[0]

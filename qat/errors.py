@@ -31,6 +31,10 @@ class QuantizationError(QatError):
     """A network cannot be prepared or lowered as asked."""
 
 
+class NativeLibraryError(QatError):
+    """The library of the native operators is missing, not a library, or has no such kernels."""
+
+
 class OutputError(QatError):
     """A file or directory cannot be written."""
 

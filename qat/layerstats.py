@@ -106,12 +106,13 @@ def measure(
             sums, hooks = _Sums(), activations
             if isinstance(module, SubBlock):
                 points[f"{name}.binary_conv"] = module.binary_conv, sums
-                handle = module.binary_activation.register_forward_hook(partial(_see_signs, sums))
+                handle = module.register_forward_pre_hook(partial(_see_signs, sums))
             elif isinstance(module, WeightQuantizer):
                 points[name], hooks = (module, sums), weights
                 handle = module.register_forward_hook(partial(_see_weights, sums))
             elif isinstance(module, Quantizer) and module.enabled:
                 points[name] = module, sums
+                hooks.callback(module.register_forward_pre_hook(partial(_keep_values, sums)).remove)
                 handle = module.register_forward_hook(partial(_see_values, sums))
             else:
                 continue
@@ -126,7 +127,7 @@ def measure(
 
 @dataclass
 class _Sums:
-    """What one point has seen so far. Signal and noise are sums of squares."""
+    """What one point has seen so far. Signal and noise are sums of squares; ``unrounded`` is under way."""
 
     low: float = inf
     high: float = -inf
@@ -137,6 +138,7 @@ class _Sums:
     positive: int = 0
     scale_min: float = inf
     scale_max: float = -inf
+    unrounded: Tensor | None = None
 
     def extend(self, x: Tensor) -> None:
         """Widen the range to ``x`` and count its values."""
@@ -161,14 +163,22 @@ class _Sums:
 _CHUNK: Final = 2**18
 
 
+def _keep_values(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Hook before a quantization point, whose result may take the memory of its input."""
+    sums.unrounded = inputs[0].clone()
+
+
 def _see_values(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Forward hook of a quantization point."""
     assert isinstance(module, ActivationQuantizer | FixedQuantizer)
     zero = int(module.zero_point) if isinstance(module, FixedQuantizer) else 0
     limits = (module.quant_min - zero, module.quant_max - zero)
-    chunks = (tensor.flatten().split(_CHUNK) for tensor in (inputs[0], output))
-    for x, q in zip(*chunks, strict=True):
+    assert sums.unrounded is not None
+    before, after = sums.unrounded.flatten(), output.flatten()
+    for start in range(0, len(before), _CHUNK):
+        x, q = before[start : start + _CHUNK], after[start : start + _CHUNK]
         sums.add(x, q, module.scale, limits)
+    sums.unrounded = None
 
 
 def _see_weights(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,10 +189,12 @@ def _see_weights(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output
     sums.add(weight, output, scale, (-module.quant_max, module.quant_max))
 
 
-def _see_signs(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a binary activation."""
-    sums.extend(inputs[0])
-    sums.positive += int((output > 0).sum())
+def _see_signs(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Hook before a sub-block: what its sign is taken of is no module's result where steps are fused."""
+    assert isinstance(module, SubBlock)
+    moved = module.move(inputs[0])
+    sums.extend(moved)
+    sums.positive += int((module.binary_activation(moved) > 0).sum())
 
 
 def _statistics(name: str, module: nn.Module, sums: _Sums, flipped: float | None) -> LayerStatistics:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nativemodels import KERNELS
 from onnx import TensorProto
 from tinymodels import image_model
 from toyruns import fail, succeed, tuned
@@ -129,7 +130,12 @@ def test_the_default_targets_are_compared_with_the_float_baseline() -> None:
     lines = succeed("bench", *SMALLEST).splitlines()
     rows = {words[0]: words[1:] for line in lines if (words := line.split())}
     assert max(map(len, lines)) <= 80
-    assert list(rows)[-3:] == ["float32", "ort_static", "portable"]
+    assert list(rows)[-len(KERNELS[:1]) - 3 :] == [
+        "float32",
+        "ort_static",
+        "portable",
+        *["native"][: len(KERNELS)],
+    ]
     assert rows["float32"][2] == rows["ort_static"][3] == "1.00"
     assert float(rows["float32"][4]) > 100 > 10 > float(rows["portable"][4])
 

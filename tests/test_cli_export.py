@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from nativemodels import KERNELS
 from networkchanges import differences
 from toyruns import fail, qat, succeed, tune, tuned
 
@@ -32,6 +33,8 @@ FORMS: dict[str, tuple[str, int, list[int]]] = {
     "float32": ("", FLOAT, [3, 8, 8]),
     "uint8 NCHW": ("--input uint8", UINT8, [3, 8, 8]),
     "uint8 NHWC": ("--input uint8 --layout nhwc", UINT8, [8, 8, 3]),
+    "native": ("--target native", FLOAT, [3, 8, 8]),
+    "native uint8 NHWC": ("--target native --input uint8 --layout NHWC", UINT8, [8, 8, 3]),
     "strict": ("--strict-onnx", FLOAT, [3, 8, 8]),
     "strict uint8 NHWC": ("--strict-onnx --input uint8 --layout NHWC", UINT8, [8, 8, 3]),
 }
@@ -101,6 +104,8 @@ def test_each_form_takes_its_images_and_has_the_accuracy_of_the_checkpoint(
     toys: Path, tmp_path: Path, form: str
 ) -> None:
     options, element, shape = FORMS[form]
+    if "native" in options and not KERNELS:
+        pytest.skip("the native operators are not built here: make native")
     path = tmp_path / "m.onnx"
     text = succeed("export", "--onnx", path, "--checkpoint", tuned(toys), *options.split())
     (image,) = onnx.load(path).graph.input
@@ -308,6 +313,12 @@ def test_a_trunk_left_in_float_is_not_exported_and_the_group_is_named(toys: Path
         ("export --onnx --runs {toys}/runs --input uint8 --layout NWHC", "'NWHC' is not one of"),
         ("export --onnx --runs {toys}/runs --float32 --input uint8", "--float32 and --input uint8 exclude"),
         ("export --onnx --runs {toys}/runs --float32 --strict-onnx", "--float32 and --strict-onnx exclude"),
+        (
+            "export --onnx --runs {toys}/runs --float32 --target native",
+            "--float32 and --target native exclude",
+        ),
+        ("export --onnx --strict-onnx --target native", "--strict-onnx and --target native exclude"),
+        ("export --onnx --target nativ", "'nativ' is not one of 'portable', 'native'"),
         ("export --onnx --runs {toys}/runs --float32 --layers", "--float32 and --layers exclude"),
         (
             "export --onnx --runs {toys}/runs --float32 --integer-network {tmp}/n.safetensors",

@@ -19,7 +19,7 @@ from qat.cli.terminal import print_table, spinner
 @click.option(
     "--targets",
     type=NonEmptyText("write float32,portable"),
-    help="Forms of that network, by commas [default: float32,ort_static,portable].",
+    help="Forms of that network, by commas [default: float32,ort_static,portable,native].",
 )
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of one operator.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per run.")
@@ -53,7 +53,7 @@ def bench(
     ]
     if models and given:
         raise click.UsageError(f"--{given[0]} is of a random network: give it or MODELS, not both")
-    from export.bench import DEFAULT_TARGETS, bench_files, bench_random
+    from export.bench import bench_files, bench_random, default_targets
     from export.benchmark import Conditions
     from qat.bnext import Architecture
 
@@ -61,7 +61,7 @@ def bench(
         if models:
             report = bench_files(models, Conditions(threads, batch, repeats, seed, resolution), say)
         else:
-            names = [name.strip() for name in targets.split(",")] if targets else DEFAULT_TARGETS
+            names = [name.strip() for name in targets.split(",")] if targets else default_targets()
             side = 224 if resolution is None else resolution
             conditions = Conditions(threads, batch, repeats, seed, side)
             report = bench_random(Architecture.of(size, classes), side, names, conditions, say)

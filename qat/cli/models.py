@@ -28,7 +28,7 @@ _BESIDE: Final = "beside the checkpoint"
     flag_value=_BESIDE,
     default=None,
     metavar="[PATH]",
-    help="Write an ONNX model, to PATH or beside the checkpoint, as model.onnx or float32.onnx.",
+    help="Write an ONNX model, to PATH or beside the checkpoint, as model.onnx, native.onnx or float32.onnx.",
 )
 @click.option("--run", "run_path", type=NonEmptyPath(), help="Run directory [default: the newest].")
 @click.option("--checkpoint", type=NonEmptyPath(), help="A fine-tuned checkpoint instead of a run.")
@@ -51,6 +51,14 @@ _BESIDE: Final = "beside the checkpoint"
     default="NCHW",
     show_default=True,
     help="Order of raw pixels: N×3×H×W or N×H×W×3.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["portable", "native"]),
+    default="portable",
+    show_default=True,
+    help="Standard operators alone, or this project's own in onnxruntime: three times as fast and more; "
+    "their library must be registered (docs/native.md).",
 )
 @click.option(
     "--strict-onnx",
@@ -78,6 +86,7 @@ def export(
     image_size: int | None,
     input_type: str,
     layout: str,
+    target: str,
     strict: bool,
     as_float: bool,
     network_path: Path | None,
@@ -86,7 +95,8 @@ def export(
 ) -> None:
     """Export a fine-tuned network to ONNX.
 
-    The graph has binary convolutions and 8-bit integers, and runs in stock onnxruntime.
+    The graph has binary convolutions and 8-bit integers, and runs in stock onnxruntime, with --target native
+    on the native operators' library.
 
     The model is verified on the test set against the network it came from, and tensor by tensor against the
     integer reference; it is written if it matches.
@@ -105,6 +115,7 @@ def export(
         raise click.UsageError("--layout NHWC needs --input uint8: normalized images are N×3×H×W")
     integers_only = {
         "--input uint8": input_type == "uint8",
+        "--target native": target == "native",
         "--strict-onnx": strict,
         "--integer-network": network_path is not None,
         "--layers": layers,
@@ -112,9 +123,11 @@ def export(
     for option, given in integers_only.items():
         if as_float and given:
             raise click.UsageError(f"--float32 and {option} exclude each other")
+    if strict and target == "native":
+        raise click.UsageError("--strict-onnx and --target native exclude each other")
     from export.describe import describe
     from export.portable import kind_of_input
-    from qat.commands.export import Target, export_float32, export_onnx
+    from qat.commands.export import Form, Target, export_float32, export_onnx
     from qat.commands.lowering import Source
 
     source = Source(run_path, checkpoint, overrides, runs)
@@ -128,7 +141,8 @@ def export(
     else:
         kind = kind_of_input(input_type, layout)
         with spinner("lowering, exporting and verifying"):
-            exported = export_onnx(source, Target(path, image_size, kind, strict, network_path))
+            form = Form.NATIVE if target == "native" else Form.STRICT if strict else Form.PORTABLE
+            exported = export_onnx(source, Target(path, image_size, kind, form, network_path))
         click.echo(f"{describe(exported.network) if layers else exported.network}\n")
         _print_comparison(exported.comparison)
         _print_exactness(exported.exactness)

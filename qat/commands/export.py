@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,6 +15,8 @@ import onnx
 from export.exactness import Exactness, exactness, sample
 from export.floatgraph import emit_float
 from export.integer import IntegerNetwork
+from export.nativegraph import emit_native
+from export.nativelibrary import native_library_path
 from export.networkfile import load_network, save_network
 from export.portable import InputKind, emit
 from export.verify import Comparison, OnnxModel, compare
@@ -26,6 +29,17 @@ from qat.files import write_atomically
 from qat.loading import build, float_network, highest_temperature
 
 
+class Form(Enum):
+    """Operators of an exported integer model."""
+
+    #: Standard ones, chosen for their speed in onnxruntime.
+    PORTABLE = "portable"
+    #: Standard ones that every runtime reads alike.
+    STRICT = "strict"
+    #: This project's own.
+    NATIVE = "native"
+
+
 @dataclass(frozen=True)
 class Target:
     """What to write.
@@ -34,14 +48,14 @@ class Target:
         onnx: file of the model; ``None`` is one beside the checkpoint.
         image_size: side of the model's input; ``None`` is what the network was trained on.
         input_kind: type and layout of the images it takes.
-        strict: only operators that every runtime reads alike.
+        form: operators of the graph.
         network: file for the integer network, too.
     """
 
     onnx: Path | None
     image_size: int | None = None
     input_kind: InputKind = "float32 NCHW"
-    strict: bool = False
+    form: Form = Form.PORTABLE
     network: Path | None = None
 
 
@@ -87,18 +101,24 @@ def export_onnx(source: Source, target: Target) -> Exported:
     """
     if target.network is not None:
         _require_network_file(target.network)
+    if target.form is Form.NATIVE:
+        native_library_path()  # without it the model could not be verified
     checkpoint, data = load(source, target.image_size)
     model, network = build_and_lower(checkpoint, data)
     # The data first: without it the model could not be verified, and should not be written.
     split = load_test_split(data, len(network.class_names))
-    path = target.onnx or Path(checkpoint.source).with_name("model.onnx")
+    name = "native.onnx" if target.form is Form.NATIVE else "model.onnx"
+    path = target.onnx or Path(checkpoint.source).with_name(name)
 
     def check(candidate: Path) -> Exported:
         comparison = compare(predictor(model), OnnxModel(candidate), network, split, data)
         images = sample(split, data.image_size)
         return Exported(path, network, comparison, exactness(candidate, network, images))
 
-    graph = emit(network, input_kind=target.input_kind, strict=target.strict)
+    if target.form is Form.NATIVE:
+        graph = emit_native(network, input_kind=target.input_kind)
+    else:
+        graph = emit(network, input_kind=target.input_kind, strict=target.form is Form.STRICT)
     if target.network is None:
         return _write_if_good(path, graph, check)
     with _unverified(target.network, partial(save_network, network)):

@@ -1,0 +1,37 @@
+// bnext_qat.BinaryConv: threshold, binary convolution, requantization, PReLU, and the sums of input and result.
+#pragma once
+
+#include "operator.h"
+
+namespace bnext {
+
+class BinaryConv {
+ public:
+  static constexpr const char* kName = "BinaryConv";
+  static constexpr Slot kInputs[] = {
+      {ort::kInt8}, {ort::kUint8}, {ort::kInt16}, {ort::kInt32}, {ort::kFloat}, {ort::kInt8},
+  };
+  static constexpr Slot kOutputs[] = {
+      {ort::kInt8},
+      {ort::kInt32, ort::kOptional},
+      {ort::kInt32, ort::kOptional},
+  };
+
+  explicit BinaryConv(const Info& info);
+  void compute(const Run& run) const;
+
+ private:
+  void pack_weight(const Tensor<uint8_t>& weight);
+  void sum_constants(const Tensor<uint8_t>& weight, const std::vector<int32_t>& bias);
+
+  const Kernels& kernels_;
+  int64_t stride_, kernel_ = 0, channels_ = 0, inputs_ = 0, words_ = 0, padded_ = 0;
+  int groups_ = 1;
+  float low_, high_;
+  std::vector<uint32_t> weight_, live_;
+  std::vector<int8_t> threshold_;
+  std::vector<int32_t> totals_;
+  std::vector<float> multiplier_, slopes_;
+};
+
+}  // namespace bnext
