@@ -21,8 +21,10 @@ from qat.distributed import (
     total,
     world,
 )
+from qat.fakequant import ActivationQuantizer
+from qat.fused import affine_form, moments, scaled
 from qat.launch import Share, World, launched
-from qat.observers import OBSERVERS, observed_grid
+from qat.observers import MOVING, OBSERVERS, observed_grid
 from qat.syncednorm import BatchNorm2d
 
 NAN = float("nan")
@@ -162,7 +164,7 @@ def test_statistics_weigh_each_process_by_its_values_even_by_none() -> None:
 def _reestimated(models: list[BNext], share: Share) -> list[dict[str, Tensor]]:
     found = []
     for model in models:
-        batches = [toy_images(count, seed=count)[share.of(count)] for count in (8, 7)]
+        batches = [toy_images(count, seed=count)[share.of(count)] for count in (8, 7, 1)]
         batches = [batch.to(model.fc.weight.dtype) for batch in batches]
 
         def forward(model: BNext = model, batches: list[Tensor] = batches) -> None:
@@ -179,7 +181,7 @@ def _shared_reestimation(models: list[BNext]) -> list[dict[str, Tensor]]:
 
 
 def test_statistics_averaged_anew_are_those_of_one_process(float_toy: BNext, toy: BNext) -> None:
-    """Float rest and quantized; shares of 7 images are not of one size.
+    """Float rest and quantized; shares of 7 images are not of one size, and one image leaves a process none.
 
     Float rest in float64. The quantized one has no float64: there a value half-way between two steps can fall
     either way, and move a channel's mean by a share of a step.
@@ -191,6 +193,74 @@ def test_statistics_averaged_anew_are_those_of_one_process(float_toy: BNext, toy
         for name, value in one.items():
             assert torch.equal(mine[name], other[name])
             torch.testing.assert_close(mine[name], value, rtol=bound, atol=bound)
+
+
+def _gradients_of_affine_form(share: Share) -> list[Tensor]:
+    """Of a scaled batch through its normalization; then the parameters' and the running statistics."""
+    generator = torch.Generator().manual_seed(4)
+    x, factor, weights = (
+        torch.randn(7, 4, *size, generator=generator, dtype=torch.float64)[share.of(7)]
+        for size in ((3, 5), (), (3, 5))
+    )
+    x.requires_grad_()
+    factor.requires_grad_()
+    norm = BatchNorm2d(4).double()
+    gain, offset = affine_form(norm, factor, *moments(x), 15)
+    out = scaled(x, factor * gain) + offset.view(1, -1, 1, 1)
+    (out * weights).sum().backward()
+    found = [out.detach(), x.grad, factor.grad, norm.weight.grad, norm.bias.grad]
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return [value for value in found if value is not None] + [norm.running_mean, norm.running_var]
+
+
+def _trained_twin(toy: BNext, share: Share) -> dict[str, Tensor]:
+    """Statistics and ranges of a quantized network after a batch of training."""
+    toy.train()(toy_images(8)[share.of(8)])
+    kinds = ("running_mean", "running_var", "min_val", "max_val", "fake.scale")
+    return {name: value.clone() for name, value in toy.named_buffers() if name.endswith(kinds)}
+
+
+def _moved_ranges(share: Share) -> list[Tensor]:
+    """What points give back that observe while they quantize, and what they then know."""
+    found = []
+    for observer in MOVING:
+        point = ActivationQuantizer(observer=observer, averaging=0.3).train()
+        for calibrating in (True, False):
+            if calibrating:
+                point.start_calibration()
+            results = [point(batch[share.of(len(batch))]) for batch in _batches()]
+            if calibrating:
+                point.finish_calibration()
+            found += [*results, *(value.clone() for value in point.state_dict().values())]
+    return found
+
+
+def _shared_training(toy: BNext) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
+    share = world().share
+    return _gradients_of_affine_form(share), _trained_twin(toy, share), _moved_ranges(share)
+
+
+def test_fake_quantized_training_knows_statistics_and_extremes_of_all_images(toy: BNext) -> None:
+    """Bit for bit where nothing is added up; see above for the bound of a whole network."""
+    results = call(_shared_training, toy)
+    alone = _gradients_of_affine_form(Share())
+    for number, (expected, first, second) in enumerate(zip(alone, results[0][0], results[1][0], strict=True)):
+        if number < 3:
+            found = torch.cat([first, second])
+        elif number < 5:  # of parameters, which are added up behind it
+            found = first + second
+        else:
+            found = first
+            assert torch.equal(first, second)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    for name, value in _trained_twin(toy, Share()).items():
+        assert torch.equal(results[0][1][name], results[1][1][name]), name
+        torch.testing.assert_close(results[0][1][name], value, rtol=5e-3, atol=5e-3, msg=name)
+    for expected, first, second in zip(_moved_ranges(Share()), results[0][2], results[1][2], strict=True):
+        found = torch.cat([first, second]) if expected.ndim == 4 else first
+        assert torch.equal(found, expected)
+        assert expected.ndim == 4 or torch.equal(first, second)
 
 
 # Observers
