@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.data import Split, normalize
+from qat.distributed import rows_of_all
+from qat.launch import WHOLE
 from qat.recipe import Data
 
 #: Images (N, 3, H, W) → logits (N, classes). The images are normalized float32; a callable with a true
@@ -81,11 +83,24 @@ def input_for(predict: Predict, images: Tensor, data: Data) -> Tensor:
     return normalize(images, data.mean, data.std)
 
 
-def collect_logits(predict: Predict, split: Split, data: Data, device: torch.device | str = "cpu") -> Tensor:
-    """Logits (N, classes) float32 of every image of ``split`` in its fixed order, on the CPU."""
+def collect_logits(
+    predict: Predict,
+    split: Split,
+    data: Data,
+    device: torch.device | str = "cpu",
+    before_batch: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Logits (N, classes) float32 of every image of ``split`` in its fixed order, on the CPU.
+
+    Where processes have a ``share`` of the split each, each computes its images, every one of them once, and
+    is sent the others' answers. ``before_batch`` is called by all of them alike.
+    """
     rows = []
     for images, _ in split.batches(data.eval_batch_size):
-        rows.append(predict(input_for(predict, images.to(device), data)).float().cpu())
+        before_batch()
+        # Without an image of its own it has nothing to say, whatever the number of classes.
+        logits = predict(input_for(predict, images.to(device), data)) if len(images) else torch.empty(0, 0)
+        rows.append(logits.float().cpu() if split.share == WHOLE else rows_of_all(logits.float().cpu()))
     return torch.cat(rows)
 
 
@@ -100,9 +115,15 @@ def accuracy_of(logits: Tensor, labels: Tensor) -> Accuracy:
     )
 
 
-def evaluate(predict: Predict, split: Split, data: Data, device: torch.device | str = "cpu") -> Accuracy:
-    """Accuracy of ``predict`` on ``split``, preprocessed as ``data`` says."""
-    return accuracy_of(collect_logits(predict, split, data, device), split.labels)
+def evaluate(
+    predict: Predict,
+    split: Split,
+    data: Data,
+    device: torch.device | str = "cpu",
+    before_batch: Callable[[], None] = lambda: None,
+) -> Accuracy:
+    """Accuracy of ``predict`` on ``split``, preprocessed as ``data`` says; see :func:`collect_logits`."""
+    return accuracy_of(collect_logits(predict, split, data, device, before_batch), split.labels)
 
 
 def predictor(model: nn.Module) -> Predict:

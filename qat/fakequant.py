@@ -76,6 +76,11 @@ class Quantizer(_OwnState):
         return x
 
     @property
+    def observes(self) -> bool:
+        """Whether ``forward`` looks at values for the range right now."""
+        return False
+
+    @property
     def has_grid(self) -> bool:
         """Whether values can be put on a known grid right now."""
         return False
@@ -189,7 +194,7 @@ class ActivationQuantizer(Quantizer):
     def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """Any shape → same shape; see the class for when it observes and quantizes."""
         extremes = None
-        if self.observing and (self.calibrating or self.training):
+        if self.observes:
             found = self._observe(x if observed is None else observed)
             extremes = found if observed is None else None
         if not self.has_grid:
@@ -202,6 +207,11 @@ class ActivationQuantizer(Quantizer):
 
     def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
         return fake_quantize(x, self.scale, self.quant_min, self.quant_max, extremes, overwrite)
+
+    @property
+    def observes(self) -> bool:
+        """In calibration and training, until frozen."""
+        return self.observing and (self.calibrating or self.training)
 
     @property
     def has_grid(self) -> bool:
@@ -231,11 +241,11 @@ class ActivationQuantizer(Quantizer):
             if self.calibrating:
                 self.fake.activation_post_process(x.detach().float())
             return None
-        extremes = None
-        if x.numel():
-            # All that these observers look at, and the rounding wants to know them, too.
-            extremes = torch.aminmax(x.detach())
-            self.fake.activation_post_process(torch.stack(extremes).float())
+        # All that these observers look at, and the rounding wants to know them, too.
+        extremes = torch.aminmax(x.detach()) if x.numel() else None
+        # Where another process has values, this one's observer must hear of them, too.
+        seen = x.detach() if extremes is None else torch.stack(extremes)
+        self.fake.activation_post_process(seen.float())
         if not self.calibrating:
             self._update_grid()
         return extremes

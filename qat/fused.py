@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.binary import ACTIVATION_CLIP
+from qat.distributed import world
+from qat.syncednorm import correction, global_moments, synced_batch_norm
 
 #: A tensor of this many bytes stays in a core's reach, and its memory is used again where a larger one's is
 #: given back to the system and asked for anew, page by page.
@@ -44,6 +46,8 @@ def can_fuse(norm: nn.BatchNorm2d) -> bool:
 
 def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     """``PReLU(BN(x))`` with batch statistics, for which :func:`can_fuse` must hold; (N, C, H, W)."""
+    if world().size > 1:
+        return prelu(synced_batch_norm(x, norm), activation.weight)
     _count(norm)
     return _apply(
         _NormPReLU,
@@ -88,7 +92,7 @@ def scaled_norm(
     Returns:
         (N, C, H, W).
     """
-    gain, offset = affine_form(norm, factor, mean, variance, x[0, 0].numel())
+    gain, offset = affine_form(norm, factor, mean, variance, x.shape[2:].numel())
     return _apply(_ScaleAndAdd, x, factor * gain, offset, residual)
 
 
@@ -96,6 +100,8 @@ def affine_form(
     norm: nn.BatchNorm2d, factor: Tensor, mean: Tensor, variance: Tensor, pixels: int
 ) -> tuple[Tensor, Tensor]:
     """Gain and offset of ``BN(factor ⊙ x)`` with batch statistics, which are counted in.
+
+    The batch is that of all processes.
 
     Args:
         norm: in training, with running statistics.
@@ -108,16 +114,16 @@ def affine_form(
     means = factor * mean
     center = means.mean(0)
     spread = (factor.square() * variance).mean(0) + (means - center).square().mean(0)
+    center, spread, count = global_moments(center, spread, len(mean) * pixels)
     _count(norm)
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
-        count = len(mean) * pixels
         # No momentum means the plain average of all batches, as in torch.
         momentum = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(center.to(norm.running_mean.dtype), momentum)
-        unbiased = spread * (count / max(count - 1, 1))
+        unbiased = spread * correction(count)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
     gain = norm.weight * torch.rsqrt(spread + norm.eps)
     return gain, norm.bias - center * gain
@@ -149,8 +155,9 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
     One value for all pixels leaves torch runs of one image to vectorize. Images of a few pixels fill no
     register, so that a value for each pixel is several times as fast, tensor of its own or not.
     """
+    pixels = x.shape[2:].numel()
     shaped = values.to(x.dtype)[..., None, None].view(-1, x.shape[1], 1, 1)
-    if x.device.type == "cpu" and x[0, 0].numel() > 1 and x[0, 0].nbytes < REGISTER:
+    if x.device.type == "cpu" and pixels > 1 and pixels * x.itemsize < REGISTER:
         return shaped.expand(-1, -1, *x.shape[2:]).contiguous()
     return shaped
 
@@ -164,7 +171,7 @@ def _multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 
 def _prelu_values(x: Tensor, slope: Tensor) -> Tensor:
     factor = _spread(slope, x)
-    if factor[0, 0].numel() == 1:
+    if factor.shape[2:].numel() == 1:
         return F.prelu(x, slope.to(x.dtype))
     return x.clamp_min(0).addcmul_(x.clamp_max(0), factor)
 
@@ -261,7 +268,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
         images, channels = x.shape[:2]
-        size = x[0, 0].numel()
+        size = x.shape[2:].numel()
         eps = 1e-5
         # With weights of another type than half precision, so that the moments are too.
         ones = x.new_ones(channels, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.binaryconv import training_conv2d
 from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
+from qat.syncednorm import BatchNorm2d
 
 Kind = Literal["scale", "bias"]
 #: Channel reduction inside the channel attention (SE).
@@ -166,8 +167,8 @@ class SubBlock(nn.Module):
         self.move = LearnableBias(channels)
         self.binary_activation = BinaryActivation()
         self.binary_conv = BinaryConv2d(channels, kernel_size, stride)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.norm1 = BatchNorm2d(channels)
+        self.norm2 = BatchNorm2d(channels)
         self.activation1 = nn.PReLU(channels)
         self.activation2 = nn.PReLU(channels)
         if infor_recoupling:
@@ -235,7 +236,7 @@ class Stem(nn.Module):
         """Make a stem from 3 colours to ``channels``."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.prelu = nn.PReLU(channels)
         #: Slot of the trunk quantizer.
         self.trunk: nn.Module = nn.Identity()

@@ -114,8 +114,10 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
-    def _observe(self, x: Tensor) -> Extremes | None:
-        return super()._observe(x) if self.calibrating or not self.calibrated else None
+    @property
+    def observes(self) -> bool:
+        """Until calibrated."""
+        return super().observes and (self.calibrating or not self.calibrated)
 
     def _update_grid(self) -> None:
         super()._update_grid()

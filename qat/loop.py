@@ -21,10 +21,13 @@ from qat.averaging import WeightAverage
 from qat.bnext import BNext, binary_convolutions, is_binary
 from qat.checkpoint import as_stored, save_checkpoint
 from qat.data import Split
+from qat.distributed import any_of, is_main, total, world
 from qat.errors import CheckpointError, QuantizationError, Stopped, TrainingError
-from qat.evaluate import Accuracy, Predict, correct_in_top, evaluate, predictor
+from qat.evaluate import Accuracy, correct_in_top, evaluate, predictor
+from qat.launch import Share
 from qat.mixing import Mixer
 from qat.optimization import distillation_loss, learning_rate_factor, make_optimizer
+from qat.parallel import Parallel
 from qat.precision import autocast, gradient_scaler
 from qat.recipe import Recipe
 from qat.resume import Parts, begun, capture, restore, resume_command
@@ -46,7 +49,9 @@ class Reporter(Protocol):
         """Training begins: ``epochs`` of ``steps`` batches, of which ``done`` are behind a resumed run."""
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """One batch is done: loss, top1 (percent), images_per_second, all running means of the epoch."""
+        """One step is done: loss, top1 (percent), images_per_second, all running means of the epoch; its
+        learning_rate, and its number in all epochs, ``step``.
+        """
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """One epoch is done, with its metrics."""
@@ -60,7 +65,8 @@ class Job:
     """Everything the loop works on, how far it is, and the best epoch so far.
 
     ``epoch`` counts whole epochs, ``accuracy`` is the one after the last of them and ``rows`` are their
-    metrics; ``running`` is the epoch after these.
+    metrics; ``running`` is the epoch after these. Several processes have a job each, which are equal but for
+    their shares of the batches.
     """
 
     recipe: Recipe
@@ -105,20 +111,14 @@ class Job:
         return self.model if self.average is None else cast(BNext, self.average.network)
 
     def check_stop(self) -> None:
-        """Raise ``Stopped`` where SIGTERM asked for it."""
-        if self.stop.requested:
+        """Raise ``Stopped`` where SIGTERM asked for it, any process; all of them call this alike."""
+        if any_of(self.stop.requested):
             again = resume_command(self.recipe.task, self.run.path)
             raise Stopped(f"stopped by SIGTERM, everything is saved; go on with: {again}")
 
-    def predictor(self, model: BNext) -> Predict:
-        """:func:`qat.evaluate.predictor` of ``model`` that ends between two batches where SIGTERM asks."""
-        predict = predictor(model)
-
-        def stoppable(images: Tensor) -> Tensor:
-            self.check_stop()
-            return predict(images)
-
-        return stoppable
+    def evaluate(self, model: BNext) -> Accuracy:
+        """Accuracy of ``model`` on the test split; ends between two batches where SIGTERM asks for it."""
+        return evaluate(predictor(model), self.test, self.recipe.data, self.device, self.check_stop)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,11 @@ class Inputs:
 
     augment: Augmenter
     mix: Mixer
+    share: Share
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         """Pixels in 0 to 1 (N, 3, H, W) and targets: labels (N,), or shares of the classes (N, classes)."""
-        return self.mix(self.augment(images, epoch, batch), labels, epoch, batch)
+        return self.mix(self.augment(images, epoch, batch, self.share), labels, epoch, batch)
 
 
 def fit(job: Job) -> None:
@@ -155,6 +156,7 @@ def fit(job: Job) -> None:
     inputs = Inputs(
         Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed),
         Mixer(recipe.data.augment, recipe.model.num_classes, recipe.seed),
+        world().share,
     )
     if recipe.schedule.ema is not None:
         job.average = WeightAverage(model, recipe.schedule.ema)
@@ -164,6 +166,7 @@ def fit(job: Job) -> None:
         _save(job, parts)
     else:
         restore(parts, job.state)
+    network = Parallel(model, job.device)
     job.run.rewrite_log(job.rows)  # it may have lines from beyond the state
     # Of a resumed run, too, which may have ended before it kept the epoch.
     if job.accuracy is not None and not job.running.step:
@@ -171,7 +174,7 @@ def fit(job: Job) -> None:
     job.report.start(epochs, steps, job.epoch * steps + job.running.step)
     try:
         for epoch in range(job.epoch + 1, epochs + 1):
-            metrics = _epoch(job, epoch, steps, parts, inputs)
+            metrics = _epoch(job, epoch, steps, parts, inputs, network)
             if epoch == epochs:
                 _after_training(job, epoch)
             accuracy = _evaluate(job, epoch)
@@ -198,6 +201,8 @@ def step_count(recipe: Recipe, train: Split) -> int:
 
 
 def _save(job: Job, parts: Parts) -> None:
+    if not is_main():  # the others would write the same
+        return
     tensors, fields = capture(parts)
     record = begun(job.recipe, job.metadata, job.device).model_copy(
         update={
@@ -215,7 +220,9 @@ def _save(job: Job, parts: Parts) -> None:
     write_state(job.run.path, record, tensors, job.recipe.schedule.keep_states)
 
 
-def _epoch(job: Job, epoch: int, steps: int, parts: Parts, inputs: Inputs) -> dict[str, Any]:
+def _epoch(
+    job: Job, epoch: int, steps: int, parts: Parts, inputs: Inputs, network: Parallel
+) -> dict[str, Any]:
     recipe, model, sums = job.recipe, job.model, job.running
     optimizer, scheduler, scaler = parts.optimizer, parts.scheduler, parts.scaler
     save_steps, accumulate = recipe.schedule.save_steps, recipe.schedule.accumulate
@@ -232,22 +239,21 @@ def _epoch(job: Job, epoch: int, steps: int, parts: Parts, inputs: Inputs) -> di
         job.before_step(done / (recipe.schedule.epochs * steps))
         optimizer.zero_grad(set_to_none=True)
         for number, (images, labels) in enumerate(islice(batches, accumulate), start=step * accumulate):
-            loss = _loss(job, *inputs(images.to(job.device), labels.to(job.device), epoch, number))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(_not_finite(job, f"epoch {epoch}, step {step + 1}", "loss", value))
-            # All batches have one size, so the mean of their gradients is that of all their images.
-            loss = loss if accumulate == 1 else loss / accumulate
-            loss = loss if scaler is None else scaler.scale(loss)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
-            sums.loss_sum += value * len(labels)
+            batch = inputs(images.to(job.device), labels.to(job.device), epoch, number)
+            with network.gathering(last=(number + 1) % accumulate == 0):
+                loss, correct = _loss(job, network, *batch)
+                _count(job, f"epoch {epoch}, step {step + 1}", float(loss.detach()), len(labels), correct)
+                # All batches have one size, so the mean of their gradients is that of all their images.
+                loss = loss if accumulate == 1 else loss / accumulate
+                loss = loss if scaler is None else scaler.scale(loss)
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
         sums.learning_rate = float(scheduler.get_last_lr()[-1])
         _step(parts, recipe.optimizer.clip_norm)
         if job.average is not None:
             job.average.update(model, done + 1)
         sums.step = step + 1
         sums.seconds = time.perf_counter() - started
-        job.report.step(epoch, _means(sums))
+        job.report.step(epoch, {**_means(sums), "learning_rate": sums.learning_rate, "step": float(done + 1)})
         job.check_stop()
         if save_steps and (done + 1) % save_steps == 0:
             _save(job, parts)
@@ -272,23 +278,32 @@ def _epoch(job: Job, epoch: int, steps: int, parts: Parts, inputs: Inputs) -> di
     }
 
 
-def _loss(job: Job, pixels: Tensor, targets: Tensor) -> Tensor:
-    """Loss of a batch from :class:`Inputs`, in float32; the sums count its images and those recognized."""
-    recipe, sums = job.recipe, job.running
+def _loss(job: Job, network: Parallel, pixels: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Loss of a batch from :class:`Inputs`, in float32, and how many of its images were recognized."""
+    recipe = job.recipe
     images = normalize(pixels, recipe.data.mean, recipe.data.std)
     with autocast(recipe.precision, job.device):
-        logits = job.model(images).float()
+        logits = network(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=recipe.loss.label_smoothing)
         if job.teacher is not None:
             with torch.no_grad():
                 target = job.teacher(pixels, images)
             distilled = distillation_loss(logits, target, recipe.distillation.temperature)
             loss = torch.lerp(loss, distilled, recipe.distillation.weight)
-    sums.seen += len(targets)
     # Of a mixed image, what counts is the class that has the larger share.
     labels = targets if targets.ndim == 1 else targets.argmax(1)
-    sums.correct += correct_in_top(logits.detach(), labels, 1)
-    return loss
+    return loss, correct_in_top(logits.detach(), labels, 1)
+
+
+def _count(job: Job, when: str, loss: float, images: int, correct: int) -> None:
+    """Add a batch to the sums of the epoch, with all processes' shares of it."""
+    sums = job.running
+    loss_sum, seen, recognized = total([loss * images, images, correct])
+    if not math.isfinite(loss_sum):
+        raise TrainingError(_not_finite(job, when, "loss", loss_sum))
+    sums.loss_sum += loss_sum
+    sums.seen += round(seen)
+    sums.correct += round(recognized)
 
 
 def _step(parts: Parts, clip_norm: float | None) -> None:
@@ -325,7 +340,7 @@ def _evaluate(job: Job, epoch: int) -> Accuracy:
     try:
         # As stored: rounding to half precision may move an image or two, and the file is what is used.
         model = as_stored(job.kept, job.recipe.output.float_weights)
-        accuracy = evaluate(job.predictor(model), job.test, job.recipe.data, job.device)
+        accuracy = job.evaluate(model)
     except QuantizationError as error:  # constants that are no numbers
         raise TrainingError(_not_finite(job, f"epoch {epoch}", "test loss", math.nan)) from error
     if not math.isfinite(accuracy.loss):
@@ -347,7 +362,7 @@ def keep(job: Job, epoch: int, accuracy: Accuracy) -> None:
         job.best, job.best_epoch = accuracy, epoch
         targets.append(job.run.best)
     metadata = job.metadata | {"epoch": str(epoch), "accuracy": accuracy.to_json()}
-    for path in targets:
+    for path in targets if is_main() else ():
         try:
             save_checkpoint(
                 path, job.kept, recipe=recipe, metadata=metadata, float_dtype=recipe.output.float_weights

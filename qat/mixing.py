@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.augment import mixed_seed
+from qat.distributed import exchanged, world
 from qat.recipe import Augment
 
 
@@ -18,7 +19,8 @@ class Mixer:
 
     Mixup overlays the two images (Zhang et al. 2017, arXiv 1710.09412), cutmix puts a rectangle of one into
     the other (Yun et al. 2019, arXiv 1905.04899). Where both are on, a fair coin decides per batch. The
-    result depends on the batch, the seed, the epoch and the step, and on nothing else.
+    result depends on the batch, the seed, the epoch and the step, and on nothing else: several processes mix
+    across their parts of it, each sending the images that others ask for.
     """
 
     def __init__(self, augment: Augment, num_classes: int, seed: int) -> None:
@@ -47,13 +49,14 @@ class Mixer:
         random = np.random.default_rng(mixed_seed(self._seed, epoch, step))
         kind = kinds[random.integers(len(kinds))]
         share = float(random.beta(self._alphas[kind], self._alphas[kind]))
-        order = torch.from_numpy(random.permutation(len(images))).to(images.device)
-        if kind == "mixup":
-            images = torch.lerp(images[order], images, share)
-        else:
-            images, share = _with_rectangle(images, images[order], share, random)
+        order = random.permutation(len(images) * world().size).tolist()
         targets = F.one_hot(labels, self._classes).float()
-        return images, torch.lerp(targets[order], targets, share)
+        others, other_targets = exchanged(images, order), exchanged(targets, order)
+        if kind == "mixup":
+            images = torch.lerp(others, images, share)
+        else:
+            images, share = _with_rectangle(images, others, share, random)
+        return images, torch.lerp(other_targets, targets, share)
 
 
 def _with_rectangle(

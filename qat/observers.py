@@ -1,6 +1,7 @@
 """The one adapter to ``torch.ao.quantization``: how the range of a tensor is found.
 
-Nothing else in the project imports ``torch.ao``. Quantizers are in :mod:`qat.fakequant`.
+Nothing else in the project imports ``torch.ao``. Quantizers are in :mod:`qat.fakequant`. With several
+processes each observer sees what all of them see, so that every process has the same ranges as one alone.
 
 ``moving_average`` follows the extremes of each batch, ``minmax`` keeps the widest of all. The two that clip,
 ``histogram`` (least squared error) and ``percentile``, are slow and observe during calibration only.
@@ -21,6 +22,8 @@ from torch.ao.quantization import (
     PerChannelMinMaxObserver,
 )
 
+from qat.distributed import extremes, rows_of_all, summed, total, world
+
 Observer = Literal["moving_average", "minmax", "histogram", "percentile"]
 OBSERVERS: Final[tuple[Observer, ...]] = get_args(Observer)
 #: Observers that go on while training.
@@ -29,12 +32,50 @@ MOVING: Final[tuple[Observer, ...]] = ("moving_average", "minmax")
 _CANDIDATES: Final = 200
 
 
+class _SharedExtremes:
+    """Before torch's observer of extremes: it sees those of the batch that all processes share."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        seen = x_orig if world().size == 1 else extremes(x_orig)
+        super().forward(seen)  # type: ignore[misc]  # of the observer it is mixed in with
+        return x_orig
+
+
+class _MovingAverageObserver(_SharedExtremes, MovingAverageMinMaxObserver):
+    """torch's; follows the extremes of each batch."""
+
+
+class _ExtremesObserver(_SharedExtremes, MinMaxObserver):
+    """torch's; keeps the widest extremes of all batches."""
+
+
 class _LeastSquaredErrorObserver(HistogramObserver):
     """torch's histogram with a search of its own: the range of least squared error.
 
     torch's search moves both ends independently, for a grid of any zero point. A symmetric grid spans the
     farther end on both sides, and at few bits its error is then several times the least one.
     """
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        if world().size == 1:
+            result: Tensor = super().forward(x_orig)
+            return result
+        x = x_orig.detach().flatten()
+        x = x[x.isfinite()]  # as torch does it, so that no range is infinite
+        low, high = extremes(x)
+        if low > high:  # nobody has any
+            return x_orig
+        known = bool(self.min_val <= self.max_val)
+        before = self.min_val.clone(), self.max_val.clone()
+        if known:
+            low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+        # Bins of one range: what the processes count can be added up.
+        counts = summed(torch.histc(x, self.bins, min=float(low), max=float(high)))
+        if known:
+            counts = self._combine_histograms(self.histogram, *before, counts, low, high)
+        for kept, new in ((self.histogram, counts), (self.min_val, low), (self.max_val, high)):
+            kept.detach_().resize_(new.shape).copy_(new)
+        return x_orig
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
         width = (self.max_val - self.min_val) / self.bins
@@ -63,10 +104,13 @@ class _PercentileObserver(MinMaxObserver):
 
     def forward(self, x_orig: Tensor) -> Tensor:
         values = x_orig.detach().float().abs().flatten()
-        if values.numel():
+        if count := round(total([values.numel()])[0]):
             # Counted from the top: few values, which a selection finds faster than a sort.
-            above = values.numel() - math.ceil(values.numel() * (self.percentile / 100))
+            above = count - math.ceil(count * (self.percentile / 100))
             highest = values.topk(min(above + 1, values.numel()), sorted=False).values
+            if world().size > 1:
+                highest = rows_of_all(highest.cpu()).to(values.device)
+                highest = highest.topk(above + 1, sorted=False).values
             clip = highest.min() if bool(highest.isfinite().all()) else highest.max()
             self.batches += 1
             mean = clip if self.batches == 1 else self.max_val + (clip - self.max_val) / self.batches
@@ -76,8 +120,8 @@ class _PercentileObserver(MinMaxObserver):
 
 
 _CLASSES: Final[dict[Observer, Any]] = {
-    "moving_average": MovingAverageMinMaxObserver,
-    "minmax": MinMaxObserver,
+    "moving_average": _MovingAverageObserver,
+    "minmax": _ExtremesObserver,
     "histogram": _LeastSquaredErrorObserver,
     "percentile": _PercentileObserver,
 }

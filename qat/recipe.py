@@ -43,6 +43,7 @@ from qat.schema import (
     Schedule,
     StemGroup,
     Temperature,
+    Tracking,
     TrunkGroup,
     compared_defaults,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "Schedule",
     "StemGroup",
     "Temperature",
+    "Tracking",
     "TrunkGroup",
     "copy_recipe",
     "load_recipe",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.averaging import WeightAverage
+from qat.distributed import is_main, world
 from qat.errors import CheckpointError, OutputError, QatError, RecipeError
 from qat.fakequant import activation_quantizers
 from qat.recipe import LoadedRecipe, Recipe, load_recipe, parse_recipe
@@ -28,7 +29,16 @@ from qat.rundir import SUMMARY, RunDirectory
 from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_leftovers
 
 #: Keys that may change when a run goes on: they leave its result alone.
-NEUTRAL: Final = ("device", "threads", "data.workers", "schedule.save_steps", "schedule.keep_states")
+NEUTRAL: Final = (
+    "device",
+    "threads",
+    "data.workers",
+    "schedule.save_steps",
+    "schedule.keep_states",
+    "tracking.trackers",
+    "tracking.project",
+    "tracking.every",
+)
 #: Keys whose text may change since what they name is compared by its content.
 _PATHS: Final = ("model.checkpoint", "data.root", "distillation.teachers")
 
@@ -147,6 +157,7 @@ def check_same(state: State, facts: Mapping[str, str], device: torch.device, lis
     changes = [
         f"{name} was {then}, is {now}"
         for name, then, now in (
+            ("the number of processes", record.processes, world().size),
             ("the number of threads", record.threads, threads),
             ("the device", record.device, device.type),
             *_versions(record.facts, facts),
@@ -233,11 +244,16 @@ def restore(parts: Parts, state: State) -> None:
 
 @contextmanager
 def held(run: RunDirectory) -> Iterator[None]:
-    """Keep other processes from training in the same run; remove what a killed one left half written.
+    """Keep other trainings out of the same run; remove what a killed one left half written.
+
+    Of several processes that train together the first one does it.
 
     Raises:
         OutputError: one does already, or the folder can't be written.
     """
+    if not is_main():
+        yield
+        return
     try:
         import fcntl
     except ImportError:  # not on Windows; two processes there have to be kept apart by their user
@@ -267,6 +283,7 @@ def begun(recipe: Recipe, facts: Mapping[str, str], device: torch.device) -> Rec
         recipe=recipe.model_dump(mode="json"),
         facts=dict(facts),
         threads=torch.get_num_threads(),
+        processes=world().size,
         device=device.type,
     )
 

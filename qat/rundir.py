@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat.distributed import from_main, is_main
 from qat.errors import OutputError, QatError
 from qat.files import write_atomically
 from qat.recipe import LoadedRecipe, Recipe, recipe_yaml, resolve_checkpoint, resolve_teachers
@@ -24,7 +25,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run's folder."""
+    """One run's folder. Of several processes the first one writes, and the others' calls do nothing."""
 
     path: Path
 
@@ -36,6 +37,10 @@ class RunDirectory:
             RecipeError: the checkpoint to start from, or a teacher, isn't there.
             OutputError: the folder can't be made or written.
         """
+        return cls(Path(from_main(str(cls._create(loaded)) if is_main() else "")))
+
+    @staticmethod
+    def _create(loaded: LoadedRecipe) -> Path:
         recipe = _anywhere(loaded)
         root = Path(loaded.recipe.output.dir)
         stem = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -51,9 +56,8 @@ class RunDirectory:
                 raise OutputError(
                     f"{path}: cannot make the run directory: {error.strerror or error}"
                 ) from error
-            run = cls(path)
             write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
-            return run
+            return path
         raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
 
     @property
@@ -68,6 +72,8 @@ class RunDirectory:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
+        if not is_main():
+            return
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -76,6 +82,8 @@ class RunDirectory:
 
     def rewrite_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make ``rows`` the whole of ``metrics.jsonl``, atomically; without rows there is no such file."""
+        if not is_main():
+            return
         path = self.path / "metrics.jsonl"
         if rows:
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -84,7 +92,8 @@ class RunDirectory:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write ``content`` to the file ``name``, atomically."""
-        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+        if is_main():
+            write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any]:
         """The finished run's summary.

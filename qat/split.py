@@ -10,6 +10,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from qat.launch import WHOLE, Share
+
 __all__ = ["MemorySplit", "Split", "SplitName"]
 
 SplitName = Literal["train", "test"]
@@ -22,10 +24,12 @@ class Split(ABC):
     """Labelled images in a fixed order. ``class_names[label]`` names a label.
 
     ``resize`` is the length in pixels that the shorter side of an image was brought to before its centre was
-    cut out; ``None`` where that is not done.
+    cut out; ``None`` where that is not done. ``share`` is the part of each batch that is loaded, where others
+    load the rest: order, number and composition of the batches stay.
     """
 
     resize: int | None = None
+    share: Share = WHOLE
 
     def __init__(self, class_names: Sequence[str], labels: Tensor) -> None:
         """Take the class names in label order and the int64 labels (N,)."""
@@ -62,14 +66,26 @@ class Split(ABC):
 
         The order is the split's own, or with ``shuffle_seed`` a permutation that depends on that seed
         alone. The first ``skip`` batches are left out without being loaded. The global random state is
-        untouched. Raises ``DataError`` naming an image it cannot decode.
+        untouched. Of each batch this is the part that ``share`` says, which may be empty.
+        Raises ``DataError`` naming an image it cannot decode.
         """
         if shuffle_seed is None:
             order = torch.arange(len(self))
         else:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))
         count = self.batch_count(batch_size, drop_last)
-        return self._load([order[i * batch_size : (i + 1) * batch_size] for i in range(skip, count)])
+        batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(skip, count)]
+        return self._load(batches) if self.share == WHOLE else self._load_share(batches)
+
+    def _load_share(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = [indices[self.share.of(len(indices))] for indices in batches]
+        loaded = self._load([part for part in parts if len(part)])
+        for indices, part in zip(batches, parts, strict=True):
+            if len(part):
+                yield next(loaded)
+            else:  # no image, but of the size that the others have
+                for images, labels in self._load([indices[:1]]):
+                    yield images[:0], labels[:0]
 
     def evenly(self, count: int) -> tuple[Tensor, Tensor]:
         """uint8 images (count, 3, H, W) and labels (count,), evenly spaced over the split, in its order.

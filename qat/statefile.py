@@ -58,7 +58,7 @@ class Record(_Strict):
     Attributes:
         recipe: the run's, as it was given: paths are not resolved.
         facts: versions, fingerprints of the data, SHA-256 of the checkpoint it started from.
-        threads, device: what it was computed with.
+        threads, processes, device: what it was computed with; threads of each process.
         epoch: whole epochs, evaluated.
         running: the epoch after these.
         rows: metrics of the whole epochs.
@@ -77,6 +77,7 @@ class Record(_Strict):
     recipe: dict[str, Any]
     facts: dict[str, str]
     threads: int
+    processes: int = 1
     device: str
     epoch: _Count = 0
     running: Running = Running()

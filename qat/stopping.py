@@ -10,12 +10,16 @@ from types import FrameType
 class StopRequest:
     """While entered, the first SIGTERM is noted in ``requested``; a second one ends the process at once.
 
+    Not so where it is one of several processes (``patient``): their launcher passes on what a batch system
+    may have sent to each of them already, and ends those that take too long by itself.
+
     Where no signal can be caught, that is outside of the main thread, or where SIGTERM is ignored already,
     nothing changes.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.patient = False
         self._before: object = None
 
     def __enter__(self) -> StopRequest:
@@ -33,4 +37,5 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not self.patient:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -32,7 +32,8 @@ class StreamedSplit(Split):
     """Images of a `datasets.IterableDataset`. Their labels are known batch by batch alone.
 
     The order is a pure function of the shuffle seed: a permutation of the files, then a buffer that gives out
-    a random row for each row that comes in. Batches that are skipped are read, but not decoded.
+    a random row for each row that comes in. Batches that are skipped are read, but not decoded, and so are
+    rows of another ``share``.
     """
 
     resize: int
@@ -125,8 +126,12 @@ class StreamedSplit(Split):
                     raise DataError(
                         f"{self._source}: ended before the {self._count} images that it should have"
                     )
-                images = pool.map(lambda row: decode(row[1], self.resize, self.side, row[0]).numpy(), chosen)
-                yield torch.from_numpy(np.stack(list(images))), torch.tensor([row[2] for row in chosen])
+                part = chosen[self.share.of(size)]
+                # Without a row of its own, it has no image, but of the size that the others have.
+                decoded = part or chosen[:1]
+                images = pool.map(lambda row: decode(row[1], self.resize, self.side, row[0]).numpy(), decoded)
+                labels = torch.tensor([row[2] for row in part], dtype=torch.int64)
+                yield torch.from_numpy(np.stack(list(images)))[: len(part)], labels
 
     def _rows(self, seed: int | None) -> Iterator[_Row]:
         if seed is None:

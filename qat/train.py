@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qat import __version__
 from qat.augment import image_grid, normalize
 from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, binary_convolutions, is_binary, set_temperature
-from qat.checkpoint import as_stored, file_hash, load_checkpoint
+from qat.checkpoint import as_stored, load_checkpoint
 from qat.data import Split, check_fits, load_splits
+from qat.devices import begin
+from qat.distributed import is_main, world
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
-from qat.evaluate import evaluate
 from qat.fakequant import activation_quantizers, freeze_observers
 from qat.loading import architecture_of, highest_temperature, load_state, without_quantizers
 from qat.loop import Job, Reporter, fit, step_count
 from qat.optimization import temperature_at
-from qat.precision import check_precision
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
 from qat.rundir import SUMMARY, RunDirectory
+from qat.runfacts import check_alike, run_facts
 from qat.statefile import remove_states, write_state
 from qat.teachers import Teacher, Teachers, load_teachers
+from qat.tracking import check_trackers, tracked
 
 
 def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = None) -> RunDirectory:
@@ -89,12 +88,12 @@ def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
 def _calibrate(job: Job, float_model: BNext) -> None:
     """Find the grids of ``job.model``; the accuracies before and after that, and the quantization map."""
     recipe, model, report = job.recipe, job.model, job.report
-    before = evaluate(job.predictor(float_model), job.test, recipe.data, job.device)
+    before = job.evaluate(float_model)
     report.message(f"float rest: top-1 {before.top1:.2f}% of {before.n} images")
     if any(True for _ in activation_quantizers(model)):  # weights alone need no calibration
         calibrate(model, lambda: calibration_pass(model, job.train, recipe, job.device, job.check_stop))
     stored = as_stored(model, recipe.output.float_weights)
-    calibrated = evaluate(job.predictor(stored), job.test, recipe.data, job.device)
+    calibrated = job.evaluate(stored)
     points = quantization_map(model)
     report.message(
         f"calibrated {len(points)} quantization points: top-1 {calibrated.top1:.2f}% before training"
@@ -156,11 +155,15 @@ def _begin_job(
     device = next(model.parameters()).device
     named = recipe.teacher == "named"
     teachers = load_teachers(loaded, test.class_names, device, report) if named else None
-    facts = _metadata(train, test, start, teachers)
+    facts = run_facts(train, test, start, teachers)
+    check_alike(facts, resumed)
+    check_trackers(recipe.tracking)
     if resumed is None:
         run = RunDirectory.create(loaded)
+        report = tracked(report, recipe, run, device)
         report.message(f"{model.architecture}, run directory {run.path}")
         return Job(recipe, model, train, test, device, run, report, teachers, metadata=facts)
+    report = tracked(report, resumed.recipe, resumed.run, device)
     job = Job(resumed.recipe, model, train, test, device, resumed.run, report, teachers, metadata=facts)
     if resumed.state is None:
         report.message(f"{model.architecture}, run directory {job.run.path}: begins again, nothing was saved")
@@ -192,16 +195,18 @@ def _reestimate(job: Job, model: BNext) -> None:
 def _under_way(job: Job) -> Iterator[None]:
     """Hold the run's directory and heed SIGTERM; an interruption says how to go on, the end tidies up."""
     path = job.run.path
+    job.stop.patient = world().size > 1
     job.after_training = lambda model: _reestimate(job, model)
     with held(job.run):
         try:
             with job.stop:
-                if job.state is None:
+                if job.state is None and is_main():
                     write_state(path, begun(job.recipe, job.metadata, job.device), {}, keep=1)
                 yield
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"go on with: {resume_command(job.recipe.task, path)}") from error
-        remove_states(path)
+        if is_main():
+            remove_states(path)
 
 
 def apply_freezes(model: BNext, recipe: Recipe, share: float) -> None:
@@ -297,10 +302,17 @@ def splits_of(recipe: Recipe) -> tuple[Split, Split]:
 
     Raises:
         DataError: one can't be read, does not fit the network, or is too small for a batch.
+        RecipeError: the processes can't share a batch evenly.
     """
     train, test = load_splits(recipe.data)
     for split in (train, test):
         check_fits(split, recipe.model.num_classes)
+        split.share = world().share
+    if recipe.data.batch_size % world().size:
+        raise RecipeError(
+            f"data.batch_size: found {recipe.data.batch_size}, allowed with {world().size} processes, which "
+            f"share it: a multiple of {world().size}"
+        )
     if recipe.schedule.epochs and not train.batch_count(recipe.data.batch_size, drop_last=True):
         raise DataError(
             f"data.batch_size: {recipe.data.batch_size} is more than the {len(train)} training images"
@@ -311,32 +323,6 @@ def splits_of(recipe: Recipe) -> tuple[Split, Split]:
             f"{train.batch_count(recipe.data.batch_size, drop_last=True)} batches of an epoch"
         )
     return train, test
-
-
-def begin(recipe: Recipe) -> torch.device:
-    """Seed, thread count and device of a run."""
-    torch.manual_seed(recipe.seed)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    device = choose_device(recipe.device)
-    check_precision(recipe.precision, device)
-    return device
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        RecipeError: the device isn't there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        count = torch.cuda.device_count()
-        raise RecipeError(f"device: {name!r} cannot be used here, which has {count} CUDA devices") from error
-    return torch.device(name)
 
 
 def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Recipe:
@@ -350,24 +336,3 @@ def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Rec
             f"{loaded.path}: task: this recipe is for `qat {loaded.recipe.task}`, not `qat {command or task}`"
         )
     return loaded.recipe
-
-
-def _metadata(train: Split, test: Split, start: Path | None, teachers: Teachers | None) -> dict[str, str]:
-    """Facts for checkpoints and summary; ``start`` is the checkpoint that training starts from."""
-    pretrained = {} if start is None else {"pretrained_sha256": file_hash(start)}
-    if teachers is not None and teachers.sha256 is not None:
-        pretrained["teachers_sha256"] = teachers.sha256
-    return {
-        **pretrained,
-        "class_names": json.dumps(test.class_names),
-        "train_fingerprint": train.fingerprint(),
-        "test_fingerprint": test.fingerprint(),
-        "versions": json.dumps(dict(_versions())),
-    }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "bnext-qat", __version__
-    yield "python", platform.python_version()
-    for name in ("torch", "numpy"):
-        yield name, version(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.backends import Backend
 from qat.binary import sign
+from qat.distributed import greatest
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
 from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, fake_quantize_symmetric
 from qat.folding import (
@@ -307,7 +308,7 @@ class FakeQuantSubBlock(SubBlock):
         )
         if self.norm2.training:
             unscaled = y * residual if scale_kind else y
-            affine = affine_form(self.norm2, attention.flatten(1), *moments(unscaled), y[0, 0].numel())
+            affine = affine_form(self.norm2, attention.flatten(1), *moments(unscaled), y.shape[2:].numel())
         else:
             affine = fold_batch_norm(self.norm2)
         gain2, offset2 = (constant.to(self.norm2.weight.dtype).view(1, -1, 1, 1) for constant in affine)
@@ -318,7 +319,9 @@ class FakeQuantSubBlock(SubBlock):
         if scale_kind:
             branch = self.product(branch, overwrite=True) * residual
         # The same grid holds the branch before and after BN2's offset, and the offset: it must span all.
-        observed = _magnitudes(branch.detach(), offset2.detach(), self.branch.looks_at_extremes)
+        observed = None
+        if self.branch.observes:
+            observed = _magnitudes(branch.detach(), offset2.detach(), self.branch.looks_at_extremes)
         branch = self.branch(branch, observed, overwrite=True)
         # In place, like the residual: what a sum has added up, no gradient asks for.
         branch = self.branch.requantize(branch.add_(self.branch.requantize(offset2)), overwrite=True)
@@ -337,11 +340,13 @@ class FakeQuantSubBlock(SubBlock):
 def _magnitudes(branch: Tensor, offset: Tensor, extremes: bool) -> Tensor:
     """The largest magnitudes of the branch (N, C, H, W) before and after the offset, and of the offset.
 
-    Of every value, or of every channel where the largest one is all that is asked for.
+    Of every value, or of every channel where the largest one is all that is asked for; then of the images of
+    all processes.
     """
     if not extremes:
         return torch.maximum(torch.maximum(branch.abs(), (branch + offset).abs()), offset.abs())
     # Over the images first, which torch vectorizes however small an image is.
     ends = [branch.amin(0).amin((1, 2)), branch.amax(0).amax((1, 2))]
     offset = offset.flatten()
-    return torch.stack([end.abs() for end in (*ends, *(end + offset for end in ends), offset)]).amax(0)
+    magnitudes = torch.stack([end.abs() for end in (*ends, *(end + offset for end in ends), offset)])
+    return greatest(magnitudes.amax(0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qat.augment import Augmenter, shifted
+from qat.launch import Share
 from qat.recipe import Augment, RandAugment
 
 CHANGES: list[dict[str, Any]] = [
@@ -87,3 +88,25 @@ def test_erasing_makes_one_rectangle_black_and_spares_some_images() -> None:
         rows, columns = (image[0] == 0).any(1), (image[0] == 0).any(0)
         assert (image[:, rows][:, :, columns] == 0).all()
         assert int((image[0] == 0).sum()) == int(rows.sum()) * int(columns.sum())
+
+
+PARTS: list[dict[str, Any]] = [
+    *CHANGES,
+    {"flip": True},
+    {"translate": 0.2, "rotate": 10.0, "scale": (0.8, 1.2)},
+    {"crop": (0.3, 1.0)},
+    ALL | {"flip": True, "crop": (0.3, 1.0), "translate": 0.2, "erasing": 0.5},
+]
+
+
+@pytest.mark.parametrize("size", [2, 3, 12])
+@pytest.mark.parametrize("change", PARTS, ids=lambda change: "-".join(change))
+def test_a_part_of_a_batch_is_changed_as_beside_the_others(change: dict[str, Any], size: int) -> None:
+    """Twelve images: RandAugment draws for two at a time, so that parts end within its draws, too."""
+    images = noise(12)
+    augmenter = Augmenter(Augment(**change), 16, seed=1)
+    for step in range(3):
+        whole = augmenter(images, 2, step)
+        shares = [Share(rank, size) for rank in range(size)]
+        parts = [augmenter(images[share.of(12)], 2, step, share) for share in shares]
+        assert torch.equal(torch.cat(parts), whole)

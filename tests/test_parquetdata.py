@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qat.data import FolderSplit, Split, load_split
 from qat.errors import DataError
+from qat.launch import Share
 from qat.recipe import Augment, Data
 from qat.tablesplit import TableSplit
 
@@ -325,6 +326,23 @@ def test_a_stream_gone_on_with_equals_one_that_was_not_interrupted(tmp_path: Pat
         for found, expected in zip(left, every[skip:], strict=True):
             assert torch.equal(found[0], expected[0])
             assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("size", [2, 6])
+def test_shares_are_parts_of_the_same_batches(tmp_path: Path, streaming: bool, size: int) -> None:
+    """Six processes share batches of 5: one of them has none of each."""
+    data = sharded(tmp_path).model_copy(update={"streaming": streaming, "in_memory": False})
+    split = load_split(data, "train")
+    every = list(split.batches(5, shuffle_seed=2, skip=1))
+    found = []
+    for rank in range(size):
+        split.share = Share(rank, size)
+        found.append(list(split.batches(5, shuffle_seed=2, skip=1)))
+    for batch, *parts in zip(every, *found, strict=True):
+        assert all(part[0].shape[1:] == batch[0].shape[1:] for part in parts)
+        for index in (0, 1):
+            assert torch.equal(torch.cat([part[index] for part in parts]), batch[index])
 
 
 def test_the_test_split_is_stored_where_training_images_are_streamed(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ SECTIONS = list(key_paths(Recipe))
 def test_every_section_is_known_to_these_tests() -> None:
     groups = [f"quantization.{name}" for name in ("stem", "se", "classifier", "trunk")]
     others = ["model", "data", "data.augment", "data.augment.randaugment", "schedule"]
-    others += ["schedule.temperature", "optimizer", "loss", "distillation", "output"]
+    others += ["schedule.temperature", "optimizer", "loss", "distillation", "output", "tracking"]
     assert sorted(SECTIONS) == sorted([*groups, *others, "quantization"])
 
 
@@ -327,6 +327,9 @@ FREE = [
     ("distillation.temperature", [1, 4.0], [0], "a number > 0"),
     ("output.dir", ["out"], ["", None], "a text that is not empty"),
     ("output.float_weights", ["float32", "float16"], ["float64", 16], "'float32', 'float16'"),
+    ("tracking.trackers", [[], ["tensorboard", "wandb"]], [[""], "wandb", None], ""),
+    ("tracking.project", ["bnext-qat", "a_b.c", "7"], ["", "a/b", "..", "-a", None], ""),
+    ("tracking.every", [1, 500], [0, 1.5], "an integer >= 1"),
 ]
 GROUPS = [
     (f"quantization.{group}.{key}", fine, broken, allowed)

@@ -18,6 +18,15 @@ def test_the_first_sigterm_is_noted_and_the_second_left_to_the_system() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_one_of_several_processes_lets_further_ones_pass() -> None:
+    with StopRequest() as stop:
+        stop.patient = True
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_without_a_signal_nothing_is_left_behind() -> None:
     with StopRequest() as stop:
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL

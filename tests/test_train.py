@@ -23,7 +23,7 @@ from qat.loading import build
 from qat.prepare import quantization_map
 from qat.recipe import load_recipe
 from qat.rundir import RunDirectory
-from qat.train import apply_freezes, calibration_pass, choose_device, finetune, pretrain, splits_of
+from qat.train import apply_freezes, calibration_pass, finetune, pretrain, splits_of
 
 
 @pytest.fixture(scope="module")
@@ -327,12 +327,3 @@ def test_weights_that_are_not_binary_yet_are_refused(checkpoint: Path, tmp_path:
     save_checkpoint(tmp_path / "soft.safetensors", model, recipe=None)
     message = refused(tmp_path / "soft.safetensors", tmp_path / "runs")
     assert "not binary yet: the temperature is 0.3" in message
-
-
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(RecipeError) as caught:
-        choose_device("cuda:99")
-    found = torch.cuda.device_count()
-    assert str(caught.value) == f"device: 'cuda:99' cannot be used here, which has {found} CUDA devices"
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda")

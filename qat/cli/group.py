@@ -8,12 +8,13 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import Any, Final, NoReturn
 
 import click
 
 from qat import __version__
 from qat.errors import QatError
+from qat.launch import launched
 
 # GNU OpenMP threads spin while they wait, by default so long that a second process on the same cores makes
 # training five to eight times slower. It reads these when torch is loaded, which commands do later.
@@ -31,6 +32,8 @@ _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 #: Where a click context notes that --debug was given.
 _DEBUG = "qat.debug"
+#: Commands whose work several processes share.
+_SHARED: Final = ("evaluate", "finetune", "pretrain")
 
 
 class Command(click.Command):
@@ -41,6 +44,15 @@ class Command(click.Command):
         self.params.append(
             click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
         )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, unless several processes were launched to do what is to be done once."""
+        if (size := launched().size) > 1 and self.name not in _SHARED:
+            raise QatError(
+                f"`{ctx.command_path}` runs in one process, {size} were launched; several share the work of "
+                f"{', '.join(_SHARED)}"
+            )
+        return super().invoke(ctx)
 
 
 class _Group(click.Group):
@@ -58,7 +70,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
+        except (click.exceptions.Exit, click.ClickException, click.Abort) as error:
+            if isinstance(error, click.ClickException) and launched().rank:
+                sys.exit(error.exit_code)  # the first process has said it
             raise  # click's own
         except BrokenPipeError:
             # click would end with 1, which says that a gate failed. What is left to be flushed goes nowhere.
@@ -73,8 +87,22 @@ class _Group(click.Group):
                 code, message = error.exit_code, str(error)
             else:
                 code, message = _unforeseen(error)
+            if launched().size > 1:
+                _end_together(code, message, error)
         click.echo(f"error: {message}", err=True)
         sys.exit(code)
+
+
+def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
+    """End this one of several processes; one of those that end for the same reason says it."""
+    from qat.distributed import speaks
+
+    code, said = speaks(code, message, error)
+    if said is not None:
+        click.echo(f"error: {said}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what waits for the other processes must not keep this one
 
 
 def _unforeseen(error: Exception) -> tuple[int, str]:

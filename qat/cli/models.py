@@ -225,8 +225,12 @@ def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_jso
     of --recipe.
     """
     from qat.commands.evaluate import evaluate_model
+    from qat.distributed import joined
 
-    accuracy = evaluate_model(model, recipe, overrides, warn)
+    with joined() as world:
+        accuracy = evaluate_model(model, recipe, overrides, warn if world.rank == 0 else lambda _: None)
+    if world.rank:
+        return
     if as_json:
         click.echo(accuracy.to_json())
     else:

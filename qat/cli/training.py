@@ -11,6 +11,7 @@ from qat.cli.group import main
 from qat.cli.options import NonEmptyPath, recipe_options
 from qat.cli.terminal import StandardOutput, spinner, warn
 from qat.errors import QatError, first_line
+from qat.launch import launched
 from qat.progress import ConsoleReporter
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _resume_option = click.option(
     metavar="RUN",
     help="Go on with a run that was stopped, from its newest saved state, with its own recipe. On a CPU with "
     "as many threads as before it ends with the same bytes as if it had never been stopped. --set may change "
-    "device, threads, data.workers and how often states are saved.",
+    "device, threads, data.workers, tracking and how often states are saved.",
 )
 
 
@@ -46,8 +47,9 @@ def _opened(
     if context.get_parameter_source("recipe") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--resume goes on with the run's own recipe; leave out --recipe")
     if is_finished(resume):
-        remove_states(resume)  # it may have been killed just before it did
-        click.echo(f"{resume}: this run has finished; nothing is left to do")
+        if launched().rank == 0:
+            remove_states(resume)  # it may have been killed just before it did
+            click.echo(f"{resume}: this run has finished; nothing is left to do")
         context.exit(0)
     resumed = open_run(resume, overrides, reporter)
     return resumed.loaded, resumed
@@ -62,11 +64,15 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     Calibrates, fine-tunes and writes a run directory with checkpoints, metrics, a summary and a report.
     SIGTERM saves the training's state and exits with 143.
     """
+    from qat.distributed import joined
     from qat.train import finetune as run_finetune
 
-    reporter = ConsoleReporter(StandardOutput())
-    loaded, resumed = _opened(recipe, overrides, resume, reporter)
-    run = run_finetune(loaded, reporter, resumed)
+    with joined() as world:
+        reporter = ConsoleReporter(StandardOutput(quiet=world.rank > 0))
+        loaded, resumed = _opened(recipe, overrides, resume, reporter)
+        run = run_finetune(loaded, reporter, resumed)
+    if world.rank:
+        return
     _report(run.path)
     click.echo(f"{run.path}: done. Export it with: qat export --onnx --run {run.path}")
 
@@ -95,9 +101,13 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     The weight temperature is annealed until every binary weight is exactly ±1. SIGTERM saves the training's
     state and exits with 143.
     """
+    from qat.distributed import joined
     from qat.train import pretrain as run_pretrain
 
-    reporter = ConsoleReporter(StandardOutput())
-    loaded, resumed = _opened(recipe, overrides, resume, reporter)
-    run = run_pretrain(loaded, reporter, resumed)
+    with joined() as world:
+        reporter = ConsoleReporter(StandardOutput(quiet=world.rank > 0))
+        loaded, resumed = _opened(recipe, overrides, resume, reporter)
+        run = run_pretrain(loaded, reporter, resumed)
+    if world.rank:
+        return
     click.echo(f"{run.best}: written")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qat.commands.opening import open_model
 from qat.commands.sources import load_test_split
+from qat.distributed import world
 from qat.evaluate import Accuracy, evaluate
 
 
@@ -15,8 +16,12 @@ def evaluate_model(
 ) -> Accuracy:
     """Accuracy on the test split of the data that :func:`qat.commands.opening.open_model` finds.
 
+    Several processes have a share of the images each, and all have the result.
+
     Raises:
         QatError: the model, its data or the recipe cannot be read, or don't fit each other.
     """
     model = open_model(path, recipe, overrides, warn)
-    return evaluate(model.predict, load_test_split(model.data, model.num_classes), model.data)
+    split = load_test_split(model.data, model.num_classes)
+    split.share = world().share
+    return evaluate(model.predict, split, model.data)

@@ -14,6 +14,7 @@ from qat.bnext import BNext
 from qat.checkpoint import Checkpoint, file_hash, load_checkpoint
 from qat.commands.sources import load_test_split, only_data
 from qat.data import Split, normalize
+from qat.devices import choose_device
 from qat.errors import CheckpointError, QatError, RecipeError
 from qat.evaluate import predictor
 from qat.files import require_writable, write_atomically
@@ -24,7 +25,6 @@ from qat.report.answers import compare
 from qat.report.content import Measured, report_page
 from qat.report.files import RunFiles, read_run
 from qat.rundir import find_run, newest_run
-from qat.train import choose_device
 
 REPORT: Final = "report.html"
 #: Images that layers are measured on: their statistics settle long before.

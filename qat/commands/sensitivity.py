@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from qat.devices import begin
 from qat.errors import DataError, OutputError, QuantizationError, RecipeError
 from qat.files import write_atomically
 from qat.loop import Reporter
@@ -20,7 +21,7 @@ from qat.sensitivity.findings import IMAGES, LAYER_IMAGES, Findings, Questions
 from qat.sensitivity.parts import GROUPS, Sensitivity, measure_parts, parts_of, ranks_of
 from qat.sensitivity.suggestion import find_candidates, suggest
 from qat.sensitivity.variants import Variants, Watcher, grids_of
-from qat.train import begin, for_task, pretrained, splits_of
+from qat.train import for_task, pretrained, splits_of
 
 
 def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter, watch: Watcher) -> Findings:

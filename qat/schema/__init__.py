@@ -20,7 +20,16 @@ from qat.schema.data import Augment, Data, RandAugment
 from qat.schema.fields import Count, Section
 from qat.schema.model import Model
 from qat.schema.quantization import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
-from qat.schema.training import TIMM, Distillation, Loss, Optimizer, Output, Schedule, Temperature
+from qat.schema.training import (
+    TIMM,
+    Distillation,
+    Loss,
+    Optimizer,
+    Output,
+    Schedule,
+    Temperature,
+    Tracking,
+)
 
 __all__ = [
     "TIMM",
@@ -40,6 +49,7 @@ __all__ = [
     "Section",
     "StemGroup",
     "Temperature",
+    "Tracking",
     "TrunkGroup",
     "compared_defaults",
 ]
@@ -83,6 +93,7 @@ class Recipe(Section):
     loss: Loss = Field(default=Loss(), description="The loss against the labels.")
     distillation: Distillation = Field(default=Distillation(), description="Training against a teacher.")
     output: Output = Field(default=Output(), description="Where results go.")
+    tracking: Tracking = Field(default=Tracking(), description="Who else is sent the metrics.")
 
     @property
     def teacher(self) -> Literal["self", "none", "named"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field
@@ -153,4 +154,30 @@ class Output(Section):
     dir: Text = Field(default="runs", description="Folder that receives one folder per run.")
     float_weights: Literal["float32", "float16"] = Field(
         default="float32", description="Storage type of float matrices in written checkpoints."
+    )
+
+
+def _project(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise PydanticCustomError(
+            "refused",
+            "{why}",
+            {"why": f"found {found(name)}, allowed: letters, digits, '_', behind these '-' and '.'"},
+        )
+    return name
+
+
+class Tracking(Section):
+    """Experiment trackers that are sent metrics while a run trains, beside its `metrics.jsonl`."""
+
+    trackers: list[Text] = Field(
+        default=[],
+        description="Trackers of accelerate, such as 'tensorboard', 'wandb' or 'mlflow'; each needs its "
+        "package, and is set up by its own environment variables.",
+    )
+    project: Annotated[str, AfterValidator(_project)] = Field(
+        default="bnext-qat", description="Project, or experiment, that the run belongs to there."
+    )
+    every: Count = Field(
+        default=50, description="Optimizer steps between two points; each epoch is one besides."
     )

@@ -1,0 +1,286 @@
+"""Training by two processes: what one alone would have made of the same batches, whatever ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killed import differences, outcome, timeless, unfinished
+from processes import LONG, arguments, codes, rows, send, the_run, together
+from toyruns import qat
+
+from qat import distributed
+from qat.checkpoint import load_checkpoint
+from qat.errors import RecipeError
+from qat.launch import Share, World
+from qat.parallel import Parallel
+from qat.statefile import newest_state
+
+#: Every random change there is, and all that happens between a loss and a step.
+EVERYTHING = (
+    "data.augment={pad: 1, flip: true, translate: 0.1, rotate: 5.0, randaugment: {count: 2, magnitude: 5}, "
+    "jitter: 0.2, erasing: 0.3, mixup: 0.5, cutmix: 0.5}",
+    "data.batch_size=160",
+    "schedule.accumulate=2",
+    "schedule.ema=0.9",
+    "schedule.epochs=2",
+    "optimizer.clip_norm=1.0",
+    "loss.label_smoothing=0.1",
+)
+#: Ranges and batch statistics that move and freeze under way; an evaluation's last batch is one image.
+TUNED = (
+    "data.batch_size=160",
+    "data.eval_batch_size=359",
+    "data.augment.translate=0.1",
+    "schedule.epochs=2",
+    # The last batch has 157 images, which two can't share evenly.
+    "schedule.calibration_batches=9",
+    "schedule.freeze_batch_norm=0.5",
+    "schedule.reestimate_batch_norm=9",
+    "quantization.se.observer=percentile",
+    "quantization.classifier.observer=minmax",
+)
+
+
+def alone(words: list[str]) -> str:
+    """Run `qat WORDS` in one process; what it says."""
+    result = qat(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process alone has pretrained."""
+    out = tmp_path_factory.mktemp("alone")
+    alone(arguments("pretrain", out, *EVERYTHING))
+    return the_run(out)
+
+
+def require_same(run: Path, one: Path) -> None:
+    """Counts are equal; sums are added up in another order.
+
+    Of that, an integer of an evaluation may come out one step away.
+    """
+    near = {"loss": 1e-5, "test_loss": 1e-4}
+    for mine, expected in zip(rows(run), rows(one), strict=True):
+        for key, value in timeless(expected).items():
+            assert mine[key] == (pytest.approx(value, rel=near[key]) if key in near else value), key
+    (mine_kept, kept) = (load_checkpoint(path / "last.safetensors").state for path in (run, one))
+    assert mine_kept.keys() == kept.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(mine_kept[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_pretrain_as_one_and_the_first_alone_writes_and_prints(
+    start: Path, tmp_path: Path
+) -> None:
+    first, second = together(arguments("pretrain", tmp_path, *EVERYTHING))
+    assert (first.code, second.code) == (0, 0), first.errors + second.errors
+    require_same(the_run(tmp_path), start)
+    assert second.output == second.errors == first.errors == ""
+    assert first.output.count("epoch 2/2") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        # Scales that are learned. Adam's first step would make whole steps of rounding errors.
+        pytest.param(
+            ("quantization.backend=brevitas", "optimizer.name=sgd", "schedule.freeze_observers=0.6"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["observed", "learned"],
+)
+def test_two_processes_fine_tune_as_one(start: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    changes = (f"model.checkpoint={json.dumps(str(start / 'best.safetensors'))}", *TUNED, *options)
+    alone(arguments("finetune", tmp_path / "one", *changes))
+    ended = together(arguments("finetune", tmp_path / "two", *changes))
+    assert codes(ended) == [0, 0], ended
+    one, two = the_run(tmp_path / "one"), the_run(tmp_path / "two")
+    require_same(two, one)
+    summaries = [json.loads((run / "summary.json").read_text("utf-8")) for run in (one, two)]
+    for name in ("float", "calibrated"):  # before the first step nothing is added up
+        assert summaries[0][name] == summaries[1][name]
+
+
+@pytest.mark.parametrize("size", [359, pytest.param(1, marks=pytest.mark.slow)])
+def test_each_image_is_evaluated_once_however_they_divide(start: Path, size: int) -> None:
+    evaluation = [
+        "evaluate",
+        str(start / "best.safetensors"),
+        "--json",
+        "--set",
+        f"data.eval_batch_size={size}",
+    ]
+    expected = json.loads(qat(*evaluation).stdout)
+    first, second, third = together(evaluation, size=3)
+    assert json.loads(first.output) == expected
+    assert (expected["n"], second.output, third.output) == (360, "", "")
+
+
+# Endings
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes leave that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    assert codes(together(arguments("pretrain", out, *LONG))) == [0, 0]
+    return left(the_run(out))
+
+
+def left(run: Path) -> dict[str, Any]:
+    """What a run ends with, apart from the name of its folder, which its recipe has."""
+    named = ("best.safetensors", "last.safetensors", "recipe.yaml", "record/recipe")
+    return {key: value for key, value in outcome(run).items() if key not in named}
+
+
+def test_sigterm_to_any_process_saves_and_stops_all_and_resuming_loses_nothing(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    ended = together(arguments("pretrain", tmp_path, *LONG), partial(send, signal.SIGTERM, 1, 5))
+    assert codes(ended) == [143, 143], ended
+    (said,) = [one.errors for one in ended if one.errors]
+    assert "stopped by SIGTERM, everything is saved; go on with: qat pretrain --resume" in said
+    run = unfinished(tmp_path)
+    assert (run / "state" / "00001-0000001.safetensors").exists()
+    assert codes(together(["pretrain", "--resume", str(run)])) == [0, 0]
+    assert not differences(left(run), whole)
+
+
+def test_a_killed_process_ends_the_others_in_words_and_the_run_can_go_on(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    first, second = together(arguments("pretrain", tmp_path, *LONG), partial(send, signal.SIGKILL, 1, 4))
+    assert (first.code, second.code) == (2, -signal.SIGKILL), first
+    assert first.errors == "error: another process of this training ended without a word; --resume goes on\n"
+    run = unfinished(tmp_path)
+    ended = together(["pretrain", "--resume", str(run)])
+    assert codes(ended) == [0, 0], ended
+    assert not differences(left(run), whole)
+
+
+def break_data(rank: int) -> None:
+    """The second process can't decode its share of the third batch."""
+    import qat.split
+    from qat.errors import DataError
+
+    load = qat.split.MemorySplit._load
+
+    def broken(split: Any, batches: Any) -> Any:
+        for number, batch in enumerate(load(split, batches)):
+            if rank == 1 and number == 2:
+                raise DataError("seven.png: cannot be decoded")
+            yield batch
+
+    qat.split.MemorySplit._load = broken  # type: ignore[method-assign]
+
+
+def test_what_one_process_alone_can_not_do_ends_all_with_its_words(tmp_path: Path) -> None:
+    first, second = together(arguments("pretrain", tmp_path, *LONG), break_data)
+    assert (first.code, second.code) == (2, 2), (first, second)
+    assert first.errors == ""
+    assert second.errors == "error: seven.png: cannot be decoded\n"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Path) -> None:
+    ended = together(arguments("pretrain", tmp_path, *LONG), partial(send, signal.SIGTERM, 0, 5))
+    assert codes(ended) == [143, 143]
+    said = alone(["pretrain", "--resume", str(unfinished(tmp_path))]).replace("\n", " ")
+    assert "the number of processes was 2, is 1: the result can differ" in said
+
+
+def test_shards_of_a_training_are_those_of_its_batches(tmp_path: Path) -> None:
+    from qat.data import load_split
+    from qat.recipe import Data
+
+    split = load_split(Data(image_size=8), "train")
+    whole = list(split.batches(100, shuffle_seed=3, drop_last=True, skip=2))
+    found = []
+    for rank in range(3):
+        split.share = Share(rank, 3)
+        found.append(list(split.batches(100, shuffle_seed=3, drop_last=True, skip=2)))
+    split.share = Share()
+    assert [len(part[0][1]) for part in found] == [33, 33, 34]
+    for batch, *parts in zip(whole, *found, strict=True):
+        for index in (0, 1):
+            assert torch.equal(torch.cat([part[index] for part in parts]), batch[index])
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RecipeError, match=r"accelerate is configured for .*, allowed: distributed data"):
+        Parallel(torch.nn.Linear(2, 2), torch.device("cpu"))
+
+
+# Launchers
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"],
+        [
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            "-m",
+            "qat",
+        ],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+@pytest.mark.slow
+def test_both_launchers_start_a_training(launcher: list[str], tmp_path: Path) -> None:
+    words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(rows(the_run(tmp_path))) == 1
+    assert re.findall(r"epoch 1/1", done.stdout) == ["epoch 1/1"]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_too(tmp_path: Path) -> None:
+    words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=2000")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launcher, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    while "epoch 1/2000" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert errors.count("error: stopped by SIGTERM, everything is saved; go on with: qat pretrain") == 1
+    (record,) = [newest_state(run, print) for run in tmp_path.iterdir()]
+    assert record is not None
+    assert record.record.epoch >= 1
