@@ -38,7 +38,10 @@ TUNED = (
 
 # A server that has torch in memory and no threads: a process forked from it starts in milliseconds.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["qat.train", "qat.cli", "sklearn.datasets", "kornia.augmentation"])
+# The last one, which torch's optimizers load, takes seconds.
+_PROCESSES.set_forkserver_preload(
+    ["qat.train", "qat.cli", "sklearn.datasets", "kornia.augmentation", "torch._dynamo"]
+)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,17 @@ from toyruns import TOY, settings
 from qat.cli import main
 
 _PROCESSES = multiprocessing.get_context("forkserver")
+# torch's optimizers and parallel networks load the last two, which takes seconds.
 _PROCESSES.set_forkserver_preload(
-    ["qat.train", "qat.cli", "sklearn.datasets", "kornia.augmentation", "accelerate", "torch.distributed"]
+    [
+        "qat.train",
+        "qat.cli",
+        "sklearn.datasets",
+        "kornia.augmentation",
+        "accelerate",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+    ]
 )
 
 
