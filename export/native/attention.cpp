@@ -59,7 +59,7 @@ void ChannelAttention::compute(const Run& run) const {
                     std::to_string(channels) + ")");
   const int64_t images = x.shape[0];
   int8_t* out = run.output<int8_t>(0, {images, channels});
-  const int64_t longest = (std::max(channels, reduce_.outputs) + kPadding - 1) / kPadding * kPadding;
+  const int64_t longest = padded(std::max(channels, reduce_.outputs));
   std::vector<int32_t> sums(static_cast<size_t>(longest));
   std::vector<int16_t> vectors(static_cast<size_t>(2 * longest));
   for (int64_t image = 0; image < images; ++image) {

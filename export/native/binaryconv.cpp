@@ -16,8 +16,6 @@ constexpr int64_t kWordsOfRequantization = 8;
 // Inputs that one task packs.
 constexpr int64_t kTaskInputs = 1 << 14;
 
-int64_t padded(int64_t channels) { return (channels + kPadding - 1) / kPadding * kPadding; }
-
 int bits_in(uint8_t byte) {
   int count = 0;
   for (; byte != 0; byte &= static_cast<uint8_t>(byte - 1)) ++count;

@@ -12,6 +12,8 @@ namespace bnext {
 
 // Constants per channel are padded with zeros to a multiple of this, so that kernels read whole vectors.
 constexpr int64_t kPadding = 64;
+// Static, like all that kernels share with others: each file has its own, compiled for its processor.
+static constexpr int64_t padded(int64_t channels) { return (channels + kPadding - 1) / kPadding * kPadding; }
 
 // PReLU on integers of a grid: q >= 0 ? q : clamp(rint(q * slope)).
 struct Prelu {

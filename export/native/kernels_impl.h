@@ -48,7 +48,7 @@ struct PreluVector {
 
 void pack(const Pack& p, int64_t first_row, int64_t last_row) {
   const int64_t padded_width = p.width + 2 * p.pad;
-  const int64_t padded_channels = (p.channels + kPadding - 1) / kPadding * kPadding;
+  const int64_t padded_channels = padded(p.channels);
   for (int64_t row = first_row; row < last_row; ++row) {
     uint32_t* bits = p.bits + ((row + p.pad) * padded_width + p.pad) * p.words;
     for (int64_t word = 0; word < p.words; ++word) {
@@ -259,53 +259,6 @@ void update(const Update& u, int64_t first_row, int64_t last_row) {
   return update_rows<true, false>(u, first_row, last_row);
 }
 
-// Sums of 27 products below 2^15 are exact in float32, fused or not.
-void stem(const StemRows& s, int64_t first_row, int64_t last_row) {
-  constexpr int kPixels = 8;
-  const F low = V::set(s.low), high = V::set(s.high);
-  const int64_t padded_channels = (s.channels + kPadding - 1) / kPadding * kPadding;
-  const int64_t padded_width = s.width + 2;
-  for (int64_t row = first_row; row < last_row; ++row) {
-    for (int64_t ky = 0; ky < 3; ++ky) {
-      const int64_t y = row * s.stride + ky - 1;
-      const bool inside = y >= 0 && y < s.height;
-      for (int64_t color = 0; color < 3; ++color) {
-        float* to = s.rows + (ky * 3 + color) * padded_width;
-        const uint8_t* from = s.image + (color * s.height + (inside ? y : 0)) * s.width;
-        to[0] = to[padded_width - 1] = 0.0f;
-        for (int64_t x = 0; x < s.width; ++x) to[x + 1] = inside ? static_cast<float>(from[x]) - s.zero_point : 0.0f;
-      }
-    }
-    for (int64_t start = 0; start < s.out_width; start += kPixels) {
-      const int64_t used = least(kPixels, s.out_width - start);
-      int64_t at[kPixels];  // of each pixel's window; those beyond the last repeat it
-      for (int64_t p = 0; p < kPixels; ++p) at[p] = (start + least(p, used - 1)) * s.stride;
-      for (int64_t channel = 0; channel < s.channels; channel += V::lanes) {
-        F sums[kPixels];
-        for (int p = 0; p < kPixels; ++p) sums[p] = V::set(0.0f);
-        const float* weights = s.weight + channel;
-        for (int64_t line = 0; line < 9; ++line) {
-          const float* values = s.rows + line * padded_width;
-          for (int64_t kx = 0; kx < 3; ++kx, weights += padded_channels) {
-            const F weight = V::load(weights);
-#pragma GCC unroll 8
-            for (int p = 0; p < kPixels; ++p) {
-              sums[p] = V::exact_multiply_add(V::set(values[at[p] + kx]), weight, sums[p]);
-            }
-          }
-        }
-        const I bias = V::load_i32(s.bias + channel);
-        const F multiplier = V::load(s.multiplier + channel);
-        for (int64_t p = 0; p < used; ++p) {
-          const F total = V::to_float(V::add(V::to_int(sums[p]), bias));
-          const F q = V::round(clamp(V::mul(total, multiplier), low, high));
-          store(s.out + (row * s.out_width + start + p) * s.channels + channel, q, s.channels - channel);
-        }
-      }
-    }
-  }
-}
-
 void sum(const int8_t* x, int64_t pixels, int64_t channels, const Prelu& slopes, int32_t* sums) {
   for (int64_t channel = 0; channel < channels; channel += V::lanes) {
     const PreluVector prelu(slopes, channel);
@@ -317,42 +270,15 @@ void sum(const int8_t* x, int64_t pixels, int64_t channels, const Prelu& slopes,
   }
 }
 
-// Writes `count` integers as int16.
-inline void narrow(const int32_t* from, int64_t count, int16_t* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int16_t>(from[i]);
-}
+}  // namespace
+}  // namespace bnext
 
-void linear(const Linear& layer, const int16_t* x, int32_t* sums, int16_t* out) {
-  const F low = V::set(layer.low), high = V::set(layer.high);
-  const int8_t* weight = layer.weight;
-  for (int64_t i = 0; i < layer.outputs; i += V::lanes) {
-    I total = V::load_i32(layer.bias + i);
-    for (int64_t pair = 0; pair < layer.pairs; ++pair, weight += 2 * V::lanes) {
-      total = V::add(total, V::pair_products(weight, x + 2 * pair));
-    }
-    const F value = V::mul(V::to_float(total), V::load(layer.multiplier + i));
-    V::store_i32(sums + i, V::to_int(clamp(value, low, high)));
-  }
-  narrow(sums, layer.outputs, out);
-}
+// Parts that use what stands above.
+#include "kernels_attention.h"
+#include "kernels_stem.h"
 
-void attention(const Attention& a) {
-  const int64_t longest = (a.channels > a.reduce.outputs ? a.channels : a.reduce.outputs) + kPadding - 1;
-  int16_t *const pooled = a.vectors, *const hidden = a.vectors + longest / kPadding * kPadding;
-  for (int64_t i = 0; i < a.channels; ++i) {
-    const float mix = static_cast<float>(a.x_sum[i]) * a.x_multiplier[i] +
-                      static_cast<float>(a.y_sum[i]) * a.y_multiplier[i];
-    const float raised = mix > a.low ? mix : a.low;
-    pooled[i] = static_cast<int16_t>(V::to_integer(raised < a.high ? raised : a.high));
-  }
-  linear(a.reduce, pooled, a.sums, hidden);
-  linear(a.expand, hidden, a.sums, pooled);
-  for (int64_t i = 0; i < a.channels; ++i) {
-    const float gain = a.table[pooled[i] + 128] * a.gain[i];
-    const float raised = gain > -128.0f ? gain : -128.0f;
-    a.out[i] = static_cast<int8_t>(V::to_integer(raised < 127.0f ? raised : 127.0f));
-  }
-}
+namespace bnext {
+namespace {
 
 constexpr Kernels table(const char* name) {
   return {name, V::lanes, V::most_groups, pack, convolve, update, stem, sum, attention};

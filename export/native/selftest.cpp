@@ -24,7 +24,6 @@ std::string place;  // what is being compared, for the message
 
 int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 bool chance(double probability) { return std::bernoulli_distribution(probability)(generator); }
-int64_t padded(int64_t channels) { return (channels + kPadding - 1) / kPadding * kPadding; }
 
 int64_t some_channels() {
   const int64_t usual[] = {1, 3, 4, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 128, 200};

@@ -150,9 +150,9 @@ class Info {
     const Tensor<T> tensor = constant<T>(index, name);
     require(tensor.shape == Shape{channels},
             std::string(name) + " has shape " + text_of(tensor.shape) + ", need (" + std::to_string(channels) + ")");
-    std::vector<To> padded(static_cast<size_t>((channels + kPadding - 1) / kPadding * kPadding), To{});
-    for (int64_t i = 0; i < channels; ++i) padded[static_cast<size_t>(i)] = static_cast<To>(tensor.data[i]);
-    return padded;
+    std::vector<To> values(static_cast<size_t>(padded(channels)), To{});
+    for (int64_t i = 0; i < channels; ++i) values[static_cast<size_t>(i)] = static_cast<To>(tensor.data[i]);
+    return values;
   }
 
  private:

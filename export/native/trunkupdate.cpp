@@ -67,12 +67,12 @@ void TrunkUpdate::compute(const Run& run) const {
   if (images == 0) return;
 
   // Gains in real numbers, padded for the kernels.
-  const int64_t padded = (channels + kPadding - 1) / kPadding * kPadding, gains = gain ? gain.shape[0] : 0;
-  std::vector<float> scaled(static_cast<size_t>(gains * padded));
+  const int64_t width_of_gains = padded(channels), gains = gain ? gain.shape[0] : 0;
+  std::vector<float> scaled(static_cast<size_t>(gains * width_of_gains));
   for (int64_t image = 0; image < gains; ++image) {
     for (int64_t i = 0; i < channels; ++i) {
       const auto value = static_cast<float>(gain.data[image * channels + i]);
-      scaled[static_cast<size_t>(image * padded + i)] = value * first_;
+      scaled[static_cast<size_t>(image * width_of_gains + i)] = value * first_;
     }
   }
   const int64_t pixels = out_height * out_width;
@@ -87,7 +87,7 @@ void TrunkUpdate::compute(const Run& run) const {
     update.out_width = out_width;
     update.channels = channels;
     update.residual = {slopes_.empty() ? nullptr : slopes_.data(), residual_low_, residual_high_};
-    update.gain = gains == 0 ? nullptr : scaled.data() + (gains == 1 ? 0 : image * padded);
+    update.gain = gains == 0 ? nullptr : scaled.data() + (gains == 1 ? 0 : image * width_of_gains);
     update.offset = offset_.data();
     update.out = out + image * pixels * channels;
     kernels_.update(update, cut(out_height, strips, strip), cut(out_height, strips, strip + 1));
