@@ -214,7 +214,7 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(parts: Parts, state: State) -> None:
-    """Put back what :func:`capture` took.
+    """Put back what :func:`capture` took; ``state`` gives its tensors away, which would stay in memory.
 
     Raises:
         CheckpointError: it is of another network or optimizer.
@@ -251,6 +251,7 @@ def restore(parts: Parts, state: State) -> None:
         torch.set_rng_state(kinds["random"]["cpu"])
         if parts.device.type == "cuda" and "cuda" in kinds["random"]:
             torch.cuda.set_rng_state(kinds["random"]["cuda"], parts.device)
+        state.tensors.clear()
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{state.source}: does not fit the run: {error}") from error
 

@@ -100,7 +100,7 @@ class State:
     """A saved state; one without tensors only says what run it is of. ``source``: its file."""
 
     record: Record
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
     source: Path
 
 

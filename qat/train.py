@@ -31,6 +31,7 @@ from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
 from qat.rundir import SUMMARY, RunDirectory
 from qat.runfacts import check_alike, run_facts
+from qat.sharding import shards
 from qat.statefile import remove_states, write_state
 from qat.teachers import Teacher, Teachers, load_teachers
 from qat.tracking import check_trackers, tracked
@@ -161,6 +162,8 @@ def _begin_job(
     facts = run_facts(train, test, start, teachers)
     check_alike(facts, resumed)
     check_trackers(recipe.tracking)
+    if shards(recipe):
+        report.message(f"FSDP: each of {world().size} processes keeps its part of the network")
     if resumed is None:
         run = RunDirectory.create(loaded)
         report = tracked(report, recipe, run, device)

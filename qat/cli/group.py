@@ -111,8 +111,8 @@ def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
 def _leave_together(code: int) -> None:
     """End this one of several processes that were connected.
 
-    Threads of gloo may still hold a tensor of the last message. One that lets go of it while Python shuts down
-    aborts the process, whose work is done.
+    A thread of gloo may still hold a tensor of the last message; if it lets go of it while Python shuts down,
+    the process is aborted, though its work is done.
     """
     from qat.distributed import were_connected
 
