@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], float, float
         optimizer.step()
         fastest = min(fastest, time.perf_counter() - started)
     peaks.end("steps")
-    held = list(model.parameters())
+    held: list[torch.Tensor] = list(model.parameters())
     held += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     held += [moment for state in optimizer.state.values() for moment in state.values()]
     size = sum(own_part(tensor).nbytes for tensor in held) / GIGABYTE

@@ -49,8 +49,8 @@ from qat.statefile import newest_state
 
 CPU = torch.device("cpu")
 FSDP = "parallel=fsdp"
-#: As `LONG`, with an average of the weights, which lies in parts, too.
-AVERAGED = (*LONG, "schedule.ema=0.9")
+#: As `LONG`, with an average of the weights, which lies in parts, too, and its statistics taken anew.
+AVERAGED = (*LONG, "schedule.ema=0.9", "schedule.reestimate_batch_norm=3")
 
 
 def toy(widths: tuple[int, ...] = (8, 8, 16)) -> BNext:
