@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from qat.fakequant import activation_quantizers
+from qat.sharding import copy_of, own_part
 
 
 class WeightAverage:
@@ -18,20 +17,20 @@ class WeightAverage:
     Buffers are copied: temperatures, batch-norm statistics, quantization grids.
 
     Attributes:
-        network: of averaged weights; without gradients.
+        network: of averaged weights; without gradients. Of a network in parts, the same parts.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Start from the weights of ``model`` as they are; ``decay`` lies between 0 and 1."""
-        self.network = copy.deepcopy(model).requires_grad_(False)
+        self.network = copy_of(model).requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights of ``model`` after step number ``step``, from 1, of all epochs."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages: list[Tensor] = list(self.network.parameters())
-        weights: list[Tensor] = list(model.parameters())
+        averages: list[Tensor] = [own_part(value) for value in self.network.parameters()]
+        weights: list[Tensor] = [own_part(value) for value in model.parameters()]
         torch._foreach_lerp_(averages, weights, 1.0 - decay)
         self.follow(model)
 

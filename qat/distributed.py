@@ -70,6 +70,11 @@ def joined() -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def were_connected() -> bool:
+    """Whether this process has been connected with others, as it may still be."""
+    return _store is not None
+
+
 def speaks(code: int, message: str, error: BaseException) -> tuple[int, str | None]:
     """Exit code of a process that ends with ``error``, and what it says of it, if it does.
 

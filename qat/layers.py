@@ -7,6 +7,7 @@ Attribute names follow the published checkpoints, so that their keys load as the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal, cast
 
 import torch
@@ -227,6 +228,15 @@ class SubBlock(nn.Module):
             y_mean = y.mean((2, 3)) if scale_kind else mean
             attention = self.se.vector(scale * x_mean + (1 - scale) * y_mean)
         return scaled_norm(branch, attention, mean, variance, self.norm2, residual)
+
+
+def bounded(model: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
+    """Parameters that a training pass keeps within bounds, in place, before it uses them; and the bounds."""
+    for module in model.modules():
+        if isinstance(module, BinaryConv2d) and module.weight.requires_grad:
+            yield module.weight, -LATENT_CLIP, LATENT_CLIP
+        elif isinstance(module, SubBlock) and module.infor_recoupling:
+            yield module.scale, 0.0, 1.0
 
 
 class Stem(nn.Module):

@@ -21,7 +21,7 @@ from qat.averaging import WeightAverage
 from qat.bnext import BNext, binary_convolutions, is_binary
 from qat.checkpoint import as_stored, save_checkpoint
 from qat.data import Split
-from qat.distributed import any_of, is_main, total, world
+from qat.distributed import any_of, greatest, is_main, total, world
 from qat.errors import CheckpointError, QuantizationError, Stopped, TrainingError
 from qat.evaluate import Accuracy, correct_in_top, evaluate, predictor
 from qat.launch import Share
@@ -32,6 +32,7 @@ from qat.precision import autocast, gradient_scaler
 from qat.recipe import Recipe
 from qat.resume import Parts, begun, capture, restore, resume_command
 from qat.rundir import RunDirectory
+from qat.sharding import is_sharded, own_part, shard, shards, whole_network
 from qat.statefile import Running, State, write_state
 from qat.stopping import StopRequest
 
@@ -107,7 +108,10 @@ class Job:
 
     @property
     def kept(self) -> BNext:
-        """The network that is evaluated and stored: the one that trains, or the average of its weights."""
+        """The network that is evaluated and stored: the one that trains, or the average of its weights.
+
+        Where processes share it, this one's parts: see :func:`qat.sharding.whole_network`.
+        """
         return self.model if self.average is None else cast(BNext, self.average.network)
 
     def check_stop(self) -> None:
@@ -149,6 +153,8 @@ def fit(job: Job) -> None:
     recipe, model = job.recipe, job.model
     epochs = recipe.schedule.epochs
     steps = step_count(recipe, job.train)
+    if shards(recipe):
+        shard(model, job.device)
     optimizer = make_optimizer(model, recipe.optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(recipe.optimizer, step, epochs * steps)
@@ -201,9 +207,12 @@ def step_count(recipe: Recipe, train: Split) -> int:
 
 
 def _save(job: Job, parts: Parts) -> None:
-    if not is_main():  # the others would write the same
+    main = is_main()
+    if not (main or is_sharded(parts.model)):  # the others would write the same
         return
     tensors, fields = capture(parts)
+    if not main:  # it gave its parts
+        return
     record = begun(job.recipe, job.metadata, job.device).model_copy(
         update={
             "epoch": job.epoch,
@@ -259,7 +268,7 @@ def _epoch(
             _save(job, parts)
     # A last step that spoils the weights shows in no loss any more, and a network with NaN must not go on
     # to be evaluated: its integers have no meaning.
-    spoilt = next((name for name, value in model.state_dict().items() if _has_nan(value)), None)
+    spoilt = _spoilt(model)
     if spoilt is not None:
         raise TrainingError(_not_finite(job, f"epoch {epoch}, step {steps}", spoilt, math.nan))
     # What is evaluated and kept is the network as the schedule has it now, not one step earlier: annealing
@@ -330,7 +339,7 @@ def _means(sums: Running) -> dict[str, float]:
 
 def _after_training(job: Job, epoch: int) -> None:
     try:
-        job.after_training(job.kept)
+        job.after_training(whole_network(job.kept))
     except QuantizationError as error:  # statistics that are no numbers
         raise TrainingError(f"epoch {epoch}: {error}; {_kept(job)}") from error
 
@@ -339,7 +348,7 @@ def _evaluate(job: Job, epoch: int) -> Accuracy:
     """Accuracy on the test split; a network that computes no numbers any more ends the training."""
     try:
         # As stored: rounding to half precision may move an image or two, and the file is what is used.
-        model = as_stored(job.kept, job.recipe.output.float_weights)
+        model = as_stored(whole_network(job.kept), job.recipe.output.float_weights)
         accuracy = job.evaluate(model)
     except QuantizationError as error:  # constants that are no numbers
         raise TrainingError(_not_finite(job, f"epoch {epoch}", "test loss", math.nan)) from error
@@ -361,17 +370,28 @@ def keep(job: Job, epoch: int, accuracy: Accuracy) -> None:
     if better and is_binary(job.kept):
         job.best, job.best_epoch = accuracy, epoch
         targets.append(job.run.best)
+    network = whole_network(job.kept)
     metadata = job.metadata | {"epoch": str(epoch), "accuracy": accuracy.to_json()}
     for path in targets if is_main() else ():
         try:
             save_checkpoint(
-                path, job.kept, recipe=recipe, metadata=metadata, float_dtype=recipe.output.float_weights
+                path, network, recipe=recipe, metadata=metadata, float_dtype=recipe.output.float_weights
             )
         except CheckpointError as error:  # values that the file can't hold: of the training, not of the user
             raise TrainingError(f"epoch {epoch}: {error}; {_kept(job)}") from error
 
 
+def _spoilt(model: nn.Module) -> str | None:
+    """The first tensor of the network that holds NaN, if one does; a part of it may lie in any process."""
+    tensors = model.state_dict()
+    first = next((place for place, value in enumerate(tensors.values()) if _has_nan(value)), len(tensors))
+    if is_sharded(model):
+        first = -round(float(greatest(torch.tensor([-float(first)]))))
+    return None if first == len(tensors) else list(tensors)[first]
+
+
 def _has_nan(value: Tensor) -> bool:
+    value = own_part(value)
     return value.is_floating_point() and bool(value.isnan().any())
 
 

@@ -84,5 +84,5 @@ def _group_of(parameter: nn.Parameter, binary: set[int], settings: Optimizer) ->
         return "binary"
     if settings.kernel_decay is not None and parameter.ndim == 4:
         return "kernel"
-    matrix = parameter.ndim >= 2 and parameter[0].numel() > 1 and parameter.shape[0] > 1
+    matrix = parameter.ndim >= 2 and parameter.shape[1:].numel() > 1 and parameter.shape[0] > 1
     return "matrix" if matrix else "vector"

@@ -94,6 +94,11 @@ def contradictions(
             )
         if model.get("checkpoint") is None:
             yield ("model", "checkpoint"), "missing; task 'finetune' starts from a trained network"
+        if raw.get("parallel") == "fsdp":
+            yield (
+                ("parallel",),
+                "found 'fsdp', allowed for task 'finetune': 'ddp' (quantized networks are trained whole)",
+            )
         temperature = section(schedule.get("temperature"))
         usual = fixed["temperature"]
         for key in (key for key in usual if temperature.get(key, usual[key]) != usual[key]):

@@ -26,12 +26,14 @@ from qat.errors import CheckpointError, OutputError, QatError, RecipeError
 from qat.fakequant import activation_quantizers
 from qat.recipe import LoadedRecipe, Recipe, load_recipe, parse_recipe
 from qat.rundir import SUMMARY, RunDirectory
+from qat.sharding import part_like, shards, whole
 from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_leftovers
 
 #: Keys that may change when a run goes on: they leave its result alone.
 NEUTRAL: Final = (
     "device",
     "threads",
+    "parallel",
     "data.workers",
     "schedule.save_steps",
     "schedule.keep_states",
@@ -136,7 +138,9 @@ def open_run(path: Path, overrides: Sequence[str], listener: Listener) -> Resume
     return Resumed(RunDirectory(path), loaded, recipe, state)
 
 
-def check_same(state: State, facts: Mapping[str, str], device: torch.device, listener: Listener) -> None:
+def check_same(
+    state: State, recipe: Recipe, facts: Mapping[str, str], device: torch.device, listener: Listener
+) -> None:
     """Refuse to go on with other data or another checkpoint than ``state`` is of; warn of what moves bits.
 
     Raises:
@@ -158,6 +162,7 @@ def check_same(state: State, facts: Mapping[str, str], device: torch.device, lis
         f"{name} was {then}, is {now}"
         for name, then, now in (
             ("the number of processes", record.processes, world().size),
+            ("the sharing of the network", _sharing(record.sharded), _sharing(shards(recipe))),
             ("the number of threads", record.threads, threads),
             ("the device", record.device, device.type),
             *_versions(record.facts, facts),
@@ -173,7 +178,8 @@ def check_same(state: State, facts: Mapping[str, str], device: torch.device, lis
 def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors that training depends on, on the CPU, and the record's fields about the rest.
 
-    The tensors are to be written before training goes on: where they can be, they are the ones in use.
+    The tensors are to be written before training goes on: where they can be, they are the ones in use. Of a
+    network in parts they are gathered, for which all processes call this; the first alone is given them.
     """
     tensors = {f"model/{key}": value for key, value in parts.model.state_dict().items()}
     saved = parts.optimizer.state_dict()
@@ -190,10 +196,13 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     copies: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in tensors.items():
-        kept = value.detach().cpu().contiguous()
+        gathered = whole(value)
+        if not is_main():
+            continue
+        kept = gathered.cpu().contiguous()
         # Parts of one storage can't be written beside each other.
-        whole = kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() not in storages
-        copies[key] = kept if whole else kept.clone()
+        own = kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() not in storages
+        copies[key] = kept if own else kept.clone()
         storages.add(kept.data_ptr())
     points = activation_quantizers(parts.model)
     return copies, {
@@ -205,28 +214,32 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(parts: Parts, state: State) -> None:
-    """Put back what :func:`capture` took.
+    """Put back what :func:`capture` took; ``state`` gives its tensors away, which would stay in memory.
 
     Raises:
         CheckpointError: it is of another network or optimizer.
     """
     record = state.record
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}, "random": {}}
+    parameters = dict(parts.model.named_parameters())
     for key, value in state.tensors.items():
         kind, _, name = key.partition("/")
-        # To the device first: torch's observers take over loaded tensors as they are.
-        kinds[kind][name] = value if kind == "random" else value.to(parts.device)
+        if kind != "random":
+            of = name.partition("/")[2] if kind == "optimizer" else name
+            # To the device first: torch's observers take over loaded tensors as they are.
+            value = part_like(value, parameters.get(of)).to(parts.device)
+        kinds[kind][name] = value
     points = dict(activation_quantizers(parts.model))
-    whole = parts.optimizer.state_dict()
+    groups = parts.optimizer.state_dict()["param_groups"]
     moments: dict[int, dict[str, Tensor]] = {}
     try:
         parts.model.load_state_dict(kinds["model"], strict=True)
         for name, value in kinds["optimizer"].items():
             key, _, parameter = name.partition("/")
             moments.setdefault(parts.names.index(parameter), {})[key] = value
-        for group, rate in zip(whole["param_groups"], record.learning_rates, strict=True):
+        for group, rate in zip(groups, record.learning_rates, strict=True):
             group["lr"] = rate
-        parts.optimizer.load_state_dict({"state": moments, "param_groups": whole["param_groups"]})
+        parts.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         parts.scheduler.load_state_dict(record.scheduler)
         for name, (calibrated, observing) in record.quantizers.items():
             points[name].calibrated, points[name].observing = calibrated, observing
@@ -238,6 +251,7 @@ def restore(parts: Parts, state: State) -> None:
         torch.set_rng_state(kinds["random"]["cpu"])
         if parts.device.type == "cuda" and "cuda" in kinds["random"]:
             torch.cuda.set_rng_state(kinds["random"]["cuda"], parts.device)
+        state.tensors.clear()
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{state.source}: does not fit the run: {error}") from error
 
@@ -284,6 +298,7 @@ def begun(recipe: Recipe, facts: Mapping[str, str], device: torch.device) -> Rec
         facts=dict(facts),
         threads=torch.get_num_threads(),
         processes=world().size,
+        sharded=shards(recipe),
         device=device.type,
     )
 
@@ -292,6 +307,10 @@ def _versions(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple
     before, after = (json.loads(facts.get("versions", "{}")) for facts in (then, now))
     for name in sorted({*before, *after}):
         yield name, str(before.get(name)), str(after.get(name))
+
+
+def _sharing(sharded: bool) -> str:
+    return "FSDP" if sharded else "none"
 
 
 def _s(name: str) -> str:

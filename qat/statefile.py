@@ -59,6 +59,7 @@ class Record(_Strict):
         recipe: the run's, as it was given: paths are not resolved.
         facts: versions, fingerprints of the data, SHA-256 of the checkpoint it started from.
         threads, processes, device: what it was computed with; threads of each process.
+        sharded: whether each process had its part of the network only.
         epoch: whole epochs, evaluated.
         running: the epoch after these.
         rows: metrics of the whole epochs.
@@ -78,6 +79,7 @@ class Record(_Strict):
     facts: dict[str, str]
     threads: int
     processes: int = 1
+    sharded: bool = False
     device: str
     epoch: _Count = 0
     running: Running = Running()
@@ -98,7 +100,7 @@ class State:
     """A saved state; one without tensors only says what run it is of. ``source``: its file."""
 
     record: Record
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
     source: Path
 
 

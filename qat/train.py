@@ -25,11 +25,13 @@ from qat.fakequant import activation_quantizers, freeze_observers
 from qat.loading import architecture_of, highest_temperature, load_state, without_quantizers
 from qat.loop import Job, Reporter, fit, step_count
 from qat.optimization import temperature_at
+from qat.parallel import check_parallel
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
 from qat.rundir import SUMMARY, RunDirectory
 from qat.runfacts import check_alike, run_facts
+from qat.sharding import shards
 from qat.statefile import remove_states, write_state
 from qat.teachers import Teacher, Teachers, load_teachers
 from qat.tracking import check_trackers, tracked
@@ -51,6 +53,7 @@ def finetune(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
         QatError: see the tree in :mod:`qat.errors`.
     """
     recipe = for_task(loaded, "finetune")
+    check_parallel(recipe)
     assert recipe.quantization is not None  # the schema requires it for this task
     device = begin(recipe)
     train, test = splits_of(recipe)
@@ -118,6 +121,7 @@ def pretrain(loaded: LoadedRecipe, report: Reporter, resumed: Resumed | None = N
         Stopped: SIGTERM came; the run can be resumed.
     """
     recipe = for_task(loaded, "pretrain")
+    check_parallel(recipe)
     device = begin(recipe)
     train, test = splits_of(recipe)
     model = BNext.from_architecture(architecture_of(recipe.model))
@@ -158,6 +162,8 @@ def _begin_job(
     facts = run_facts(train, test, start, teachers)
     check_alike(facts, resumed)
     check_trackers(recipe.tracking)
+    if shards(recipe):
+        report.message(f"FSDP: each of {world().size} processes keeps its part of the network")
     if resumed is None:
         run = RunDirectory.create(loaded)
         report = tracked(report, recipe, run, device)
@@ -168,7 +174,7 @@ def _begin_job(
     if resumed.state is None:
         report.message(f"{model.architecture}, run directory {job.run.path}: begins again, nothing was saved")
         return job
-    check_same(resumed.state, facts, device, report)
+    check_same(resumed.state, recipe, facts, device, report)
     record = resumed.state.record
     job.state, job.rows, job.accuracies = resumed.state, list(record.rows), dict(record.accuracies)
     job.epoch, job.running, job.accuracy = record.epoch, record.running, record.accuracy

@@ -22,7 +22,8 @@ from qat import distributed
 from qat.checkpoint import load_checkpoint
 from qat.errors import RecipeError
 from qat.launch import Share, World
-from qat.parallel import Parallel
+from qat.parallel import check_parallel
+from qat.recipe import load_recipe
 from qat.statefile import newest_state
 
 #: Every random change there is, and all that happens between a loss and a step.
@@ -220,14 +221,16 @@ def test_shards_of_a_training_are_those_of_its_batches(tmp_path: Path) -> None:
             assert torch.equal(torch.cat([part[index] for part in parts]), batch[index])
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
 def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
+    recipe = load_recipe("tiny_digits_pretrain").recipe
     monkeypatch.setenv(name, "true")
+    check_parallel(recipe)  # alone
+    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
     with pytest.raises(RecipeError, match=r"accelerate is configured for .*, allowed: distributed data"):
-        Parallel(torch.nn.Linear(2, 2), torch.device("cpu"))
+        check_parallel(recipe)
 
 
 # Launchers

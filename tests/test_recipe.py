@@ -346,6 +346,7 @@ GROUPS = [
     for group in groups
 ]
 FINETUNING = [
+    ("parallel", ["ddp"], ["fsdp", "FSDP", None], "'ddp'"),
     ("quantization.backend", ["torch_ao", "brevitas"], ["brevita", None], "'torch_ao', 'brevitas'"),
     ("quantization.power_of_two", [True, False], [1, None], "true or false"),
     ("quantization.overrides", [[], [{"match": "fc", "weight_bits": 4}]], [None, "fc", [1]], ""),
@@ -362,6 +363,7 @@ FINETUNING = [
     ("distillation.teacher", [None, "self", "none"], ["selv", True], "'self', 'none', or null"),
 ]
 PRETRAINING = [
+    ("parallel", ["ddp", "fsdp"], ["FSDP", True, None], "'ddp', 'fsdp'"),
     ("schedule.epochs", [1, 14], [0], "an integer of at least 1"),
     ("schedule.temperature.start", [1, 1e-7], [0, 1e-8, "1"], "a number >= 1e-07"),
     ("schedule.temperature.end", [1e-8, 9e-8], [0, 1e-7], "a number > 0 and < 1e-07"),

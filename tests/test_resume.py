@@ -396,6 +396,7 @@ def test_what_leaves_the_result_alone_may_be_set(run: Path) -> None:
     overrides = (
         "threads=2",
         "device=cpu",
+        "parallel=ddp",
         "data.workers=1",
         "schedule.keep_states=1",
         "schedule.save_steps=1",

@@ -65,7 +65,12 @@ class _Group(click.Group):
             # A file or pipe in a narrow encoding must not end a long run over one × or ≥.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        return super().main(*args, **kwargs)
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as ended:
+            if launched().size > 1 and isinstance(ended.code, int | None):
+                _leave_together(ended.code or 0)
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -100,9 +105,25 @@ def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
     code, said = speaks(code, message, error)
     if said is not None:
         click.echo(f"error: {said}", err=True)
+    _leave(code)  # what waits for the other processes must not keep this one
+
+
+def _leave_together(code: int) -> None:
+    """End this one of several processes that were connected.
+
+    A thread of gloo may still hold a tensor of the last message; if it lets go of it while Python shuts down,
+    the process is aborted, though its work is done.
+    """
+    from qat.distributed import were_connected
+
+    if were_connected():
+        _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what waits for the other processes must not keep this one
+    os._exit(code)
 
 
 def _unforeseen(error: Exception) -> tuple[int, str]:

@@ -25,7 +25,7 @@ _resume_option = click.option(
     metavar="RUN",
     help="Go on with a run that was stopped, from its newest saved state, with its own recipe. On a CPU with "
     "as many threads as before it ends with the same bytes as if it had never been stopped. --set may change "
-    "device, threads, data.workers, tracking and how often states are saved.",
+    "device, threads, parallel, data.workers, tracking and how often states are saved.",
 )
 
 

@@ -83,6 +83,11 @@ class Recipe(Section):
         description="Type that matrix products are computed in while training; 'float16' needs CUDA. "
         "Evaluation is always in float32.",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="How several processes share a network: 'ddp', each has all of it; 'fsdp' (pretraining "
+        "only), each keeps its part of every weight, gradient and moment. One process has all of it anyway.",
+    )
     model: Model = Field(description="The network and the weights it starts from.")
     data: Data = Field(description="The images.")
     quantization: Quantization | None = Field(
