@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
 from export.peakmemory import own_peak_rss_bytes
+from qat.allocator import keep_pages
 from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, set_temperature
 from qat.data import image_grid
@@ -95,6 +96,8 @@ class Trainer:
 def serve(name: str, settings: Settings, calls: Connection) -> None:
     """The child: answers ``True`` with a step's seconds and loss, ``False`` with its peak memory in bytes."""
     torch.set_num_threads(settings.threads)
+    if name != PLAIN:
+        keep_pages()  # as `qat` does before it trains
     trainer = Trainer(name, settings)
     while calls.recv():
         started = time.perf_counter()

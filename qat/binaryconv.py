@@ -1,4 +1,4 @@
-"""The convolution of a training step: tap by tap where images are tiny."""
+"""The convolution of a training step: fewer products, or faster ones, where images are small."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Largest side of an image that is convolved tap by tap.
+from qat.winograd import are_exact, has_transforms, tiny_conv3x3
+
+#: Largest side of an image that is convolved tap by tap in bfloat16.
 SMALL_SIDE: Final = 2
 #: Largest side of an image whose weights' gradient is a convolution itself in bfloat16.
 HALF_SIDE: Final = 4
 #: Fewest channels for which products of bytes are faster than float32's.
 LEAST_CHANNELS: Final = 128
+#: Fewest images and channels for which fewer products are worth transforming weights with fractions.
+LEAST_IMAGES, LEAST_WIDTH = 32, 256
 
 
 def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False) -> Tensor:
     """``conv2d`` with zero padding of half the kernel, whose gradients are as fast as its values.
 
     At 2×2 pixels, where the last blocks work on small images, 20 of a 3×3 kernel's 36 products are with
-    padding, and the CPU's general algorithm for the weights' gradient takes six times as long as the values.
-    There, each tap is one matrix product of the pixels that meet. At 4×4 pixels in bfloat16 it takes twice as
-    long as the values; there it is computed as what it is, a convolution of the images with the gradients,
+    padding, and at 4×4 still 44 of 144: there 9 and 36 products of transformed images and weights do
+    (:mod:`qat.winograd`). In bfloat16 a product costs less than transforming. There, at 2×2, each tap is one
+    matrix product of the pixels that meet; at 4×4 the general algorithm for the weights' gradient takes twice
+    as long as the values, and it is computed as what it is, a convolution of the images with the gradients,
     batch and channels exchanged. The sums are the same, in another order.
 
     Args:
@@ -37,17 +42,34 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     Returns:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
+    latent = weight
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         half = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(half), weight.to(half)
-    side, result = max(x.shape[-2:]), None
-    if x.device.type == "cpu" and weight.shape[-1] > 1 and stride == 1 and side <= SMALL_SIDE:
-        result = _TapByTap.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it without types
-    elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.shape[-1] > 1 and side <= HALF_SIDE:
-        result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
+    side, kernel, result = max(x.shape[-2:]), weight.shape[-1], None
+    if x.device.type != "cpu":
+        pass
+    elif x.dtype == torch.bfloat16:
+        if kernel > 1 and stride == 1 and side <= SMALL_SIDE:
+            result = _TapByTap.apply(x, latent)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        elif kernel > 1 and side <= HALF_SIDE:
+            result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
+    elif _fewer_products(x, weight, stride, signs):
+        result = tiny_conv3x3(x, weight)
     elif signs and x.dtype == torch.float32 and _bytes_are_fast(x, weight):
         result = _OfSigns.apply(x, weight, stride)  # type: ignore[no-untyped-call]
-    return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2) if result is None else result
+    return F.conv2d(x, weight, stride=stride, padding=kernel // 2) if result is None else result
+
+
+def _fewer_products(x: Tensor, weight: Tensor, stride: int, signs: bool) -> bool:
+    """Whether transformed products are as good, and faster."""
+    if weight.shape[-1] != 3 or stride != 1 or not has_transforms(*x.shape[2:]):
+        return False
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    return are_exact(*x.shape[2:]) or (
+        not signs and len(x) >= LEAST_IMAGES and min(weight.shape[:2]) >= LEAST_WIDTH
+    )
 
 
 def _bytes_are_fast(x: Tensor, weight: Tensor) -> bool:
@@ -72,14 +94,13 @@ def _neighbours(x: Tensor, kernel: int, stride: int) -> Tensor:
     return windows.reshape(images * rows * columns, kernel * kernel * channels)
 
 
-def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
-    """Each tap that meets a pixel: row, column, indices into output and input (N, H, W, C)."""
+def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, Any, Any]]:
+    """Each tap that meets a pixel: its number, indices into output and input (N, H, W, C)."""
     for i, j in product(range(kernel), repeat=2):
         down, right = i - kernel // 2, j - kernel // 2
         if abs(down) < height and abs(right) < width:
             yield (
-                i,
-                j,
+                i * kernel + j,
                 (slice(None), _inside(-down, height), _inside(-right, width)),
                 (slice(None), _inside(down, height), _inside(right, width)),
             )
@@ -146,10 +167,11 @@ class _TapByTap(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         pixels = x.permute(0, 2, 3, 1).contiguous()
+        taps = _taps(weight, x.dtype)
         out = pixels.new_zeros(*pixels.shape[:3], weight.shape[0])
-        for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
+        for tap, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
             # Flat, since products of four dimensions take a way many times slower in half precision.
-            product_of = pixels[of].flatten(0, 2) @ weight[:, :, i, j].contiguous().t()
+            product_of = pixels[of].flatten(0, 2) @ taps[tap].t()
             out[to] += product_of.view(out[to].shape)
         return out.permute(0, 3, 1, 2).contiguous()
 
@@ -158,15 +180,30 @@ class _TapByTap(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].permute(0, 2, 3, 1).contiguous()
         pixels = x.permute(0, 2, 3, 1).contiguous()
+        taps = _taps(weight, x.dtype)
         grad_pixels = torch.zeros_like(pixels) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
+        grad_taps = torch.zeros_like(taps) if ctx.needs_input_grad[1] else None
+        for tap, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
             there = grad[to].flatten(0, 2)
             if grad_pixels is not None:
-                grad_pixels[of] += (there @ weight[:, :, i, j].contiguous()).view(pixels[of].shape)
-            if grad_weight is not None:
-                grad_weight[:, :, i, j] = there.t() @ pixels[of].flatten(0, 2)
+                grad_pixels[of] += (there @ taps[tap]).view(pixels[of].shape)
+            if grad_taps is not None:
+                torch.mm(there.t(), pixels[of].flatten(0, 2), out=grad_taps[tap])
         return (
             None if grad_pixels is None else grad_pixels.permute(0, 3, 1, 2).contiguous(),
-            grad_weight,
+            None if grad_taps is None else _untapped(grad_taps, weight),
         )
+
+
+def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(O, C, k, k) → (k · k, O, C) in ``dtype``, in one pass."""
+    outputs, channels, *kernel = weight.shape
+    taps = weight.new_empty(kernel[0] * kernel[1], outputs, channels, dtype=dtype)
+    return taps.copy_(weight.flatten(2).permute(2, 0, 1))
+
+
+def _untapped(taps: Tensor, weight: Tensor) -> Tensor:
+    """(k · k, O, C) → shape and type of ``weight``."""
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    result.flatten(2).copy_(taps.permute(1, 2, 0))
+    return result
