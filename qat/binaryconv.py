@@ -42,7 +42,6 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     Returns:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
-    latent = weight
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         half = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(half), weight.to(half)
@@ -51,7 +50,7 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
         pass
     elif x.dtype == torch.bfloat16:
         if kernel > 1 and stride == 1 and side <= SMALL_SIDE:
-            result = _TapByTap.apply(x, latent)  # type: ignore[no-untyped-call]  # torch leaves it without types
+            result = _TapByTap.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it without types
         elif kernel > 1 and side <= HALF_SIDE:
             result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
     elif _fewer_products(x, weight, stride, signs):
@@ -94,13 +93,14 @@ def _neighbours(x: Tensor, kernel: int, stride: int) -> Tensor:
     return windows.reshape(images * rows * columns, kernel * kernel * channels)
 
 
-def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, Any, Any]]:
-    """Each tap that meets a pixel: its number, indices into output and input (N, H, W, C)."""
+def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
+    """Each tap that meets a pixel: row, column, indices into output and input (N, H, W, C)."""
     for i, j in product(range(kernel), repeat=2):
         down, right = i - kernel // 2, j - kernel // 2
         if abs(down) < height and abs(right) < width:
             yield (
-                i * kernel + j,
+                i,
+                j,
                 (slice(None), _inside(-down, height), _inside(-right, width)),
                 (slice(None), _inside(down, height), _inside(right, width)),
             )
@@ -167,11 +167,10 @@ class _TapByTap(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         pixels = x.permute(0, 2, 3, 1).contiguous()
-        taps = _taps(weight, x.dtype)
         out = pixels.new_zeros(*pixels.shape[:3], weight.shape[0])
-        for tap, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
+        for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
             # Flat, since products of four dimensions take a way many times slower in half precision.
-            product_of = pixels[of].flatten(0, 2) @ taps[tap].t()
+            product_of = pixels[of].flatten(0, 2) @ weight[:, :, i, j].contiguous().t()
             out[to] += product_of.view(out[to].shape)
         return out.permute(0, 3, 1, 2).contiguous()
 
@@ -180,30 +179,15 @@ class _TapByTap(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].permute(0, 2, 3, 1).contiguous()
         pixels = x.permute(0, 2, 3, 1).contiguous()
-        taps = _taps(weight, x.dtype)
         grad_pixels = torch.zeros_like(pixels) if ctx.needs_input_grad[0] else None
-        grad_taps = torch.zeros_like(taps) if ctx.needs_input_grad[1] else None
-        for tap, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
             there = grad[to].flatten(0, 2)
             if grad_pixels is not None:
-                grad_pixels[of] += (there @ taps[tap]).view(pixels[of].shape)
-            if grad_taps is not None:
-                torch.mm(there.t(), pixels[of].flatten(0, 2), out=grad_taps[tap])
+                grad_pixels[of] += (there @ weight[:, :, i, j].contiguous()).view(pixels[of].shape)
+            if grad_weight is not None:
+                grad_weight[:, :, i, j] = there.t() @ pixels[of].flatten(0, 2)
         return (
             None if grad_pixels is None else grad_pixels.permute(0, 3, 1, 2).contiguous(),
-            None if grad_taps is None else _untapped(grad_taps, weight),
+            grad_weight,
         )
-
-
-def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(O, C, k, k) → (k · k, O, C) in ``dtype``, in one pass."""
-    outputs, channels, *kernel = weight.shape
-    taps = weight.new_empty(kernel[0] * kernel[1], outputs, channels, dtype=dtype)
-    return taps.copy_(weight.flatten(2).permute(2, 0, 1))
-
-
-def _untapped(taps: Tensor, weight: Tensor) -> Tensor:
-    """(k · k, O, C) → shape and type of ``weight``."""
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    result.flatten(2).copy_(taps.permute(1, 2, 0))
-    return result

@@ -20,11 +20,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-#: Bytes of transformed weights that are made at once, so that the cache still holds them when they are
-#: multiplied. Those of a whole layer are four times as large as its weights.
-CHUNK: Final = 2**24
-#: Bytes that are transformed at once.
-PORTION: Final = 2**20
+#: Bytes of transformed weights that are held at once. Smaller pieces, which a cache would hold, are slower:
+#: products of few rows cost more than memory.
+CHUNK: Final = 2**26
 
 # Of an axis by its length: data (P, length), weights (P, 3), result (length, P).
 _MATRICES: Final = {
@@ -137,28 +135,16 @@ class _TinyConv(torch.autograd.Function):
 
 def _products(matrix: Tensor, images: Tensor) -> Tensor:
     """Transform (N, C, H, W) by (P, H · W) → (P, N, C)."""
-    found = images.new_empty(len(images), len(matrix), images.shape[1])
-    pixels = images.flatten(2).mT
-    for some in _portions(found):
-        # Channels last, which makes the transform a batch of products with long rows: several times as fast
-        # as one product whose columns are images.
-        rows = pixels[some].contiguous()
-        torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=found[some])
-    return found.transpose(0, 1)
+    # Channels last, which makes the transform a batch of products with long rows: several times as fast as
+    # one product whose columns are images.
+    rows = images.flatten(2).mT.contiguous()
+    return torch.bmm(matrix.expand(len(rows), -1, -1), rows).transpose(0, 1)
 
 
 def _pixels(matrix: Tensor, products: Tensor, to: Tensor) -> None:
     """Write (H · W, P) times products (P, N, C) into images (N, C, H, W)."""
-    values, into = products.transpose(0, 1), to.flatten(2)
-    for some in _portions(values):
-        rows = torch.bmm(matrix.expand(len(values[some]), -1, -1), values[some])
-        into[some].copy_(rows.mT)
-
-
-def _portions(values: Tensor) -> list[slice]:
-    """Slices of the first dimension that a core's cache holds while they are transformed."""
-    count = max(PORTION * len(values) // max(values.numel() * values.itemsize, 1), 1)
-    return [slice(start, start + count) for start in range(0, len(values), count)]
+    values = products.transpose(0, 1)
+    to.flatten(2).copy_(torch.bmm(matrix.expand(len(values), -1, -1), values).mT)
 
 
 def _chunks(weight: Tensor, matrices: Transforms) -> list[slice]:

@@ -27,18 +27,17 @@ def seeded() -> None:
 @pytest.mark.parametrize("height", SIDES)
 @pytest.mark.parametrize("width", SIDES)
 @pytest.mark.parametrize(("count", "channels", "outputs"), [(3, 5, 37), (1, 1, 1), (7, 16, 32)])
-@pytest.mark.parametrize("bytes_at_once", [1, 2**24])  # in chunks of 16 channels and images one by one; whole
+@pytest.mark.parametrize("chunk", [1, winograd.CHUNK])  # 16 output channels at once, all
 def test_values_and_gradients_are_those_of_a_direct_convolution(
     height: int,
     width: int,
     count: int,
     channels: int,
     outputs: int,
-    bytes_at_once: int,
+    chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(winograd, "CHUNK", bytes_at_once)
-    monkeypatch.setattr(winograd, "PORTION", bytes_at_once)
+    monkeypatch.setattr(winograd, "CHUNK", chunk)
     x, weight = images(count, channels, height, width), images(outputs, channels, 3, 3)
     ours, torchs = tiny_conv3x3(x, weight), direct(x, weight)
     torch.testing.assert_close(ours, torchs, rtol=1e-11, atol=1e-11)
