@@ -93,44 +93,42 @@ def tiny_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def tiny_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`tiny_conv3x3` by ``x`` and ``weight``, where ``wanted``."""
-    matrices = transforms(*x.shape[2:], x.dtype)
-    by_product = _products(matrices.result.t(), grad)
-    data = _products(matrices.data, x) if wanted[1] else None
-    by_data = x.new_zeros(len(by_product), len(x), x.shape[1]) if wanted[0] else None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-    for some in _chunks(weight, matrices):
-        part = by_product[..., some]
-        if by_data is not None:
-            torch.baddbmm(by_data, part, _products(matrices.weights, weight[some]), out=by_data)
-        if data is not None and grad_weight is not None:
-            _pixels(matrices.weights.t(), torch.bmm(part.mT, data), grad_weight[some])
-    if by_data is None:
-        return None, grad_weight
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _pixels(matrices.data.t(), by_data, grad_x)
-    return grad_x, grad_weight
-
-
 class _TinyConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
         matrices = transforms(*x.shape[2:], x.dtype)
         data = _products(matrices.data, x)
         out = x.new_empty(len(x), len(weight), *x.shape[2:])
-        for some in _chunks(weight, matrices):
+        weights = weight.new_empty(0)
+        chunks = _chunks(weight, matrices)
+        for some in chunks:
             weights = _products(matrices.weights, weight[some])
             _pixels(matrices.result, torch.bmm(data, weights.mT), out[:, some])
+        # Transformed weights of one chunk are all there are: kept, they need not be made again.
+        ctx.save_for_backward(x, weight, weights if len(chunks) == 1 and ctx.needs_input_grad[0] else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        return tiny_gradients(grads[0], x, weight, ctx.needs_input_grad)
+        x, weight, kept = ctx.saved_tensors
+        by_x, by_weight = ctx.needs_input_grad
+        matrices = transforms(*x.shape[2:], x.dtype)
+        by_product = _products(matrices.result.t(), grads[0])
+        data = _products(matrices.data, x) if by_weight else None
+        by_data = x.new_zeros(len(by_product), len(x), x.shape[1]) if by_x else None
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if by_weight else None
+        for some in _chunks(weight, matrices):
+            part = by_product[..., some]
+            if by_data is not None:
+                weights = _products(matrices.weights, weight[some]) if kept is None else kept
+                by_data.baddbmm_(part, weights)
+            if data is not None and grad_weight is not None:
+                _pixels(matrices.weights.t(), torch.bmm(part.mT, data), grad_weight[some])
+        if by_data is None:
+            return None, grad_weight
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _pixels(matrices.data.t(), by_data, grad_x)
+        return grad_x, grad_weight
 
 
 def _products(matrix: Tensor, images: Tensor) -> Tensor:
