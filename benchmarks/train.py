@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
 from export.peakmemory import own_peak_rss_bytes
+from qat.allocator import keep_pages
 from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, binary_convolutions, set_temperature
 from qat.data import image_grid
@@ -95,6 +96,8 @@ class Trainer:
 def serve(name: str, settings: Settings, calls: Connection) -> None:
     """The child: answers ``True`` with a step's seconds and loss, ``False`` with its peak memory in bytes."""
     torch.set_num_threads(settings.threads)
+    if name != PLAIN:
+        keep_pages()  # as `qat` does before it trains
     trainer = Trainer(name, settings)
     while calls.recv():
         started = time.perf_counter()
@@ -150,9 +153,10 @@ def check_same(temperature: float) -> None:
     torch.manual_seed(0)
     ours, plain = BNext(10).double().train(), PlainBNext(10).double().train()
     set_temperature(ours, temperature)
-    # One of 28 million random weights is 0, whose sign is +1 here and 0 in the plain network.
-    for conv in binary_convolutions(ours).values():
-        conv.weight.data.masked_fill_(conv.weight.data == 0, 1e-9)
+    with torch.no_grad():
+        for layer in binary_convolutions(ours).values():
+            # Of millions drawn at random a few are 0, whose sign is +1 here, one bit's, and 0 there.
+            layer.weight[layer.weight == 0] = 1e-9
     plain.load_state_dict(ours.state_dict())
     images, labels = torch.rand(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     found = []

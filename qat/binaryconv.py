@@ -1,4 +1,4 @@
-"""The convolution of a training step: tap by tap where images are tiny."""
+"""The convolution of a training step: fewer products, or faster ones, where images are small."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Largest side of an image that is convolved tap by tap.
+from qat.winograd import are_exact, has_transforms, tiny_conv3x3
+
+#: Largest side of an image that is convolved tap by tap in bfloat16.
 SMALL_SIDE: Final = 2
 #: Largest side of an image whose weights' gradient is a convolution itself in bfloat16.
 HALF_SIDE: Final = 4
 #: Fewest channels for which products of bytes are faster than float32's.
 LEAST_CHANNELS: Final = 128
+#: Fewest images and channels for which fewer products are worth transforming weights with fractions.
+LEAST_IMAGES, LEAST_WIDTH = 32, 256
 
 
 def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False) -> Tensor:
     """``conv2d`` with zero padding of half the kernel, whose gradients are as fast as its values.
 
     At 2×2 pixels, where the last blocks work on small images, 20 of a 3×3 kernel's 36 products are with
-    padding, and the CPU's general algorithm for the weights' gradient takes six times as long as the values.
-    There, each tap is one matrix product of the pixels that meet. At 4×4 pixels in bfloat16 it takes twice as
-    long as the values; there it is computed as what it is, a convolution of the images with the gradients,
+    padding, and at 4×4 still 44 of 144: there 9 and 36 products of transformed images and weights do
+    (:mod:`qat.winograd`). In bfloat16 a product costs less than transforming. There, at 2×2, each tap is one
+    matrix product of the pixels that meet; at 4×4 the general algorithm for the weights' gradient takes twice
+    as long as the values, and it is computed as what it is, a convolution of the images with the gradients,
     batch and channels exchanged. The sums are the same, in another order.
 
     Args:
@@ -40,14 +45,30 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         half = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(half), weight.to(half)
-    side, result = max(x.shape[-2:]), None
-    if x.device.type == "cpu" and weight.shape[-1] > 1 and stride == 1 and side <= SMALL_SIDE:
-        result = _TapByTap.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it without types
-    elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.shape[-1] > 1 and side <= HALF_SIDE:
-        result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
+    side, kernel, result = max(x.shape[-2:]), weight.shape[-1], None
+    if x.device.type != "cpu":
+        pass
+    elif x.dtype == torch.bfloat16:
+        if kernel > 1 and stride == 1 and side <= SMALL_SIDE:
+            result = _TapByTap.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        elif kernel > 1 and side <= HALF_SIDE:
+            result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
+    elif _fewer_products(x, weight, stride, signs):
+        result = tiny_conv3x3(x, weight)
     elif signs and x.dtype == torch.float32 and _bytes_are_fast(x, weight):
         result = _OfSigns.apply(x, weight, stride)  # type: ignore[no-untyped-call]
-    return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2) if result is None else result
+    return F.conv2d(x, weight, stride=stride, padding=kernel // 2) if result is None else result
+
+
+def _fewer_products(x: Tensor, weight: Tensor, stride: int, signs: bool) -> bool:
+    """Whether transformed products are as good, and faster."""
+    if weight.shape[-1] != 3 or stride != 1 or not has_transforms(*x.shape[2:]):
+        return False
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    return are_exact(*x.shape[2:]) or (
+        not signs and len(x) >= LEAST_IMAGES and min(weight.shape[:2]) >= LEAST_WIDTH
+    )
 
 
 def _bytes_are_fast(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from qat.allocator import keep_pages
 from qat.distributed import world
 from qat.errors import RecipeError
 from qat.precision import check_precision
@@ -13,10 +14,11 @@ from qat.recipe import Recipe
 
 
 def begin(recipe: Recipe) -> torch.device:
-    """Seed, thread count and device of a run."""
+    """Seed, thread count and device of a run, which keeps its memory."""
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    keep_pages()
     device = choose_device(recipe.device)
     check_precision(recipe.precision, device)
     return device

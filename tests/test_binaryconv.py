@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from qat.binaryconv import SMALL_SIDE, training_conv2d
+from qat.winograd import tiny_conv3x3
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (5, 2)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 2), (2, 2), (3, 3), (5, 2), (4, 4), (7, 8), (16, 12)]
+)
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_values_and_gradients_are_those_of_conv2d(height: int, width: int, kernel: int, stride: int) -> None:
@@ -66,7 +69,7 @@ def test_products_of_bytes_give_the_sums_and_gradients_of_float32(
     ours, torchs = training_conv2d(x, weight, stride, signs=True), training_conv2d(x, weight, stride)
     assert torch.equal(ours, torchs)
     assert ours.is_contiguous()
-    if kernel == 1 or max(height, width) > SMALL_SIDE or stride == 2:  # else both go tap by tap
+    if kernel != 3 or max(height, width) > SMALL_SIDE or stride == 2:  # else both take fewer products
         assert type(ours.grad_fn) is not type(torchs.grad_fn)
     grad = torch.randn_like(ours)
     for one, other in zip(
@@ -75,6 +78,43 @@ def test_products_of_bytes_give_the_sums_and_gradients_of_float32(
         strict=True,
     ):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "channels", "signs", "fewer"),
+    [
+        (1, 1, 4, True, True),
+        (2, 1, 4, True, True),
+        (4, 32, 256, False, True),
+        (4, 32, 256, True, False),  # fractions
+        (4, 31, 256, False, False),  # too few images for the weights' transforms
+        (4, 32, 255, False, False),
+        (3, 32, 256, False, False),
+        (5, 32, 256, False, False),
+        (7, 32, 256, False, False),
+        (8, 32, 256, False, False),
+    ],
+)
+def test_images_of_some_sizes_take_fewer_products(
+    side: int, count: int, channels: int, signs: bool, fewer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("qat.binaryconv.tiny_conv3x3", lambda x, w: calls.append(x) or tiny_conv3x3(x, w))
+    torch.manual_seed(0)
+    x, weight = torch.randn(count, channels, side, side).sign(), torch.randn(channels, channels, 3, 3).sign()
+    found = training_conv2d(x, weight, 1, signs)
+    assert bool(calls) == fewer
+    expected = F.conv2d(x, weight, padding=1)
+    if signs or not fewer:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_half_precision_never_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat.binaryconv.tiny_conv3x3", None)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, weight = torch.randn(32, 256, 4, 4, dtype=dtype), torch.randn(256, 256, 3, 3, dtype=dtype)
+        assert training_conv2d(x, weight, 1).dtype == dtype
 
 
 @pytest.mark.parametrize("side", [2, 4])
