@@ -7,6 +7,7 @@ gradient written out; what runs over vectors (N, C) is left to autograd.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -22,6 +23,8 @@ from qat.syncednorm import correction, global_moments, synced_batch_norm
 PORTION: Final = 2**21
 #: Bytes that the processor computes with at once.
 REGISTER: Final = 64
+#: Pixels of a row of which pooling is a product of matrices; of wider ones most products would be with 0.
+NARROW: Final = 32
 HALF: Final = (torch.bfloat16, torch.float16)
 
 
@@ -71,6 +74,22 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (without correction) over height and width: (N, C, H, W) → (N, C) each."""
     mean, variance = _Moments.apply(x)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return mean, variance
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """Mean over height and width, (N, C, H, W) → (N, C), whose gradient is divided before it is spread."""
+    return _apply(_Mean, x)
+
+
+def pool2x2(x: Tensor) -> Tensor:
+    """2×2 average pooling with stride 2 of even sides: (N, C, H, W) → (N, C, H/2, W/2).
+
+    Two rows of a narrow image lie one behind the other, and a matrix with four quarters in each column takes
+    their means at once: several times as fast as torch's pooling, ten times and more in half precision.
+    """
+    if x.device.type == "cpu" and x.shape[-1] <= NARROW and x.is_floating_point():
+        return _apply(_Pool, x)
+    return F.avg_pool2d(x, 2)
 
 
 def scaled_norm(
@@ -190,6 +209,13 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
+def _channel_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over images, height and width, (C,) in ``dtype``."""
+    if x.shape[2:].numel() * x.itemsize < REGISTER:  # too few pixels to sum up at once: images first
+        return x.sum(0, dtype=dtype).sum((1, 2))
+    return x.sum((2, 3)).sum(0, dtype=dtype)
+
+
 class _ShiftedSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, zero_is_positive: bool) -> Tensor:
@@ -204,8 +230,8 @@ class _ShiftedSign(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (shifted,) = ctx.saved_tensors
         grad = torch.ops.aten.hardtanh_backward(grads[0], shifted, -ACTIVATION_CLIP, ACTIVATION_CLIP)
-        bias = grad.sum((2, 3)).sum(0, keepdim=True, dtype=ctx.bias_type) if ctx.needs_input_grad[1] else None
-        return grad, None if bias is None else bias[..., None, None], None
+        bias = _channel_sums(grad, ctx.bias_type)[None, :, None, None] if ctx.needs_input_grad[1] else None
+        return grad, bias, None
 
 
 def _prelu_gradients(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +258,46 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return _prelu_gradients(grads[0], *ctx.saved_tensors)
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.mean((2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return _spread(grads[0] / x.shape[2:].numel(), x).expand_as(x)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        *others, height, width = ctx.shape = x.shape
+        out = x.new_empty(*others, height // 2, width // 2)
+        with _without_autocast(x):
+            torch.mm(_rows(x, 2 * width), _quarters(width, x.dtype), out=_rows(out, width // 2))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        width = ctx.shape[-1]
+        grad = _rows(grads[0], width // 2) @ _quarters(width, grads[0].dtype).t()
+        return grad.view(ctx.shape)
+
+
+def _rows(x: Tensor, length: int) -> Tensor:
+    """All of ``x`` in rows of so many values."""
+    return x.reshape(x.numel() // length, length)
+
+
+@lru_cache
+def _quarters(width: int, dtype: torch.dtype) -> Tensor:
+    """(2 · width, width / 2): what takes the pixels of two rows to means of four."""
+    pairs = torch.eye(width // 2, dtype=dtype).repeat_interleave(2, dim=0)
+    return pairs.repeat(2, 1) / 4
 
 
 class _NormPReLU(torch.autograd.Function):
@@ -315,6 +381,6 @@ class _ScaleAndAdd(torch.autograd.Function):
         return (
             grad * _spread(gain, grad),
             _dot(grad, x).to(gain.dtype),
-            grad.sum((2, 3)).sum(0, dtype=ctx.offset_type),
+            _channel_sums(grad, ctx.offset_type),
             grad,
         )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat import fused
 from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.binaryconv import training_conv2d
 from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
@@ -29,7 +30,7 @@ def pool2x2(x: Tensor) -> Tensor:
 
     (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉): the size that a padded 3×3 convolution of stride 2 gives.
     """
-    return F.avg_pool2d(pad_to_even(x), 2)
+    return fused.pool2x2(pad_to_even(x))
 
 
 def pad_to_even(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def pad_to_even(x: Tensor) -> Tensor:
 
 def spatial_mean(x: Tensor) -> Tensor:
     """Mean over height and width: (N, C, H, W) → (N, C, 1, 1)."""
-    return x.mean((2, 3), keepdim=True)
+    return fused.spatial_mean(x)[..., None, None]
 
 
 class GlobalAveragePool(nn.Module):
@@ -224,8 +225,8 @@ class SubBlock(nn.Module):
         attention = torch.ones_like(mean)
         if self.infor_recoupling:
             scale = self.mix_scale().flatten()
-            x_mean = (pad_to_even(x) if self.stride == 2 else x).mean((2, 3))
-            y_mean = y.mean((2, 3)) if scale_kind else mean
+            x_mean = fused.spatial_mean(pad_to_even(x) if self.stride == 2 else x)
+            y_mean = fused.spatial_mean(y) if scale_kind else mean
             attention = self.se.vector(scale * x_mean + (1 - scale) * y_mean)
         return scaled_norm(branch, attention, mean, variance, self.norm2, residual)
 
