@@ -7,7 +7,7 @@ same order. Results are kept in OUT/results.jsonl as they come: a row that is th
 so that a sweep which was stopped goes on where it was. Columns: top-1 on the test images after calibration
 and after fine-tuning, images per second of the training steps, megabytes of the weights packed to their
 bits, and whether there is an integer export. A row's settings are those of its name (``--list``) and those
-of ``--set``.
+of ``--set``; OUT holds rows of one recipe, one ``--set`` and one ``--images`` alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.commands.lowering import build_and_lower
 from qat.datafiles import cifar10_folder, found_root, parquet_files
 from qat.errors import QatError, QuantizationError
+from qat.files import write_atomically
 from qat.operations import operations
 from qat.progress import ConsoleReporter
 from qat.recipe import Data, load_recipe
@@ -126,8 +128,30 @@ def megabytes(checkpoint: Checkpoint, points: Mapping[str, Mapping[str, object]]
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each; none of a file that isn't there."""
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    """The JSON objects of a file, a line each; none of a file that isn't there.
+
+    A last line without an end, of a sweep that was killed while it wrote, is left out.
+    """
+    text = file.read_text("utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def results_of(file: Path, sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that ``file`` has.
+
+    Raises:
+        QatError: it is damaged, or has a row of other settings than ``sweep``.
+    """
+    try:
+        done = lines_of(file)
+        other = next((one["sweep"] for one in done if one["sweep"] != sweep), None)
+    except (ValueError, TypeError, KeyError) as error:
+        raise QatError(f"{file}: not results of this benchmark; name another --out") from error
+    if other is not None:
+        raise QatError(f"{file}: has rows of {other}, asked for are {dict(sweep)}; name another --out")
+    if done:  # so that the next line begins behind the last whole one
+        write_atomically(file, "".join(json.dumps(one) + "\n" for one in done))
+    return done
 
 
 def measure(name: str, recipe: str, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -144,7 +168,7 @@ def measure(name: str, recipe: str, overrides: Sequence[str], console: Console) 
         exports = False
     return {
         "row": name,
-        "settings": list(overrides),
+        "settings": list(ROWS[name]),
         "float": summary["float"]["top1"],
         "calibrated": summary["calibrated"]["top1"],
         "tuned": summary["int8"]["top1"],
@@ -186,23 +210,29 @@ def main() -> None:
         for name, overrides in ROWS.items():
             print(f"{name}: {' '.join(overrides) or '(as it is)'}")
         return
-    console = Console()
+    sweep = {"recipe": options.recipe, "set": options.set, "images": options.images}
+    console, file = Console(), options.out / RESULTS
     try:
+        if any(one.startswith("output.dir=") for one in options.set):
+            raise QatError("--set output.dir: each row writes below --out")
         options.out.mkdir(parents=True, exist_ok=True)
-        file = options.out / RESULTS
-        done = lines_of(file)
+        done = results_of(file, sweep)
         with subset(load_recipe(options.recipe, options.set).recipe.data, options.images) as images:
             for name in options.row or ROWS:
                 if any(one["row"] == name for one in done):
                     continue
                 console.rule(name)
                 settings = [*options.set, *images, *ROWS[name], f"output.dir={options.out / 'runs'}"]
-                result = measure(name, options.recipe, settings, console)
+                result = measure(name, options.recipe, settings, console) | {"sweep": sweep}
                 with file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(result) + "\n")
                 done.append(result)
-    except QatError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (QatError, OSError, pa.ArrowException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code if isinstance(error, QatError) else 2) from error
+    except KeyboardInterrupt as error:
+        print("interrupted; the same command goes on with the next row", file=sys.stderr)
+        raise SystemExit(130) from error
     print(table(done))
     print(json.dumps({one["row"]: one["tuned"] for one in done}))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from export.peakmemory import own_peak_rss_bytes
-from qat.bnext import BNext
+from qat.bnext import WIDTHS, BNext
 from qat.distributed import joined, rows_of_all
 from qat.evaluate import predictor
 from qat.optimization import make_optimizer
@@ -82,14 +82,18 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], float, float
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="memory of processes that train together")
-    parser.add_argument("--size", default="large")
+    parser.add_argument("--size", choices=list(WIDTHS), default="large")
     parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="fsdp")
     parser.add_argument("--batch", type=int, default=2, help="images of each process")
     parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
+    if not Path("/proc/self/clear_refs").exists():
+        parser.error("only Linux tells how much memory a process held")
     torch.set_num_threads(1)
     with joined() as world:
+        if world.size == 1:
+            parser.error("start several processes: torchrun --nproc-per-node 2 -m benchmarks.sharding")
         peaks, size, fastest = measure(options)
         rows = rows_of_all(torch.tensor([[*peaks.values(), size, fastest]]))
         if world.rank == 0:

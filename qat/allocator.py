@@ -13,6 +13,7 @@ _MMAP_THRESHOLD: Final = -3
 
 #: Blocks of fewer bytes come from the heap, where they are used again.
 LARGEST_BLOCK: Final = 2**30
+OLD_LARGEST_BLOCK: Final = 2**25
 #: Bytes that the heap grows by beyond what is asked for.
 MARGIN: Final = 2**26
 
@@ -32,6 +33,8 @@ def keep_pages() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    limits = {_MMAP_THRESHOLD: LARGEST_BLOCK, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: MARGIN}
-    taken = [library.mallopt(name, value) == 1 for name, value in limits.items()]
-    return all(taken)
+    # Before 2.35 glibc takes half of 64 MB at most, and the other two alone would fix that limit at 128 kB.
+    if not any(library.mallopt(_MMAP_THRESHOLD, size) == 1 for size in (LARGEST_BLOCK, OLD_LARGEST_BLOCK)):
+        return False
+    taken = [library.mallopt(_TRIM_THRESHOLD, 2**31 - 1), library.mallopt(_TOP_PAD, MARGIN)]
+    return taken == [1, 1]

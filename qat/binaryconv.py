@@ -19,7 +19,8 @@ HALF_SIDE: Final = 4
 #: Fewest channels for which products of bytes are faster than float32's.
 LEAST_CHANNELS: Final = 128
 #: Fewest images and channels for which fewer products are worth transforming weights with fractions.
-LEAST_IMAGES, LEAST_WIDTH = 32, 256
+LEAST_IMAGES: Final = 32
+LEAST_WIDTH: Final = 256
 
 
 def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False) -> Tensor:

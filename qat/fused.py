@@ -85,9 +85,11 @@ def pool2x2(x: Tensor) -> Tensor:
     """2×2 average pooling with stride 2 of even sides: (N, C, H, W) → (N, C, H/2, W/2).
 
     Two rows of a narrow image lie one behind the other, and a matrix with four quarters in each column takes
-    their means at once: several times as fast as torch's pooling, ten times and more in half precision.
+    their means at once: two to five times as fast as torch's pooling, ten times in bfloat16. An infinity
+    makes the other means of its two rows NaN.
     """
-    if x.device.type == "cpu" and x.shape[-1] <= NARROW and x.is_floating_point():
+    even = x.shape[-2] % 2 == 0 == x.shape[-1] % 2
+    if x.device.type == "cpu" and even and x.shape[-1] <= NARROW:
         return _apply(_Pool, x)
     return F.avg_pool2d(x, 2)
 
@@ -263,13 +265,13 @@ class _PReLU(torch.autograd.Function):
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.like = x.new_empty(()).expand(x.shape)  # its shape and type without its memory
         return x.mean((2, 3))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return _spread(grads[0] / x.shape[2:].numel(), x).expand_as(x)
+        like = ctx.like
+        return _spread(grads[0] / like.shape[2:].numel(), like).expand_as(like)
 
 
 class _Pool(torch.autograd.Function):
@@ -296,7 +298,7 @@ def _rows(x: Tensor, length: int) -> Tensor:
 @lru_cache
 def _quarters(width: int, dtype: torch.dtype) -> Tensor:
     """(2 · width, width / 2): what takes the pixels of two rows to means of four."""
-    pairs = torch.eye(width // 2, dtype=dtype).repeat_interleave(2, dim=0)
+    pairs = torch.eye(width // 2, dtype=dtype, device="cpu").repeat_interleave(2, dim=0)
     return pairs.repeat(2, 1) / 4
 
 

@@ -42,6 +42,11 @@ class World:
         return Share(self.rank, self.size)
 
 
+def is_set(name: str) -> bool:
+    """Whether an environment variable of a launcher says yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
 def launched() -> World:
     """As `torchrun` and `accelerate launch` say it in the environment; one process alone where they don't."""
     try:

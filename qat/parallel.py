@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qat.distributed import world
 from qat.errors import RecipeError
+from qat.launch import is_set
 from qat.recipe import Recipe
-from qat.sharding import asked_of_accelerate, bound_parts, is_sharded, shards
+from qat.sharding import ACCELERATE_FSDP, asked_of_accelerate, bound_parts, is_sharded, shards
 
 
 class Parallel:
@@ -69,8 +70,14 @@ def accelerator(device: torch.device, **options: Any) -> Any:
         warnings.simplefilter("ignore")  # about threads
         from accelerate import Accelerator
 
-        # The loop applies the precision, as in a process alone.
-        made = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no", **options)
+        # Parts are made by qat.sharding; accelerate's own FSDP refuses to start where there is no GPU.
+        asked = os.environ.pop(ACCELERATE_FSDP, None)
+        try:
+            # The loop applies the precision, as in a process alone.
+            made = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no", **options)
+        finally:
+            if asked is not None:
+                os.environ[ACCELERATE_FSDP] = asked
     torch.set_num_threads(threads)
     return made
 
@@ -87,7 +94,7 @@ def check_parallel(recipe: Recipe) -> None:
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ):
-        if _is_set(name):
+        if is_set(name):
             raise RecipeError(
                 f"accelerate is configured for {what}, allowed: distributed data parallel, or FSDP for `qat "
                 "pretrain`; launch with `accelerate launch --multi_gpu`, `accelerate launch --use_fsdp` or "
@@ -106,12 +113,8 @@ def check_parallel(recipe: Recipe) -> None:
         ("FSDP_OFFLOAD_PARAMS", "parameters that lie on the CPU"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "activation checkpointing"),
     ):
-        if asked_of_accelerate() and _is_set(name):
+        if asked_of_accelerate() and is_set(name):
             raise RecipeError(
                 f"accelerate is configured for FSDP with {what} ({name}), allowed: without; its other "
                 "options of FSDP are of no effect"
             )
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -29,7 +29,7 @@ from qat.rundir import SUMMARY, RunDirectory
 from qat.sharding import part_like, shards, whole
 from qat.statefile import FOLDER, LOCK, Record, State, newest_state, remove_leftovers
 
-#: Keys that may change when a run goes on: they leave its result alone.
+#: Keys that may change when a run goes on: they leave its result alone, or move last bits, which is said.
 NEUTRAL: Final = (
     "device",
     "threads",

@@ -9,22 +9,25 @@ functions give back as they are, and never loads any of this.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from qat.bnext import BNext
 from qat.distributed import world
+from qat.launch import is_set
 from qat.layers import bounded
 from qat.recipe import Recipe
+
+#: What ``accelerate launch --use_fsdp`` sets.
+ACCELERATE_FSDP: Final = "ACCELERATE_USE_FSDP"
 
 
 def asked_of_accelerate() -> bool:
     """Whether the launch is configured for FSDP: ``accelerate launch --use_fsdp``."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return is_set(ACCELERATE_FSDP)
 
 
 def shards(recipe: Recipe) -> bool:

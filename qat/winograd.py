@@ -74,7 +74,8 @@ def are_exact(height: int, width: int) -> bool:
 def transforms(height: int, width: int, dtype: torch.dtype) -> Transforms:
     """Matrices for images of ``height`` × ``width`` pixels."""
     down, across = (
-        [torch.tensor(one, dtype=torch.float64) for one in _MATRICES[side]] for side in (height, width)
+        [torch.tensor(one, dtype=torch.float64, device="cpu") for one in _MATRICES[side]]
+        for side in (height, width)
     )
     return Transforms(*(torch.kron(one, other).to(dtype) for one, other in zip(down, across, strict=True)))
 

@@ -31,7 +31,7 @@ def faults(how: str) -> int:
 
 
 def test_freed_memory_is_used_again_without_asking_the_system() -> None:
-    assert faults("keep") < 100 < faults("return")
+    assert 10 * faults("keep") < faults("return")
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

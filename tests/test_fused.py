@@ -224,3 +224,15 @@ def test_a_bias_gets_the_sum_of_all_images_whatever_their_size(side: int) -> Non
     x, bias = values(5, 4, side, side).float(), torch.zeros(1, 4, 1, 1, requires_grad=True)
     (found,) = torch.autograd.grad(shifted_sign(x, bias).sum(), bias)
     torch.testing.assert_close(found.flatten(), (x.abs() < 1.5).float().sum((0, 2, 3)))
+
+
+def test_a_mean_keeps_no_image_for_its_gradient() -> None:
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        spatial_mean(values(2, 3, 4, 4).requires_grad_())
+    assert not kept
+
+
+def test_pooling_of_odd_sides_leaves_the_last_row_out_as_torchs_does() -> None:
+    x = values(2, 3, 5, 4)
+    assert torch.equal(pool2x2(x), F.avg_pool2d(x, 2))

@@ -10,7 +10,7 @@ import pytest
 from parquetsets import write
 from toyruns import finetune_arguments
 
-from benchmarks.quantizers import ROWS, lines_of, main, subset
+from benchmarks.quantizers import ROWS, lines_of, main, results_of, subset
 from qat.data import Data, load_split
 from qat.errors import QatError
 from qat.recipe import load_recipe
@@ -79,6 +79,49 @@ def test_a_subset_larger_than_the_images_or_empty_is_refused(tmp_path: Path, cou
         pass
 
 
-def test_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy: list[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^error: .*goes with data.dataset"):
-        sweep(monkeypatch, *toy, "--images", 10, "--out", tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--images", "10"], "goes with data.dataset"),
+        (["--set", "quantization.se.weight_bit=4"], "did you mean 'weight_bits'"),
+        (["--set", "output.dir=/x"], "each row writes below --out"),
+        (["--recipe", "nothing"], "no such recipe"),
+    ],
+)
+def test_an_error_is_one_line_and_ends_with_2(
+    arguments: list[str],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    toy: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sweep(monkeypatch, *toy, *arguments, "--out", tmp_path / "q")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("error: ")
+    assert part in said
+
+
+def test_an_output_that_is_a_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        sweep(monkeypatch, *toy, "--out", tmp_path / "file")
+    assert ended.value.code == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_rows_of_other_settings_are_never_mixed_in_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    file, mine = tmp_path / "results.jsonl", {"recipe": "r", "set": [], "images": 3}
+    line = json.dumps({"row": "a", "sweep": mine})
+    file.write_text(f'{line}\n{{"row": "b", "sw', encoding="utf-8")
+    assert results_of(file, mine) == [{"row": "a", "sweep": mine}]
+    assert file.read_text("utf-8") == f"{line}\n"
+    with pytest.raises(QatError, match="name another --out"):
+        results_of(file, mine | {"images": 4})
+    file.write_text('{"row": 1}\n', encoding="utf-8")
+    with pytest.raises(QatError, match="not results of this benchmark"):
+        results_of(file, mine)

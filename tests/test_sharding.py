@@ -404,7 +404,7 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
         (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], [FSDP]),
         (
             ["accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--main_process_port", "0"],
-            [],
+            ["tracking.trackers=[tensorboard]"],  # accelerate itself is loaded for it
         ),
     ],
     ids=["torchrun", "accelerate"],
