@@ -67,19 +67,23 @@ def quantized_slope(slope: Tensor) -> Tensor:
     return fake_quantize_symmetric(slope, slope_scale(slope), CONSTANT_BITS)
 
 
-def gain_scale(gain: Tensor, y: Tensor, product: Tensor, power_of_two: bool = False) -> Tensor:
+def largest_gain_step(gain: Tensor) -> Tensor:
+    """Step of a signed 8-bit grid that holds BN2's ``gain``, any shape, at attention 1: scalar tensor."""
+    return gain.detach().float().abs().amax().clamp_min(1e-20) / 127.0
+
+
+def gain_scale(smallest: Tensor, y: Tensor, product: Tensor, power_of_two: bool = False) -> Tensor:
     """Scale of the attention times BN2's gain, per tensor: scalar tensor.
 
-    The largest magnitude it can take (attention 1) over 127, raised a little so that the multiplier from
-    ``gain · y`` to the product's grid has few bits, or to the next power of two.
+    Raised a little so that the multiplier from ``gain · y`` to the product's grid has few bits, or to the
+    next power of two.
 
     Args:
-        gain: BN2's gain, any shape.
+        smallest: the scale to raise.
         y: scale of ``y``.
         product: scale of the grid on which ``gain · y`` is put.
         power_of_two: whether it is to be one, as the two other scales are then.
     """
-    smallest = gain.detach().float().abs().amax().clamp_min(1e-20) / 127.0
     if power_of_two:
         smallest = power_of_two_above(smallest)
     return snap_up(smallest * y / product) * product / y

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from cifar10 import cifar10
 from toyruns import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed
 
 from qat.bnext import binary_convolutions
@@ -15,11 +16,13 @@ from qat.checkpoint import load_checkpoint
 from qat.data import load_split
 from qat.evaluate import evaluate, predictor
 from qat.loading import build
-from qat.recipe import load_recipe, recipes_dir
+from qat.recipe import load_recipe, recipes_dir, resolve_checkpoint
 from qat.rundir import newest_run
-from qat.train import pretrain
+from qat.train import pretrain, pretrained
 
-SHIPPED = recipes_dir() / "checkpoints" / "bnext_tiny_digits.safetensors"
+DIGITS, CIFAR10 = (
+    recipes_dir() / "checkpoints" / f"bnext_tiny_{name}.safetensors" for name in ("digits", "cifar10")
+)
 #: Largest loss of top-1 (points) that calibrated int8 may have against float rest on the 360 test digits,
 #: without any fine-tuning: 7 images.
 BAND = 2.0
@@ -30,9 +33,10 @@ def evaluated(*arguments: object) -> dict[str, float]:
     return content
 
 
-def test_the_shipped_checkpoint_is_binary_small_and_good() -> None:
-    assert SHIPPED.stat().st_size <= 10e6
-    stored = load_checkpoint(SHIPPED)
+@pytest.mark.parametrize("path", [DIGITS, CIFAR10], ids=["digits", "cifar10"])
+def test_a_shipped_checkpoint_is_binary_and_small(path: Path) -> None:
+    assert path.stat().st_size <= 10e6
+    stored = load_checkpoint(path)
     assert stored.recipe is not None
     assert stored.quantization is None
     model = build(stored)
@@ -42,10 +46,21 @@ def test_the_shipped_checkpoint_is_binary_small_and_good() -> None:
         assert float(conv.temperature) < 1e-7, name
         assert set(conv.effective_weight().unique().tolist()) == {-1.0, 1.0}, name
         assert conv.weight.abs().unique().tolist() == [1.0], name  # the file has signs, nothing more
+
+
+def test_the_shipped_network_of_digits_is_good() -> None:
     data = load_recipe("tiny_int8").recipe.data
+    model = build(load_checkpoint(DIGITS))
     accuracy = evaluate(predictor(model), load_split(data, "test"), data)
     assert accuracy.n == 360
     assert accuracy.top1 >= 98.5
+
+
+def test_the_shipped_network_of_cifar10_is_good() -> None:
+    loaded = load_recipe("tiny_int8_cifar10")
+    model = pretrained(resolve_checkpoint(loaded), loaded.recipe, Silent())
+    # 76.4 % of all 8,000, less more than two standard deviations of 1,000.
+    assert evaluate(predictor(model), cifar10(1000), loaded.recipe.data).top1 >= 73.0
 
 
 @pytest.mark.slow

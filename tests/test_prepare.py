@@ -150,7 +150,16 @@ def test_the_image_grid_is_the_one_given(float_toy: BNext) -> None:
 def test_by_default_every_point_of_the_table_is_quantized(toy: BNext) -> None:
     lines = quantization_map(toy)
     for name, block in sub_blocks(toy).items():
-        inside = {"y", "branch", "se.pooled", "se.hidden", "se.logits", "se.attention", "se.weight_quantizer"}
+        inside = {
+            "y",
+            "gain",
+            "branch",
+            "se.pooled",
+            "se.hidden",
+            "se.logits",
+            "se.attention",
+            "se.weight_quantizer",
+        }
         inside |= {"product"} if block.kind == "scale" else set()
         assert {line.removeprefix(f"{name}.") for line in lines if line.startswith(f"{name}.")} == inside
     trunk = {f"feature.{index}.{end}" for index in range(1, 5) for end in ("trunk_mid", "trunk_out")}
@@ -208,7 +217,7 @@ def test_bits_reach_their_points(make_toy: Callable[..., BNext]) -> None:
 def test_excluded_modules_stay_in_float(toy: BNext, make_toy: Callable[..., BNext], images: Tensor) -> None:
     model = make_toy(Quantization(exclude=["fc", "feature.2.*.se", "feature.3.FFN"]))
     gone = quantization_map(toy).keys() - quantization_map(model).keys()
-    prefixes = ("fc.", "feature.3.FFN.y", "feature.3.FFN.branch")
+    prefixes = ("fc.", "feature.3.FFN.y", "feature.3.FFN.gain", "feature.3.FFN.branch")
     assert gone == {
         name
         for name in quantization_map(toy)

@@ -34,6 +34,7 @@ SHIPPED = [
     "tiny_digits_pretrain",
     "tiny_imagenet_pretrain",
     "tiny_int8",
+    "tiny_int8_cifar10",
     "tiny_int8_imagenet",
     "tiny_int8_paper",
 ]

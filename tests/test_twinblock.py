@@ -8,13 +8,17 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build_float_toy, toy_images
 from networks import toy
 from torch import Tensor, nn
 
 from qat.binary import binarize_activation
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
-from qat.folding import CONSTANT_BITS
-from qat.layers import pool2x2
+from qat.folding import CONSTANT_BITS, fold_batch_norm, largest_gain_step
+from qat.layers import SubBlock, pool2x2
+from qat.prepare import calibrate, prepare
+from qat.recipe import Quantization
+from qat.sensitivity.variants import signal_to_noise
 from qat.twinblock import FakeQuantSubBlock
 
 
@@ -66,7 +70,12 @@ def plain(block: FakeQuantSubBlock, x: Tensor) -> Tensor:
     )
     branch = attention * y * residual if block.kind == "scale" else attention * y
     gain2, offset2 = batch_affine(block.norm2, branch)
-    gain = fake_quantize_symmetric(attention * gain2, block.gain_step(gain2), CONSTANT_BITS)
+    gain = attention * gain2
+    if isinstance(block.gain, ActivationQuantizer):
+        observe(block.gain, gain)
+        gain = on_grid(block.gain, gain)
+    else:
+        gain = fake_quantize_symmetric(gain, block.gain_step(gain2), CONSTANT_BITS)
     branch = gain * y
     if block.kind == "scale":
         observe(block.product, branch)
@@ -115,7 +124,33 @@ def test_training_computes_the_plain_formula_and_its_gradients(
             if one is not None and two is not None:
                 tolerance = 1e-6 * float(two.abs().amax()) + 1e-12
                 torch.testing.assert_close(one, two, rtol=0.0, atol=tolerance, msg=f"{name}: {key}")
-        for point in ("y", "product", "branch"):
+        for point in ("y", "product", "branch", "gain"):
             one, two = getattr(block, point), getattr(other, point)
             if isinstance(one, ActivationQuantizer):
                 torch.testing.assert_close(one.scale, two.scale, rtol=1e-5, atol=0.0)
+
+
+@torch.no_grad()
+def test_a_channel_of_large_gain_and_little_attention_takes_no_steps_from_the_others() -> None:
+    float_toy = build_float_toy()
+    for block in (m for m in float_toy.modules() if isinstance(m, SubBlock)):
+        block.norm2.running_var[0] /= 1e6  # its gain is a thousand times as large
+        block.se.se[3].bias[0], block.se.se[3].weight[0] = -6.9, 0.0  # and its attention 1 / 1,000
+    model = copy.deepcopy(float_toy)
+    prepare(model, Quantization())
+    calibrate(model, lambda: model(toy_images()))
+    blocks = sub_blocks(model)
+    for name, block in blocks:
+        gain, _ = fold_batch_norm(block.norm2)
+        assert block.gain_step(gain) < largest_gain_step(gain) / 10, name
+    reference, found = float_toy(toy_images()), model(toy_images())
+    assert signal_to_noise(reference, found) > signal_to_noise(reference, without_own_grid(model)) + 2
+
+
+def without_own_grid(model: nn.Module) -> Tensor:
+    """Logits with a grid that holds the gain at attention 1."""
+    other = copy.deepcopy(model)
+    for _, block in sub_blocks(other):
+        block.gain = Quantizer()
+    logits: Tensor = other(toy_images())
+    return logits
