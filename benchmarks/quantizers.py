@@ -46,10 +46,7 @@ ROWS: Final[Mapping[str, Sequence[str]]] = {
         "quantization.trunk.observer=percentile",
         "quantization.trunk.percentile=99.9",
     ],
-    "trunk by percentile 99.99": [
-        "quantization.trunk.observer=percentile",
-        "quantization.trunk.percentile=99.99",
-    ],
+    "trunk by histogram": ["quantization.trunk.observer=histogram"],
     "learned scales (brevitas)": ["quantization.backend=brevitas"],
     "powers of two": ["quantization.power_of_two=true"],
     "learned powers of two": ["quantization.backend=brevitas", "quantization.power_of_two=true"],
