@@ -68,13 +68,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def require_same(run: Path, one: Path) -> None:
-    """Counts are equal; sums are added up in another order.
+    """Sums are added up in another order; by that, an integer of an evaluation may come out one step away.
 
-    Of that, an integer of an evaluation may come out one step away.
+    Networks near chance may then answer two of 360 images otherwise.
     """
     near = {"loss": 1e-5, "test_loss": 1e-4}
     for mine, expected in zip(rows(run), rows(one), strict=True):
         for key, value in timeless(expected).items():
+            if key in ("test_top1", "test_top5"):
+                assert mine[key] == pytest.approx(value, abs=200 / 360 + 1e-6), key
+                continue
             assert mine[key] == (pytest.approx(value, rel=near[key]) if key in near else value), key
     (mine_kept, kept) = (load_checkpoint(path / "last.safetensors").state for path in (run, one))
     assert mine_kept.keys() == kept.keys()
