@@ -1,4 +1,4 @@
-"""The convolution of a training step: fewer products, or faster ones, where images are small."""
+"""Convolutions of training and of signs: fewer products, or faster ones, where images are small."""
 
 from __future__ import annotations
 
@@ -59,6 +59,26 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     elif signs and x.dtype == torch.float32 and _bytes_are_fast(x, weight):
         result = _OfSigns.apply(x, weight, stride)  # type: ignore[no-untyped-call]
     return F.conv2d(x, weight, stride=stride, padding=kernel // 2) if result is None else result
+
+
+def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """``conv2d`` of -1, 0 and 1 with padding of half the kernel: exact integers, soon where images are tiny.
+
+    Sums of transformed signs of images up to 2×2 are exact as well (:mod:`qat.winograd`).
+
+    Args:
+        signs: (N, C, H, W).
+        weight: (O, C, k, k), k odd; -1, 0 and 1, too.
+        stride: of both axes.
+
+    Returns:
+        (N, O, ⌈H/stride⌉, ⌈W/stride⌉), of the type of ``signs``.
+    """
+    kernel, sides = weight.shape[-1], signs.shape[2:]
+    known = signs.device.type == "cpu" and signs.dtype in (torch.float32, torch.float64)
+    if known and kernel == 3 and stride == 1 and has_transforms(*sides) and are_exact(*sides):
+        return tiny_conv3x3(signs, weight)
+    return F.conv2d(signs, weight, stride=stride, padding=kernel // 2)
 
 
 def _fewer_products(x: Tensor, weight: Tensor, stride: int, signs: bool) -> bool:

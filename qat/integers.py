@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qat.dyadic import LARGEST_SHIFT, PRODUCT_BITS
@@ -81,8 +82,7 @@ def saturate(x: Tensor, low: int, high: int) -> Tensor:
 
 def prelu_steps(q: Tensor, slopes: Tensor, low: int, high: int) -> Tensor:
     """``q`` where it is not negative, else ``saturate(q * slope)``; slopes (C,) on an 8-bit dyadic grid."""
-    scaled = saturate(q * slopes.view(1, -1, *[1] * (q.ndim - 2)), low, high)
-    return torch.where(q >= 0, q, scaled)
+    return saturate(F.prelu(q, slopes), low, high)
 
 
 def mean_steps(q: Tensor, multiplier: Tensor) -> Tensor:

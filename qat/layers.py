@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat import fused
 from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
-from qat.binaryconv import training_conv2d
+from qat.binaryconv import binary_conv2d, training_conv2d
 from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
 from qat.syncednorm import BatchNorm2d
 
@@ -117,6 +117,8 @@ class BinaryConv2d(nn.Module):
         weight = self.effective_weight()
         if self.training:
             return training_conv2d(signs, weight, self.stride, self.is_binary())
+        if self.is_binary():
+            return binary_conv2d(signs, weight, self.stride)
         return F.conv2d(signs, weight, stride=self.stride, padding=self.padding)
 
 

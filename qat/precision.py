@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Literal
 
@@ -10,6 +11,7 @@ import torch
 from qat.errors import RecipeError
 
 Precision = Literal["float32", "bfloat16", "float16"]
+_X86: Final = ("x86_64", "amd64", "i386", "i686")
 _TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,3 +40,19 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise RecipeError("precision: this GPU has no 'bfloat16'; allowed: 'float32', 'float16'")
+
+
+def emulation(precision: Precision, device: torch.device) -> str | None:
+    """A warning where ``device`` has no instructions for ``precision``, so that it saves no time.
+
+    x86 processors without AVX-512 are meant, where torch takes products of bfloat16 apart: a training step
+    took 16 times as long as in float32 (docs/LOG.md, 2026-11-29).
+    """
+    if precision != "bfloat16" or device.type != "cpu" or platform.machine().lower() not in _X86:
+        return None
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return None
+    return (
+        "precision: this processor has no AVX-512, without which 'bfloat16' is many times slower than "
+        "'float32'; --set precision=float32"
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.backends import Backend
 from qat.binary import sign
+from qat.binaryconv import binary_conv2d
 from qat.distributed import greatest
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
 from qat.fakequant import ActivationQuantizer, FixedQuantizer, Quantizer, fake_quantize_symmetric
@@ -262,9 +263,8 @@ class FakeQuantSubBlock(SubBlock):
         )
         q = source.steps(x)
         signs = sign(q * source.scale + self.move.bias.float())
-        padding = self.binary_conv.padding
         # Rounded, since some accelerators' convolution algorithms are exact only to the last places.
-        accumulator = F.conv2d(signs, constants.conv.weight, stride=self.stride, padding=padding).round()
+        accumulator = binary_conv2d(signs, constants.conv.weight, self.stride).round()
         y = y_point.saturate(constants.conv.requantization(accumulator * ACCUMULATOR_UNIT))
         y = prelu_steps(y, constants.slopes, y_point.quant_min, y_point.quant_max)
         residual = q

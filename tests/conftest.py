@@ -34,6 +34,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def with_report() -> None:
+    """Let `qat finetune` write its report in this test."""
+
+
+@pytest.fixture(autouse=True)
+def _without_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the report, which takes longer than a toy's training, where a test doesn't ask for it."""
+    if "with_report" not in request.fixturenames:
+        monkeypatch.setattr("qat.cli.training._report", lambda run: None)
+
+
 def toy_images(count: int = 16, seed: int = 1) -> Tensor:
     """Normalized images (count, 3, 16, 16)."""
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))

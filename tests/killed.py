@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from forked import PROCESSES
 from toyruns import TOY, settings
 
 from qat.cli import main
@@ -34,13 +34,6 @@ TUNED = (
     "quantization.se.observer=minmax",
     "optimizer.weight_decay=0.01",
     "optimizer.clip_norm=5.0",
-)
-
-# A server that has torch in memory and no threads: a process forked from it starts in milliseconds.
-_PROCESSES = multiprocessing.get_context("forkserver")
-# The last one, which torch's optimizers load, takes seconds.
-_PROCESSES.set_forkserver_preload(
-    ["qat.train", "qat.cli", "sklearn.datasets", "kornia.augmentation", "torch._dynamo"]
 )
 
 
@@ -71,8 +64,8 @@ def train(
     name; ``NAME``, the file in place; ``step``, of the optimizer; ``metrics``, a line of them. Unless
     ``tidy``, the states of a finished run stay. No report is written.
     """
-    receive, reply = _PROCESSES.Pipe(duplex=False)
-    process = _PROCESSES.Process(target=_child, args=(arguments, at, send, times, tidy, reply))
+    receive, reply = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_child, args=(arguments, at, send, times, tidy, reply))
     process.start()
     reply.close()
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import socket
@@ -14,24 +13,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
+from forked import PROCESSES
 from toyruns import TOY, settings
 
 from qat.cli import main
-
-_PROCESSES = multiprocessing.get_context("forkserver")
-# torch's optimizers and parallel networks load the last two, which takes seconds.
-_PROCESSES.set_forkserver_preload(
-    [
-        "qat.train",
-        "qat.cli",
-        "sklearn.datasets",
-        "kornia.augmentation",
-        "accelerate",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-    ]
-)
-
 
 #: Seconds after which a process that says nothing hangs.
 _PATIENCE: Final = 120.0
@@ -85,7 +70,7 @@ def _run(target: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> l
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     running = []
     for rank in range(size):
-        receive, reply = _PROCESSES.Pipe(duplex=False)
+        receive, reply = PROCESSES.Pipe(duplex=False)
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -97,7 +82,7 @@ def _run(target: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> l
         }
         # Pickled by hand: between processes, torch would share tensors' memory.
         work = pickle.dumps((target, arguments))
-        process = _PROCESSES.Process(target=_child, args=(environment, reply, work))
+        process = PROCESSES.Process(target=_child, args=(environment, reply, work))
         process.start()
         reply.close()
         running.append((process, receive))

@@ -125,7 +125,7 @@ def test_one_target_of_the_smallest_network(monkeypatch: pytest.MonkeyPatch, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_default_targets_are_compared_with_the_float_baseline() -> None:
     lines = succeed("bench", *SMALLEST).splitlines()
     rows = {words[0]: words[1:] for line in lines if (words := line.split())}

@@ -26,6 +26,7 @@ def test_report_writes_the_newest_run_and_says_where(toys: Path, tmp_path: Path)
     assert (tmp_path / "other.html").read_bytes()[:15] == before[:15] == b"<!DOCTYPE html>"
 
 
+@pytest.mark.usefixtures("with_report")
 def test_finetune_names_its_report(toys: Path, tmp_path: Path) -> None:
     lines = succeed(*tune(toys, tmp_path)).splitlines()
     (run,) = tmp_path.iterdir()
@@ -33,6 +34,7 @@ def test_finetune_names_its_report(toys: Path, tmp_path: Path) -> None:
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("with_report")
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -12,6 +12,9 @@ from toyruns import fail, qat, recipe, succeed, tune
 
 from qat.recipe import load_recipe
 
+# One process: each would measure for itself.
+pytestmark = pytest.mark.xdist_group("sensitivity")
+
 
 def arguments(toys: Path, out: Path, *overrides: str) -> list[str]:
     """Arguments of a toy `qat sensitivity`; ``out`` is never written to."""

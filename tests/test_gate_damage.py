@@ -19,6 +19,9 @@ from qat.commands.lowering import Source, build_and_lower, load
 from qat.recipe import load_recipe
 from qat.train import finetune
 
+# One process: each would calibrate a network for itself.
+pytestmark = pytest.mark.xdist_group("damage")
+
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> IntegerNetwork:

@@ -26,6 +26,9 @@ from qat.parallel import check_parallel
 from qat.recipe import load_recipe
 from qat.statefile import newest_state
 
+# Its processes start from a server, and its runs from a run, of which one is enough.
+pytestmark = pytest.mark.xdist_group("parallel")
+
 #: Every random change there is, and all that happens between a loss and a step.
 EVERYTHING = (
     "data.augment={pad: 1, flip: true, translate: 0.1, rotate: 5.0, randaugment: {count: 2, magnitude: 5}, "
@@ -120,7 +123,7 @@ def test_two_processes_fine_tune_as_one(start: Path, tmp_path: Path, options: tu
         assert summaries[0][name] == summaries[1][name]
 
 
-@pytest.mark.parametrize("size", [359, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [359, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_each_image_is_evaluated_once_however_they_divide(start: Path, size: int) -> None:
     evaluation = [
         "evaluate",
@@ -243,7 +246,11 @@ def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"],
+        # The one that a signal is sent to below.
+        pytest.param(
+            ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"],
+            marks=pytest.mark.exhaustive,
+        ),
         [
             "accelerate.commands.launch",
             "--cpu",

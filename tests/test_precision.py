@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from toyruns import Silent, fail, pretrain_toy, settings
 from qat.bnext import BNext, set_temperature
 from qat.checkpoint import load_checkpoint
 from qat.errors import RecipeError
-from qat.precision import autocast, check_precision, gradient_scaler
+from qat.precision import autocast, check_precision, emulation, gradient_scaler
 from qat.resume import Parts, begun, capture, restore
 from qat.statefile import newest_state, write_state
 from qat.train import finetune
@@ -26,6 +27,27 @@ def test_float16_is_refused_on_a_cpu_and_bfloat16_is_not() -> None:
     check_precision("bfloat16", CPU)
     with pytest.raises(RecipeError, match="precision: 'float16' needs CUDA, the device is 'cpu'; allowed"):
         check_precision("float16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "warned"),
+    [
+        ("x86_64", "AVX2", True),
+        ("AMD64", "DEFAULT", True),
+        ("x86_64", "AVX512", False),
+        ("aarch64", "DEFAULT", False),
+    ],
+)
+def test_bfloat16_that_is_emulated_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, machine: str, capability: str, warned: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    message = emulation("bfloat16", CPU)
+    assert (message is not None) == warned
+    assert message is None or ("AVX-512" in message and "--set precision=float32" in message)
+    assert emulation("float32", CPU) is None
+    assert emulation("bfloat16", torch.device("cuda")) is None
 
 
 def test_a_run_in_float16_on_a_cpu_leaves_nothing(tmp_path: Path) -> None:
@@ -78,6 +100,17 @@ def test_fine_tuning_with_fake_quantization_works_in_bfloat16(start: Path, tmp_p
     key = "fc.weight"
     assert not torch.equal(states["float32"][key], states["bfloat16"][key])
     assert torch.allclose(states["float32"][key], states["bfloat16"][key], atol=0.1)
+
+
+def test_a_run_in_emulated_bfloat16_says_so(
+    monkeypatch: pytest.MonkeyPatch, start: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    told = Silent()
+    words = ["precision=bfloat16", "schedule.epochs=0", "schedule.calibration_batches=2"]
+    finetune(toyruns.recipe("tiny_int8", tmp_path, *words, checkpoint=start), told)
+    assert [warning for warning in told.warnings if "AVX-512" in warning]
 
 
 def test_the_scale_of_the_gradients_is_part_of_a_state(tmp_path: Path) -> None:

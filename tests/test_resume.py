@@ -23,6 +23,9 @@ from qat.recipe import load_recipe, recipe_yaml
 from qat.resume import open_run
 from qat.statefile import State, newest_state, write_state
 
+# See tests/test_parallel.py.
+pytestmark = pytest.mark.xdist_group("resume")
+
 ROOT = Path(__file__).parents[1]
 TASKS = ("finetune", "pretrain")
 EXHAUSTIVE = pytest.mark.exhaustive

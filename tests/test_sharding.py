@@ -47,6 +47,9 @@ from qat.sharding import (
 )
 from qat.statefile import newest_state
 
+# See tests/test_parallel.py.
+pytestmark = pytest.mark.xdist_group("sharding")
+
 CPU = torch.device("cpu")
 FSDP = "parallel=fsdp"
 #: As `LONG`, with an average of the weights, which lies in parts, too, and its statistics taken anew.
@@ -292,7 +295,7 @@ def test_a_stopped_run_goes_on_with_parts_to_the_same_bytes(
     assert not differences(left(run), undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_run_goes_on_with_parts_to_the_same_bytes(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -318,7 +321,7 @@ def require_near(run: Path, expected: list[dict[str, Any]]) -> None:
             assert mine[key] == pytest.approx(value, rel=1e-4), key
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_run_with_parts_goes_on_without_and_says_so(
     processes: int, stopped: Path, by_one: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -401,7 +404,11 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
 @pytest.mark.parametrize(
     ("launcher", "changes"),
     [
-        (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], [FSDP]),
+        pytest.param(
+            ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            [FSDP],
+            marks=pytest.mark.exhaustive,
+        ),
         (
             ["accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--main_process_port", "0"],
             ["tracking.trackers=[tensorboard]"],  # accelerate itself is loaded for it

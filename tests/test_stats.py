@@ -212,7 +212,7 @@ def line(change: float, points: int = 97) -> tuple[Shares, Shares]:
     return smaller + max(-change, 0), smaller + max(change, 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 6, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [1, 2, 6, pytest.param(12, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("confidence", [0.6, 0.95])
 def test_the_region_of_power_is_where_the_bounds_say_pass_or_fail(n: int, confidence: float) -> None:
     lost, gained = outcomes(n)
@@ -245,7 +245,7 @@ def test_wrong_verdicts_are_never_likelier_than_the_error_rate(
 
 
 @pytest.mark.parametrize(
-    ("n", "confidence"), [(20, 0.8), (20, 0.99), pytest.param(45, 0.95, marks=pytest.mark.slow)]
+    ("n", "confidence"), [(20, 0.8), (20, 0.99), pytest.param(45, 0.95, marks=pytest.mark.exhaustive)]
 )
 def test_no_bound_of_this_order_is_tighter(n: int, confidence: float) -> None:
     """Outcomes at least as extreme have the error rate at the bound: more just beyond it, less before it."""
