@@ -85,6 +85,7 @@ ROWS: Final[Mapping[str, Sequence[str]]] = {
         "model.latent=0.01",
     ],
     "without a teacher": ["distillation.teacher=none"],
+    "the teacher's answers alone": ["distillation.weight=1.0"],
 }
 
 

@@ -1,9 +1,9 @@
 """onnxruntime's own ``quantize_static`` on a float32 model: the strongest baseline an integer export has.
 
-The settings are the fastest of those tried on BNext: QDQ, uint8 activations, weights of 7 bits per channel, and
-convolutions and matrix products alone. Quantizing sums, products and concatenations too adds conversions that
-cost more than they save, and ``quant_pre_process`` folds batch normalizations, after which onnxruntime moves
-PReLU and means into a slower layout.
+The settings are the fastest of those tried on BNext: QDQ, uint8 activations, weights of 7 bits per channel,
+and convolutions and matrix products alone. Quantizing sums, products and concatenations too adds conversions
+that cost more than they save, and ``quant_pre_process`` folds batch normalizations, after which onnxruntime
+moves PReLU and means into a slower layout.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(request: dict[str, Any]) -> None:
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
         # Without VNNI onnxruntime adds two products in 16 bits, where 255 · 127 · 2 saturates: with 8 bits
-        # the model answered otherwise there. 7 bits take the same time (docs/LOG.md, 2026-11-29).
+        # the model answered otherwise there. 7 bits take the same time (docs/LOG.md, 2026-11-23).
         reduce_range=True,
         op_types_to_quantize=list(OPERATORS),
     )

@@ -1,10 +1,10 @@
-"""The convolution of a training step equals torch's, whatever way it takes."""
+"""Convolutions of training and of signs equal torch's, whatever way they take."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from qat.binaryconv import SMALL_SIDE, training_conv2d
+from qat.binaryconv import SMALL_SIDE, binary_conv2d, training_conv2d
 from qat.winograd import tiny_conv3x3
 
 
@@ -34,6 +34,24 @@ def test_sums_of_signs_are_exact_integers() -> None:
     x, weight = torch.randn(5, 64, 2, 2).sign(), torch.randn(64, 64, 3, 3).sign()
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     assert torch.equal(training_conv2d(x, weight, 1).double(), exact)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 2), (2, 3), (4, 4), (7, 8)])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 3])
+def test_signs_are_convolved_exactly(
+    height: int, width: int, kernel: int, stride: int, dtype: torch.dtype, count: int
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    # 0 is a sign, too.
+    signs = torch.randint(-1, 2, (count, 70, height, width), generator=random)
+    weight = torch.randint(0, 2, (5, 70, kernel, kernel), generator=random) * 2 - 1
+    exact = F.conv2d(signs.double(), weight.double(), stride=stride, padding=kernel // 2)
+    ours = binary_conv2d(signs.to(dtype), weight.to(dtype), stride)
+    assert ours.dtype == dtype
+    assert torch.equal(ours.double(), exact)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 3), (5, 2)])
