@@ -44,7 +44,8 @@ from qat.fakequant import ActivationQuantizer, FixedQuantizer
 from qat.folding import LayerIntegers, slope_scale
 from qat.layers import Block as FloatBlock
 from qat.prepare import model_is_prepared
-from qat.twinblock import AttentionIntegers, BranchIntegers, FakeQuantSqueezeExcitation, FakeQuantSubBlock
+from qat.twinattention import AttentionIntegers, FakeQuantSqueezeExcitation
+from qat.twinblock import BranchIntegers, FakeQuantSubBlock
 from qat.twins import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 
 Constants = TypeVar("Constants")

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat import fused
+from qat import pooling
 from qat.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.binaryconv import binary_conv2d, training_conv2d
-from qat.fused import can_fuse, moments, norm_prelu, prelu, scaled_norm, shifted_sign
+from qat.fused import can_fuse, norm_prelu, prelu, scaled_norm, shifted_sign
+from qat.pooling import moments
 from qat.syncednorm import BatchNorm2d
 
 Kind = Literal["scale", "bias"]
@@ -30,7 +31,7 @@ def pool2x2(x: Tensor) -> Tensor:
 
     (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉): the size that a padded 3×3 convolution of stride 2 gives.
     """
-    return fused.pool2x2(pad_to_even(x))
+    return pooling.pool2x2(pad_to_even(x))
 
 
 def pad_to_even(x: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def pad_to_even(x: Tensor) -> Tensor:
 
 def spatial_mean(x: Tensor) -> Tensor:
     """Mean over height and width: (N, C, H, W) → (N, C, 1, 1)."""
-    return fused.spatial_mean(x)[..., None, None]
+    return pooling.spatial_mean(x)[..., None, None]
 
 
 class GlobalAveragePool(nn.Module):
@@ -227,8 +228,8 @@ class SubBlock(nn.Module):
         attention = torch.ones_like(mean)
         if self.infor_recoupling:
             scale = self.mix_scale().flatten()
-            x_mean = fused.spatial_mean(pad_to_even(x) if self.stride == 2 else x)
-            y_mean = fused.spatial_mean(y) if scale_kind else mean
+            x_mean = pooling.spatial_mean(pad_to_even(x) if self.stride == 2 else x)
+            y_mean = pooling.spatial_mean(y) if scale_kind else mean
             attention = self.se.vector(scale * x_mean + (1 - scale) * y_mean)
         return scaled_norm(branch, attention, mean, variance, self.norm2, residual)
 

@@ -48,7 +48,8 @@ from qat.fused import prelu
 from qat.integers import Requantization, mean_steps, prelu_steps, requantization
 from qat.layers import GlobalAveragePool, Stem
 from qat.recipe import Group
-from qat.twinblock import FakeQuantSqueezeExcitation, FakeQuantSubBlock
+from qat.twinattention import FakeQuantSqueezeExcitation
+from qat.twinblock import FakeQuantSubBlock
 
 __all__ = [
     "FakeQuantLinear",

@@ -22,9 +22,10 @@ from qat.distributed import (
     world,
 )
 from qat.fakequant import ActivationQuantizer
-from qat.fused import affine_form, moments, scaled
+from qat.fused import affine_form, scaled
 from qat.launch import Share, World, launched
 from qat.observers import MOVING, OBSERVERS, observed_grid
+from qat.pooling import moments
 from qat.syncednorm import BatchNorm2d
 
 NAN = float("nan")
