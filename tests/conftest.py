@@ -16,6 +16,7 @@ from toyruns import finetune_arguments, pretrain_toy, succeed
 from qat.bnext import BNext, set_temperature
 from qat.layers import BinaryConv2d, SqueezeExcitation, SubBlock
 from qat.prepare import calibrate
+from qat.recipe import Quantization, TrunkGroup
 
 # The first call into torch, and any call on a busy machine, can outlast a deadline.
 settings.register_profile("qat", derandomize=True, deadline=None, max_examples=60)
@@ -102,6 +103,8 @@ def build_toy(quant: object = True, seed: int = 0, **options: object) -> BNext:
     torch.manual_seed(seed)
     state = build_float_toy(seed=seed, **options).state_dict()
     options.setdefault("widths", TOY_WIDTHS)
+    if quant is True:  # with ranges that go on moving in training
+        quant = Quantization(trunk=TrunkGroup(observer="moving_average"))
     model = BNext(10, quant=quant, **options)  # type: ignore[arg-type]
     model.load_state_dict(state)
     calibrate(model, lambda: model(toy_images(64, seed=2)))

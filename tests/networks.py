@@ -42,12 +42,12 @@ def quantization(
     stem_weight: int = 8,
     fc_weight: int = 8,
 ) -> Quantization:
-    """Every group enabled, with these bits."""
+    """Every group enabled, with these bits, and ranges that go on moving in training."""
     return Quantization(
         stem=StemGroup(weight_bits=stem_weight),
         se=Group(weight_bits=se_weight, activation_bits=se),
         classifier=Group(weight_bits=fc_weight, activation_bits=classifier),
-        trunk=TrunkGroup(activation_bits=trunk),
+        trunk=TrunkGroup(activation_bits=trunk, observer="moving_average"),
     )
 
 

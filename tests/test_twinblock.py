@@ -17,7 +17,7 @@ from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetri
 from qat.folding import CONSTANT_BITS, fold_batch_norm, largest_gain_step
 from qat.layers import SubBlock, pool2x2
 from qat.prepare import calibrate, prepare
-from qat.recipe import Quantization
+from qat.recipe import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
 from qat.twinblock import FakeQuantSubBlock
 
@@ -137,7 +137,7 @@ def test_a_channel_of_large_gain_and_little_attention_takes_no_steps_from_the_ot
         block.norm2.running_var[0] /= 1e6  # its gain is a thousand times as large
         block.se.se[3].bias[0], block.se.se[3].weight[0] = -6.9, 0.0  # and its attention 1 / 1,000
     model = copy.deepcopy(float_toy)
-    prepare(model, Quantization())
+    prepare(model, Quantization(trunk=TrunkGroup(observer="moving_average")))
     calibrate(model, lambda: model(toy_images()))
     blocks = sub_blocks(model)
     for name, block in blocks:
