@@ -4,9 +4,9 @@
 
 Every row is the recipe with some keys changed, trained from the same checkpoint on the same images in the
 same order. Results are kept in OUT/results.jsonl as they come: a row that is there already is not run again,
-so that a sweep which was stopped goes on where it was. Columns: top-1 on the test images after calibration
-and after fine-tuning, images per second of the training steps, megabytes of the weights packed to their
-bits, and whether there is an integer export. A row's settings are those of its name (``--list``) and those
+so that a sweep which was stopped goes on where it was. Columns: top-1 on the test images after calibration,
+after the last epoch, and of the best of them all, which is kept; images per second of the training steps,
+megabytes of the weights packed to their bits, and whether there is an integer export. A row's settings are those of its name (``--list``) and those
 of ``--set``; OUT holds rows of one recipe, one ``--set`` and one ``--images`` alone.
 """
 
@@ -169,6 +169,7 @@ def measure(name: str, recipe: str, overrides: Sequence[str], console: Console) 
         "settings": list(ROWS[name]),
         "float": summary["float"]["top1"],
         "calibrated": summary["calibrated"]["top1"],
+        "trained": epochs[-1]["test_top1"] if epochs else summary["calibrated"]["top1"],
         "tuned": summary["int8"]["top1"],
         "images": summary["int8"]["n"],
         "images_per_second": sum(e["images_per_second"] for e in epochs) / max(len(epochs), 1),
@@ -183,11 +184,12 @@ def measure(name: str, recipe: str, overrides: Sequence[str], console: Console) 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The results in Markdown."""
     lines = [
-        "| | calibrated | tuned | against float | images/s | MB | integer export |",
-        "|---|---|---|---|---|---|---|",
+        "| | calibrated | trained | best | against float | images/s | MB | integer export |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {one['row']} | {one['calibrated']:.2f} | {one['tuned']:.2f} | {one['tuned'] - one['float']:+.2f} "
+        f"| {one['row']} | {one['calibrated']:.2f} | {one['trained']:.2f} | {one['tuned']:.2f} "
+        f"| {one['tuned'] - one['float']:+.2f} "
         f"| {one['images_per_second']:.0f} | {one['megabytes']:.2f} | {'yes' if one['exports'] else 'no'} |"
         for one in results
     ]

@@ -102,7 +102,8 @@ class BNext(nn.Module):
         num_classes: rows of the classifier.
         size: ``tiny``, ``small``, ``middle`` or ``large``.
         quant: ``True`` (or a :class:`qat.recipe.Quantization`) inserts fake quantization at every point
-            of the quantization table through :func:`qat.prepare.prepare`.
+            of the quantization table through :func:`qat.prepare.prepare`. Points whose ranges clip, by
+            default the trunk's, stay in float until :func:`qat.prepare.calibrate` finds the ranges.
         widths: other channel widths than a published size's.
         stem_stride: ``None`` means 2 at 1000 classes, else 1.
         elm_attention: see :class:`Architecture`.

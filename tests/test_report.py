@@ -100,6 +100,7 @@ def test_a_pretraining_run_is_reported_on(tmp_path: Path) -> None:
     assert callouts(text) == []
 
 
+@pytest.mark.usefixtures("with_report")
 def test_a_run_with_parts_in_float_and_another_width_is_reported_on(toys: Path, tmp_path: Path) -> None:
     parts = ("quantization.trunk.enabled=false", "quantization.se.enabled=false", "schedule.epochs=1")
     succeed(*tune(toys, tmp_path, *parts))
