@@ -6,8 +6,9 @@ Every row is the recipe with some keys changed, trained from the same checkpoint
 same order. Results are kept in OUT/results.jsonl as they come: a row that is there already is not run again,
 so that a sweep which was stopped goes on where it was. Columns: top-1 on the test images after calibration,
 after the last epoch, and of the best of them all, which is kept; images per second of the training steps,
-megabytes of the weights packed to their bits, and whether there is an integer export. A row's settings are those of its name (``--list``) and those
-of ``--set``; OUT holds rows of one recipe, one ``--set`` and one ``--images`` alone.
+megabytes of the weights packed to their bits, and whether there is an integer export. A row's settings are
+those of its name (``--list``) and those of ``--set``; OUT holds rows of one recipe, one ``--set`` and one
+``--images`` alone.
 """
 
 from __future__ import annotations
