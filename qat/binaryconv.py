@@ -64,7 +64,8 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
 def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
     """``conv2d`` of -1, 0 and 1 with padding of half the kernel: exact integers, soon where images are tiny.
 
-    Sums of transformed signs of images up to 2×2 are exact as well (:mod:`qat.winograd`).
+    Sums of transformed signs of images up to 2×2 are exact as well (:mod:`qat.winograd`), in float32 and
+    float64; autocast, which would round each product of them, takes torch's way, and rounds the sum.
 
     Args:
         signs: (N, C, H, W).
@@ -72,20 +73,22 @@ def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
         stride: of both axes.
 
     Returns:
-        (N, O, ⌈H/stride⌉, ⌈W/stride⌉), of the type of ``signs``.
+        (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
-    kernel, sides = weight.shape[-1], signs.shape[2:]
-    known = signs.device.type == "cpu" and signs.dtype in (torch.float32, torch.float64)
-    if known and kernel == 3 and stride == 1 and has_transforms(*sides) and are_exact(*sides):
+    on_cpu = signs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if on_cpu and _has_transforms(signs, weight, stride) and are_exact(*signs.shape[2:]):
         return tiny_conv3x3(signs, weight)
-    return F.conv2d(signs, weight, stride=stride, padding=kernel // 2)
+    return F.conv2d(signs, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+
+def _has_transforms(x: Tensor, weight: Tensor, stride: int) -> bool:
+    fits = weight.shape[-1] == 3 and stride == 1 and x.dtype in (torch.float32, torch.float64)
+    return fits and has_transforms(*x.shape[2:])
 
 
 def _fewer_products(x: Tensor, weight: Tensor, stride: int, signs: bool) -> bool:
     """Whether transformed products are as good, and faster."""
-    if weight.shape[-1] != 3 or stride != 1 or not has_transforms(*x.shape[2:]):
-        return False
-    if x.dtype not in (torch.float32, torch.float64):
+    if not _has_transforms(x, weight, stride):
         return False
     return are_exact(*x.shape[2:]) or (
         not signs and len(x) >= LEAST_IMAGES and min(weight.shape[:2]) >= LEAST_WIDTH

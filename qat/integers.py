@@ -81,7 +81,10 @@ def saturate(x: Tensor, low: int, high: int) -> Tensor:
 
 
 def prelu_steps(q: Tensor, slopes: Tensor, low: int, high: int) -> Tensor:
-    """``q`` where it is not negative, else ``saturate(q * slope)``; slopes (C,) on an 8-bit dyadic grid."""
+    """``q`` where it is not negative, else ``saturate(q * slope)``: (N, C, …), integers in low … high.
+
+    Slopes (C,) on an 8-bit dyadic grid, of the type of ``q``. Saturating changes no ``q`` of that range.
+    """
     return saturate(F.prelu(q, slopes), low, high)
 
 

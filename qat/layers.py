@@ -115,10 +115,10 @@ class BinaryConv2d(nn.Module):
         if self.training and self.weight.requires_grad and not lies_within(self.weight.detach(), LATENT_CLIP):
             with torch.no_grad():
                 self.weight.clamp_(-LATENT_CLIP, LATENT_CLIP)
-        weight = self.effective_weight()
+        weight, binary = self.effective_weight(), self.is_binary()
         if self.training:
-            return training_conv2d(signs, weight, self.stride, self.is_binary())
-        if self.is_binary():
+            return training_conv2d(signs, weight, self.stride, binary)
+        if binary:
             return binary_conv2d(signs, weight, self.stride)
         return F.conv2d(signs, weight, stride=self.stride, padding=self.padding)
 

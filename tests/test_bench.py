@@ -200,3 +200,12 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     bad.write_bytes(good.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"bad\.onnx: not a model that onnxruntime can load"):
         bench_files([good, bad], Conditions(repeats=1))
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_without_names_every_target_that_runs_here_is_measured(
+    monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    monkeypatch.setattr(bench, "has_library", lambda: built)
+    baselines = ("float32", "ort_static", "portable")
+    assert bench.default_targets() == ((*baselines, "native") if built else baselines)

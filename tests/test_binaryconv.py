@@ -54,6 +54,16 @@ def test_signs_are_convolved_exactly(
     assert torch.equal(ours.double(), exact)
 
 
+def test_autocast_rounds_sums_of_signs_only_once() -> None:
+    signs, weight = torch.ones(2, 1024, 2, 2), torch.ones(4, 1024, 3, 3)
+    signs[:, ::3], weight[:, ::5] = -1, -1
+    exact = F.conv2d(signs, weight, padding=1)
+    assert exact.abs().max() > 256
+    with torch.autocast("cpu", torch.bfloat16):
+        found = binary_conv2d(signs, weight, 1)
+    assert torch.equal(found, exact.bfloat16())
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 3), (5, 2)])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -295,7 +295,7 @@ def test_a_stopped_run_goes_on_with_parts_to_the_same_bytes(
     assert not differences(left(run), undisturbed)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_parts_to_the_same_bytes(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
