@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,7 +189,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {one['row']} | {one['calibrated']:.2f} | {one.get('trained', math.nan):.2f} | {one['tuned']:.2f} "
+        f"| {one['row']} | {one['calibrated']:.2f} | {one['trained']:.2f} | {one['tuned']:.2f} "
         f"| {one['tuned'] - one['float']:+.2f} "
         f"| {one['images_per_second']:.0f} | {one['megabytes']:.2f} | {'yes' if one['exports'] else 'no'} |"
         for one in results
