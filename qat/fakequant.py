@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.integers import saturate
+from qat.nativepasses import Grid
 from qat.observers import MOVING, Observer, channel_scales, observed_grid
-from qat.rounding import Extremes, fake_quantize
+from qat.rounding import Extremes, fake_quantize, step_of
 
 #: Widest integers of integer arithmetic; more are simulated.
 LARGEST_BITS: Final = 8
@@ -84,6 +85,13 @@ class Quantizer(_OwnState):
     def has_grid(self) -> bool:
         """Whether values can be put on a known grid right now."""
         return False
+
+    def settled(self) -> Grid | None:
+        """The grid as numbers, where steps may be put together in which no value of this point appears.
+
+        ``None`` where there is no grid, or it is observed or learned meanwhile, or a hook waits for values.
+        """
+        return None
 
     @property
     def is_integer(self) -> bool:
@@ -210,13 +218,20 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def observes(self) -> bool:
-        """In calibration and training, until frozen."""
-        return self.observing and (self.calibrating or self.training)
+        """In calibration, and with a moving observer in training, until frozen."""
+        return self.observing and (self.calibrating or (self.training and self.observer in MOVING))
 
     @property
     def has_grid(self) -> bool:
         """Calibrated, and not observing for calibration just now."""
         return self.calibrated and not self.calibrating
+
+    def settled(self) -> Grid | None:
+        """See :class:`Quantizer`."""
+        watched = self._forward_hooks or self._forward_pre_hooks
+        if watched or self.observes or not self.has_grid:
+            return None
+        return Grid(self.quant_min, self.quant_max, *step_of(self.scale))
 
     def saturate(self, steps: Tensor) -> Tensor:
         """Round half to even, clamp to the grid's integers; any shape, same type."""
@@ -238,8 +253,7 @@ class ActivationQuantizer(Quantizer):
     def _observe(self, x: Tensor) -> Extremes | None:
         """Take ``x`` into account; its extremes, where they were looked for."""
         if self.observer not in MOVING:
-            if self.calibrating:
-                self.fake.activation_post_process(x.detach().float())
+            self.fake.activation_post_process(x.detach().float())
             return None
         # All that these observers look at, and the rounding wants to know them, too.
         extremes = torch.aminmax(x.detach()) if x.numel() else None

@@ -34,18 +34,6 @@ class Grid:
     quantizer: Quantizer
 
 
-def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The affine form of a batch normalization with its running statistics: ``norm(x) = gain · x + offset``.
-
-    With a batch's own statistics: :func:`qat.fused.affine_form`.
-
-    Returns:
-        gain and offset, (C,) each.
-    """
-    gain = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
-    return gain, norm.bias - cast(Tensor, norm.running_mean) * gain
-
-
 def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Gain and offset (C,) of a batch normalization with its running statistics, float64."""
     mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat import nativefused
 from qat.binary import ACTIVATION_CLIP
 from qat.distributed import world
+from qat.nativepasses import Grid, usable
 from qat.passes import HALF, apply, channel_sums, dot, multiply_add, portions, spread, without_autocast
 from qat.syncednorm import correction, global_moments, synced_batch_norm
 
@@ -29,7 +31,8 @@ def shifted_sign(x: Tensor, bias: Tensor, zero_is_positive: bool = False) -> Ten
     Returns:
         (N, C, H, W).
     """
-    return apply(_ShiftedSign, x, bias, zero_is_positive)
+    function = nativefused.ShiftedSign if usable(x) else _ShiftedSign
+    return apply(function, x, bias, zero_is_positive)
 
 
 def can_fuse(norm: nn.BatchNorm2d) -> bool:
@@ -41,6 +44,8 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     """``PReLU(BN(x))`` with batch statistics, for which :func:`can_fuse` must hold; (N, C, H, W)."""
     if world().size > 1:
         return prelu(synced_batch_norm(x, norm), activation.weight)
+    if usable(x):
+        return native_norm_prelu(x, norm, activation.weight)
     _count(norm)
     return apply(
         _NormPReLU,
@@ -55,9 +60,28 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     )
 
 
+def native_norm_prelu(x: Tensor, norm: nn.BatchNorm2d, slope: Tensor, grid: Grid | None = None) -> Tensor:
+    """:func:`norm_prelu` by the native library, which must be usable; of one process alone.
+
+    Args:
+        x: (N, C, H, W).
+        norm: in training, or with its running statistics.
+        slope: of PReLU, (C,).
+        grid: what PReLU is given, and gives, is put on it.
+    """
+    if not norm.training:
+        return apply(nativefused.AffinePReLU, x, *fold_batch_norm(norm), slope, grid)
+    _count(norm)
+    with torch.no_grad():
+        mean, variance = nativefused.batch_moments(x)
+        _update(norm, mean, variance, len(x) * x.shape[2:].numel())
+        invstd = torch.rsqrt(variance + norm.eps)
+    return apply(nativefused.NormPReLU, x, norm.weight, norm.bias, slope, mean, invstd, grid)
+
+
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     """``PReLU(x)``: (N, C, H, W), slopes (C,); torch's own gradient takes several times as long."""
-    return apply(_PReLU, x, slope)
+    return apply(nativefused.PReLU if usable(x) else _PReLU, x, slope)
 
 
 def scaled_norm(
@@ -80,7 +104,8 @@ def scaled_norm(
         (N, C, H, W).
     """
     gain, offset = affine_form(norm, factor, mean, variance, x.shape[2:].numel())
-    return apply(_ScaleAndAdd, x, factor * gain, offset, residual)
+    fits = usable(x) and residual.dtype == x.dtype and residual.is_contiguous()
+    return apply(nativefused.ScaleAndAdd if fits else _ScaleAndAdd, x, factor * gain, offset, residual)
 
 
 def affine_form(
@@ -104,26 +129,45 @@ def affine_form(
     center, spread, count = global_moments(center, spread, len(mean) * pixels)
     _count(norm)
     with torch.no_grad():
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        # No momentum means the plain average of all batches, as in torch.
-        momentum = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(center.to(norm.running_mean.dtype), momentum)
-        unbiased = spread * correction(count)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+        _update(norm, center, spread, count)
     gain = norm.weight * torch.rsqrt(spread + norm.eps)
     return gain, norm.bias - center * gain
 
 
+def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The affine form of a batch normalization with its running statistics: ``norm(x) = gain · x + offset``.
+
+    With a batch's own statistics: :func:`affine_form`.
+
+    Returns:
+        gain and offset, (C,) each.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return gain, norm.bias - norm.running_mean * gain
+
+
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """``factor ⊙ x``: (N, C, H, W) times (N, C) or (1, C)."""
-    return apply(_Scale, x, factor)
+    return apply(nativefused.Scale if usable(x) else _Scale, x, factor)
 
 
 def _count(norm: nn.BatchNorm2d) -> None:
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
+
+
+def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
+    """Let the running statistics follow the moments (C,) of a batch of so many values per channel."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    # No momentum means the plain average of all batches, as in torch.
+    momentum = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    unbiased = variance * correction(count)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
 
 
 def _prelu_values(x: Tensor, slope: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from brevitas.core.restrict_val import LogFloatRestrictValue, PowerOfTwoRestrict
 from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, WeightQuantizer
+from qat.nativepasses import Grid
 from qat.observers import channel_scales
 from qat.rounding import Extremes
 
@@ -113,6 +114,10 @@ class LearnedActivationQuantizer(ActivationQuantizer):
     def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
+
+    def settled(self) -> Grid | None:
+        """Never: its step is learned, and rounding knows it."""
+        return None
 
     @property
     def observes(self) -> bool:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat import nativefused
+from qat.nativepasses import usable
 from qat.passes import apply, multiply_add, spread, without_autocast
 
 #: Pixels of a row of which pooling is a product of matrices; of wider ones most products would be with 0.
@@ -17,7 +19,8 @@ NARROW: Final = 32
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (without correction) over height and width: (N, C, H, W) → (N, C) each."""
-    mean, variance = _Moments.apply(x)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    function = nativefused.Moments if usable(x) else _Moments
+    mean, variance = function.apply(x)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return mean, variance
 
 

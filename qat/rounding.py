@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat import nativefused
+from qat.nativepasses import Grid, usable
+from qat.passes import apply
+
 #: Smallest and largest value of a tensor, scalars.
 Extremes = tuple[Tensor, Tensor]
 
@@ -35,10 +39,16 @@ def fake_quantize(
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
-    numbers = float(scale), float(scale.reciprocal())
+    numbers = step_of(scale)
     overwrite = overwrite and not (x.is_leaf and x.requires_grad)
-    result: Tensor = _OnGrid.apply(x, *numbers, low, high, extremes, overwrite)  # type: ignore[no-untyped-call]  # torch leaves it without types
-    return result
+    if usable(x):
+        return apply(nativefused.FakeQuantize, x, Grid(low, high, *numbers), overwrite)
+    return apply(_OnGrid, x, *numbers, low, high, extremes, overwrite)
+
+
+def step_of(scale: Tensor) -> tuple[float, float]:
+    """A grid's step (1,) and its reciprocal, in float32, as numbers."""
+    return float(scale), float(scale.reciprocal())
 
 
 class _OnGrid(torch.autograd.Function):

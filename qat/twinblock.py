@@ -8,10 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qat import nativefused
 from qat.backends import Backend
 from qat.binary import sign
 from qat.binaryconv import binary_conv2d
-from qat.distributed import greatest
+from qat.distributed import greatest, world
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
 from qat.folding import (
@@ -19,7 +20,6 @@ from qat.folding import (
     Grid,
     LayerIntegers,
     flipped,
-    fold_batch_norm,
     folded_constants,
     gain_scale,
     is_ready,
@@ -28,9 +28,11 @@ from qat.folding import (
     quantized_slope,
     scale_of,
 )
-from qat.fused import affine_form, prelu, scaled, shifted_sign
+from qat.fused import affine_form, can_fuse, fold_batch_norm, native_norm_prelu, prelu, scaled, shifted_sign
 from qat.integers import mean_steps, prelu_steps, requantization, saturate
 from qat.layers import SubBlock, pad_to_even, pool2x2
+from qat.nativepasses import usable
+from qat.passes import apply
 from qat.pooling import moments
 from qat.recipe import TrunkGroup
 from qat.twinattention import FakeQuantSqueezeExcitation
@@ -223,20 +225,12 @@ class FakeQuantSubBlock(SubBlock):
         """(N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉); the trunk's quantizer follows."""
         if self._computes_integers():
             return self._forward_integers(x)
-        on_trunk = self.source.quantizer.requantize
-        scale_kind = self.kind == "scale"
-        accumulated = self.binary_conv(shifted_sign(x, self.move.bias, zero_is_positive=True))
-        y = self.y(self._first_norm(accumulated), overwrite=True)
-        y = self.y.requantize(prelu(y, self.slope(self.activation2)), overwrite=True)
-
-        residual = x
-        if scale_kind:
-            residual = on_trunk(prelu(x, self.slope(self.activation1)), overwrite=True)
-        if self.stride == 2:
-            residual = on_trunk(pool2x2(residual), overwrite=True)
+        y = self._activated(self.binary_conv(shifted_sign(x, self.move.bias, zero_is_positive=True)))
+        residual = self._residual(x)
         if not self.has_branch:
             return y + residual
 
+        scale_kind = self.kind == "scale"
         attention = (
             self.se(self.mix_means(x, y)) if self.infor_recoupling else torch.ones_like(self.move.bias)
         )
@@ -251,6 +245,10 @@ class FakeQuantSubBlock(SubBlock):
             gain = self.gain(gain)
         elif self.quantized:
             gain = fake_quantize_symmetric(gain, self.gain_step(gain2), CONSTANT_BITS)
+        grid, inner = self.branch.settled(), self.product.settled()
+        if grid is not None and (inner is not None or not scale_kind) and _fit(y, residual):
+            offset = self.branch.requantize(offset2).flatten()
+            return apply(nativefused.GridAdd, y, gain.flatten(1), offset, residual, grid, inner)
         branch = scaled(y, gain.flatten(1))
         if scale_kind:
             branch = self.product(branch, overwrite=True) * residual
@@ -263,14 +261,39 @@ class FakeQuantSubBlock(SubBlock):
         branch = self.branch.requantize(branch.add_(self.branch.requantize(offset2)), overwrite=True)
         return branch.add_(residual)
 
-    def _first_norm(self, accumulated: Tensor) -> Tensor:
+    def _activated(self, accumulated: Tensor) -> Tensor:
+        """``y`` of the convolution's sums."""
+        slope, norm = self.slope(self.activation2), self.norm1
         if self.training:
             # Autocast leaves sums in half precision, whose steps are wider than the grid's.
-            kind = torch.promote_types(accumulated.dtype, self.norm1.weight.dtype)
-            normed: Tensor = self.norm1(accumulated.to(kind))
-            return normed
-        gain, offset = (constant.view(1, -1, 1, 1) for constant in fold_batch_norm(self.norm1))
-        return torch.addcmul(offset, accumulated, gain)
+            accumulated = accumulated.to(torch.promote_types(accumulated.dtype, norm.weight.dtype))
+        grid = self.y.settled()
+        alone = world().size == 1 and (can_fuse(norm) or not norm.training)
+        if grid is not None and alone and usable(accumulated):
+            return native_norm_prelu(accumulated, norm, slope, grid)
+        if self.training:
+            normed: Tensor = norm(accumulated)
+        else:
+            gain, offset = (constant.view(1, -1, 1, 1) for constant in fold_batch_norm(norm))
+            normed = torch.addcmul(offset, accumulated, gain)
+        y = self.y(normed, overwrite=True)
+        return self.y.requantize(prelu(y, slope), overwrite=True)
+
+    def _residual(self, x: Tensor) -> Tensor:
+        """The input as it is added, and multiplied with in a sub-block of the scale kind, on its own grid."""
+        on_trunk, residual = self.source.quantizer.requantize, x
+        if self.kind == "scale":
+            grid, slope = self.source.quantizer.settled(), self.slope(self.activation1)
+            if grid is not None and usable(x):
+                residual = apply(nativefused.PReLU, x, slope, grid)
+            else:
+                residual = on_trunk(prelu(x, slope), overwrite=True)
+        return on_trunk(pool2x2(residual), overwrite=True) if self.stride == 2 else residual
+
+
+def _fit(y: Tensor, residual: Tensor) -> bool:
+    """Whether the native passes can take both."""
+    return usable(y) and residual.dtype == y.dtype and residual.is_contiguous()
 
 
 def _magnitudes(branch: Tensor, offset: Tensor, extremes: bool) -> Tensor:

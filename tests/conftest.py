@@ -15,6 +15,7 @@ from toyruns import finetune_arguments, pretrain_toy, succeed
 
 from qat.bnext import BNext, set_temperature
 from qat.layers import BinaryConv2d, SqueezeExcitation, SubBlock
+from qat.nativepasses import torch_alone, usable
 from qat.prepare import calibrate
 from qat.recipe import Quantization, TrunkGroup
 
@@ -45,6 +46,18 @@ def _without_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Leave out the report, which takes longer than a toy's training, where a test doesn't ask for it."""
     if "with_report" not in request.fixturenames:
         monkeypatch.setattr("qat.cli.training._report", lambda run: None)
+
+
+@pytest.fixture(params=["native", "torch"])
+def passes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the test with passes of the native library, and with torch's operators."""
+    if request.param == "torch":
+        with torch_alone():
+            yield
+        return
+    if not usable(torch.ones(1)):
+        pytest.skip("the native library is not built, or finds no threads")
+    yield
 
 
 def toy_images(count: int = 16, seed: int = 1) -> Tensor:

@@ -12,6 +12,8 @@ from qat.fused import affine_form, can_fuse, norm_prelu, prelu, scaled, scaled_n
 from qat.layers import SubBlock
 from qat.pooling import moments
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 
 def values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

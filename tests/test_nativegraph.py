@@ -21,13 +21,13 @@ from networks import (
     with_conv,
 )
 
-from export import nativelibrary
 from export.exactness import exactness
 from export.inspection import inspect_onnx
 from export.nativegraph import DOMAIN, FORMAT, emit_native, packed_weight
 from export.nativelibrary import KERNELS_VARIABLE, LIBRARY_VARIABLE
 from export.onnxmodel import OnnxModel
 from export.portable import InputKind, emit
+from qat import nativelibrary
 from qat.errors import NativeLibraryError, QuantizationError
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS
 

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 from nativemodels import needs_library
 
-from export import nativelibrary
 from export.nativelibrary import available_kernels, has_library, kernels_in_use, native_library_path, register
+from qat import nativelibrary
 from qat.errors import NativeLibraryError
 
 ALL = {"avx512_vpopcntdq", "avx512", "avx2", "neon", "portable"}

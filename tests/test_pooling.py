@@ -9,6 +9,7 @@ from torch import Tensor
 from qat.pooling import NARROW, moments, pool2x2, spatial_mean
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("side", [1, 4])
 def test_moments_are_mean_and_variance_of_each_image_and_channel(side: int) -> None:
     x = values(3, 2, side, side).add(5.0).requires_grad_()

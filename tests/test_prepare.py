@@ -19,6 +19,7 @@ from qat.fakequant import (
     freeze_observers,
 )
 from qat.layers import SubBlock
+from qat.nativepasses import torch_alone
 from qat.prepare import calibrate, model_is_prepared, prepare, quantization_map
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
 
@@ -324,7 +325,7 @@ def test_a_pooled_residual_returns_to_its_input_s_grid(
     block.register_forward_hook(lambda module, args, out: outs.append(out))
     freeze_observers(model)
     model.train()  # evaluating, the sum is on the next grid already
-    with torch.no_grad():
+    with torch.no_grad(), torch_alone():  # which shows the branch
         model(images)
     steps = (outs[0] - branches[-1]) / block.source.quantizer.scale
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from qat.binary import binarize_activation
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
-from qat.folding import CONSTANT_BITS, fold_batch_norm, largest_gain_step
+from qat.folding import CONSTANT_BITS, largest_gain_step
+from qat.fused import fold_batch_norm
 from qat.layers import SubBlock, pool2x2
+from qat.observers import Observer
 from qat.prepare import calibrate, prepare
 from qat.recipe import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
@@ -24,7 +26,8 @@ from qat.twinblock import FakeQuantSubBlock
 
 def observe(point: Quantizer, x: Tensor) -> None:
     """The point as torch's own observer and fake quantizer have it, all values looked at."""
-    if isinstance(point, ActivationQuantizer) and point.observing:
+    moves = isinstance(point, ActivationQuantizer) and point.observer == "moving_average"
+    if isinstance(point, ActivationQuantizer) and moves and point.observing:
         point.fake.activation_post_process(x.detach().float())
         point._update_grid()
 
@@ -96,10 +99,14 @@ ABLATIONS = [{"elm_attention": e, "infor_recoupling": i} for e in (True, False) 
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
 @pytest.mark.parametrize("spread", [1.0, 3.0], ids=["narrow", "wide"])
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("observer", ["percentile", "moving_average"])
 def test_training_computes_the_plain_formula_and_its_gradients(
-    options: dict[str, bool], spread: float, frozen: bool, shape: tuple[int, int]
+    options: dict[str, bool], spread: float, frozen: bool, shape: tuple[int, int], observer: Observer
 ) -> None:
-    model = toy(0, **options).double().train()
+    """What is observed on the way, and what is not, which fewer passes can compute."""
+    quantization = Quantization(trunk=TrunkGroup(observer=observer, percentile=99.0))
+    model = toy(0, quantization, **options).double().train()
     for name, block in sub_blocks(model):
         other = copy.deepcopy(block)
         if frozen:
@@ -154,3 +161,19 @@ def without_own_grid(model: nn.Module) -> Tensor:
         block.gain = Quantizer()
     logits: Tensor = other(toy_images())
     return logits
+
+
+def test_a_hook_on_a_point_is_given_its_values_though_steps_are_put_together() -> None:
+    quantization = Quantization(trunk=TrunkGroup(observer="percentile"))
+    model = toy(0, quantization).double().train()
+    name, block = sub_blocks(model)[0]
+    seen: list[Tensor] = []
+    handle = block.y.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, block.channels, 6, 6, generator=random, dtype=torch.float64)
+    x = block.source.quantizer.requantize(x)
+    watched = block(x)
+    handle.remove()
+    assert len(seen) == 1, name
+    torch.testing.assert_close(block(x), watched)
+    assert len(seen) == 1

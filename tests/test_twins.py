@@ -33,7 +33,6 @@ from qat.data import image_grid
 from qat.dyadic import LARGEST_SHIFT
 from qat.fakequant import ActivationQuantizer, activation_quantizers, freeze_observers
 from qat.folding import (
-    fold_batch_norm,
     folded_constants,
     gain_scale,
     largest_gain_step,
@@ -41,6 +40,7 @@ from qat.folding import (
     quantized_slope,
     slope_scale,
 )
+from qat.fused import fold_batch_norm
 from qat.layers import pool2x2
 from qat.prepare import prepare
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup

@@ -3,14 +3,9 @@
 #include "attention.h"
 #include "binaryconv.h"
 #include "channelsums.h"
+#include "export.h"
 #include "stem.h"
 #include "trunkupdate.h"
-
-#if defined(_WIN32)
-#define BNEXT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define BNEXT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // The kernels in use; for tests and reports. nullptr where BNEXT_QAT_KERNELS names none that runs here.
 BNEXT_EXPORT const char* bnext_qat_kernels() {

@@ -8,22 +8,22 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "selftest.h"
 
 namespace bnext {
 extern const Kernels kernels_portable;
 
-namespace {
-
 std::mt19937 generator;
-std::string place;  // what is being compared, for the message
+std::string place;
 
 int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 bool chance(double probability) { return std::bernoulli_distribution(probability)(generator); }
+
+namespace {
 
 int64_t some_channels() {
   const int64_t usual[] = {1, 3, 4, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 128, 200};
@@ -293,6 +293,7 @@ int main(int count, char** arguments) {
         place = choice->kernels->name;
         compare(*choice->kernels);
       }
+      compare_passes(choice->kernels->name);
     }
     std::printf("%s: equal in %d rounds\n", choice->kernels->name, rounds);
   }

@@ -1,0 +1,19 @@
+// What both halves of the self-test share.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <string>
+
+namespace bnext {
+
+extern std::mt19937 generator;
+extern std::string place;  // what is being compared, for the message
+
+int64_t between(int64_t low, int64_t high);
+bool chance(double probability);
+
+// Compares the passes that belong to kernels of this name with the portable ones, over one random shape.
+void compare_passes(const char* kernels);
+
+}  // namespace bnext

@@ -1,0 +1,118 @@
+// Compares the passes of a training step: elementwise results exactly, sums to rounding, since each instruction
+// set adds them up in an order of its own.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "passes.h"
+#include "selftest.h"
+
+namespace bnext {
+namespace {
+
+using Bytes = std::vector<unsigned char>;  // of their own, so that a sanitizer sees what is read beyond them
+
+size_t size_of(int type) { return type == kFloat ? 4 : type == kDouble ? 8 : 2; }
+
+// Random numbers of a type, zeros and repetitions among them.
+Bytes values(int64_t count, int type, bool is_coefficient) {
+  if (is_coefficient && type == kBfloat16) type = kFloat;
+  Bytes bytes(static_cast<size_t>(count) * size_of(type));
+  for (int64_t i = 0; i < count; ++i) {
+    const double number = chance(0.1) ? static_cast<double>(between(-2, 2)) : std::normal_distribution<double>()(generator);
+    const float single = static_cast<float>(number);
+    unsigned char* to = bytes.data() + static_cast<size_t>(i) * size_of(type);
+    if (type == kDouble) {
+      std::memcpy(to, &number, 8);
+    } else if (type == kFloat) {
+      std::memcpy(to, &single, 4);
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, &single, 4);
+      const uint16_t half = static_cast<uint16_t>(bits >> 16);
+      std::memcpy(to, &half, 2);
+    }
+  }
+  return bytes;
+}
+
+double coefficient(const Bytes& bytes, int64_t i, int type) {
+  if (type == kDouble) {
+    double value;
+    std::memcpy(&value, bytes.data() + 8 * i, 8);
+    return value;
+  }
+  float value;
+  std::memcpy(&value, bytes.data() + 4 * i, 4);
+  return value;
+}
+
+void fail(const char* what, int64_t at) {
+  std::printf("%s: %s[%ld] differs from portable\n", place.c_str(), what, static_cast<long>(at));
+  std::exit(1);
+}
+
+}  // namespace
+
+void compare_passes(const char* kernels) {
+  const NamedPass *tried = passes_of(kernels), *portable = passes_of("portable");
+  int count = 0;
+  while (portable[count].name != nullptr) ++count;
+  const int number = static_cast<int>(between(0, count - 1)), type = static_cast<int>(between(0, kTypes - 1));
+  const int64_t images = between(1, 3), channels = between(1, 5), planes = images * channels;
+  const int64_t sides[] = {1, 2, 4, 9, 16, 49, 64, 100};
+  const int64_t pixels = chance(0.5) ? sides[between(0, 7)] : between(1, 70);
+  const int64_t size = planes * pixels;
+  place = std::string(kernels) + " " + tried[number].name + " type " + std::to_string(type) + ", " +
+          std::to_string(planes) + " planes of " + std::to_string(pixels);
+
+  const Bytes x = values(size, type, false), other = values(size, type, false), grad = values(size, type, false);
+  const Bytes of_channels[] = {values(channels, type, true), values(channels, type, true), values(channels, type, true),
+                               values(channels, type, true), values(channels, type, true)};
+  const Bytes factor = values(planes, type, true), of_planes = values(planes, type, true);
+  const bool has_shift = chance(0.5), positive_zero = chance(0.5);
+  const bool reads_inside = std::strcmp(tried[number].name, "fake_quantize_gradient") == 0;
+  const bool shifts_planes = std::strcmp(tried[number].name, "scale") == 0;
+  std::vector<uint8_t> inside[2];
+  Bytes out[2], other_out[2], sums[2][3];
+  int32_t outside[2];
+  for (int i = 0; i < 2; ++i) {
+    inside[i].resize(static_cast<size_t>(size));
+    for (int64_t k = 0; reads_inside && k < size; ++k) inside[i][static_cast<size_t>(k)] = k % 3 != 0;
+    out[i].resize(static_cast<size_t>(size) * size_of(type));
+    other_out[i].resize(out[i].size());
+    for (Bytes& one : sums[i]) one.resize(static_cast<size_t>(planes) * (type == kDouble ? 8 : 4));
+    Pass pass{};
+    pass.planes = planes, pass.channels = channels, pass.pixels = pass.last = pixels;
+    pass.x = x.data(), pass.other = other.data(), pass.grad = grad.data(), pass.out = out[i].data();
+    pass.other_out = other_out[i].data();
+    pass.inside = inside[i].data();
+    pass.gain = of_channels[0].data(), pass.offset = of_channels[1].data(), pass.slope = of_channels[2].data();
+    pass.center = of_channels[3].data(), pass.tilt = of_channels[4].data();
+    pass.factor = factor.data();
+    pass.shift = shifts_planes ? (has_shift ? of_planes.data() : nullptr) : of_channels[0].data();
+    pass.sums = sums[i][0].data(), pass.products = sums[i][1].data(), pass.slopes = sums[i][2].data();
+    pass.grid = {-3, 2, 0.3, 1 / 0.3}, pass.inner = {-5, 5, 0.2, 5}, pass.clip = 1.5;
+    pass.positive_zero = positive_zero;
+    (i == 0 ? tried : portable)[number].run[type](pass, 0, planes);
+    outside[i] = pass.outside;
+  }
+  const auto width = static_cast<int64_t>(size_of(type));
+  for (int64_t k = 0; k < size * width; ++k) {
+    if (out[0][static_cast<size_t>(k)] != out[1][static_cast<size_t>(k)]) fail("out", k / width);
+  }
+  if (other_out[0] != other_out[1]) fail("other_out", 0);
+  if (inside[0] != inside[1]) fail("inside", 0);
+  if (outside[0] != outside[1]) fail("outside", 0);
+  for (int which = 0; which < 3; ++which) {
+    for (int64_t k = 0; k < planes; ++k) {
+      const double found = coefficient(sums[0][which], k, type), right = coefficient(sums[1][which], k, type);
+      if (!(std::fabs(found - right) <= 1e-5 * (static_cast<double>(pixels) + std::fabs(right)))) fail("sums", k);
+    }
+  }
+}
+
+}  // namespace bnext

@@ -1,0 +1,214 @@
+"""The steps of :mod:`qat.fused`, :mod:`qat.pooling` and :mod:`qat.rounding` by passes of the native library.
+
+For tensors of which :func:`qat.nativepasses.usable` holds; formulas and gradients are theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat import nativepasses
+from qat.nativepasses import Affine, Grid
+
+
+class ShiftedSign(torch.autograd.Function):
+    """``sign(x + bias)``; bias (1, C, 1, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, zero_is_positive: bool) -> Tensor:
+        """See :func:`qat.fused.shifted_sign`."""
+        ctx.save_for_backward(x, bias)
+        return nativepasses.sign(x, bias.flatten(), zero_is_positive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x`` and the bias."""
+        x, bias = ctx.saved_tensors
+        grad, sums = nativepasses.sign_gradient(grads[0], x, bias.flatten())
+        return grad, sums.sum(0).to(bias.dtype).view_as(bias), None
+
+
+class PReLU(torch.autograd.Function):
+    """``PReLU(x)``, slopes (C,); with a grid the result is put on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor, grid: Grid | None = None) -> Tensor:
+        """See :func:`qat.fused.prelu`."""
+        ctx.save_for_backward(x, slope)
+        ctx.grid = grid
+        return nativepasses.prelu(x, slope, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x`` and the slopes."""
+        x, slope = ctx.saved_tensors
+        grad, sums = nativepasses.prelu_gradient(grads[0], x, slope, ctx.grid)
+        return grad, sums.sum(0).to(slope.dtype), None
+
+
+class NormPReLU(torch.autograd.Function):
+    """``PReLU((x - mean) · invstd · weight + bias)`` with the moments of the batch ``x``, all (C,).
+
+    The gradient knows where the moments come from. With a grid, what PReLU is given and gives is put on it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        slope: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        """See :func:`qat.fused.norm_prelu`."""
+        gain = weight * invstd
+        offset = bias - mean * gain
+        ctx.save_for_backward(x, weight, slope, mean, invstd, gain, offset)
+        ctx.grid = grid
+        return nativepasses.norm_prelu(x, Affine(gain, offset, slope), grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x``, weight, bias and slopes."""
+        x, weight, slope, mean, invstd, gain, offset = ctx.saved_tensors
+        by = Affine(gain, offset, slope)
+        found = nativepasses.norm_prelu_sums(grads[0], x, by, mean, ctx.grid)
+        by_bias, product, by_slope = (sums.sum(0) for sums in found)
+        count = x.numel() / x.shape[1]
+        shift, tilt = -gain * by_bias / count, -gain * invstd.square() * product / count
+        grad = nativepasses.norm_prelu_gradient(grads[0], x, by, mean, shift, tilt, ctx.grid)
+        kind = weight.dtype
+        vectors = (product * invstd).to(kind), by_bias.to(kind), by_slope.to(slope.dtype)
+        return grad, *vectors, None, None, None
+
+
+class AffinePReLU(torch.autograd.Function):
+    """``PReLU(gain x + offset)``, all (C,); with a grid as :class:`NormPReLU`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, slope: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """See :func:`qat.fused.native_norm_prelu`."""
+        ctx.save_for_backward(x, gain, offset, slope)
+        ctx.grid = grid
+        return nativepasses.norm_prelu(x, Affine(gain, offset, slope), grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x``, gain, offset and slopes."""
+        x, gain, offset, slope = ctx.saved_tensors
+        by, zero = Affine(gain, offset, slope), torch.zeros_like(gain)
+        found = nativepasses.norm_prelu_sums(grads[0], x, by, zero, ctx.grid)
+        by_offset, by_gain, by_slope = (sums.sum(0) for sums in found)
+        grad = nativepasses.norm_prelu_gradient(grads[0], x, by, zero, zero, zero, ctx.grid)
+        return grad, by_gain.to(gain.dtype), by_offset.to(offset.dtype), by_slope.to(slope.dtype), None
+
+
+class Moments(torch.autograd.Function):
+    """Mean and variance over height and width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        """See :func:`qat.pooling.moments`."""
+        mean, variance = nativepasses.moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x``."""
+        x, mean = ctx.saved_tensors
+        by_mean, by_variance = (grad / x.shape[2:].numel() for grad in grads)
+        slope = 2.0 * by_variance
+        return nativepasses.scale(x, slope, by_mean - slope * mean)
+
+
+class Scale(torch.autograd.Function):
+    """``factor ⊙ x``; factor (N, C) or (1, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        """See :func:`qat.fused.scaled`."""
+        ctx.save_for_backward(x, factor)
+        return nativepasses.scale(x, factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x`` and the factor."""
+        x, factor = ctx.saved_tensors
+        grad, _, products = nativepasses.scale_gradient(grads[0], x, factor)
+        return grad, products.sum_to_size(factor.shape).to(factor.dtype)
+
+
+class ScaleAndAdd(torch.autograd.Function):
+    """``gain ⊙ x + offset + residual``; gain (N, C), offset (C,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, residual: Tensor) -> Tensor:
+        """See :func:`qat.fused.scaled_norm`."""
+        ctx.save_for_backward(x, gain)
+        ctx.offset_type = offset.dtype
+        return nativepasses.scale_add(x, gain, offset, residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x``, gain, offset and residual."""
+        x, gain = ctx.saved_tensors
+        grad, sums, products = nativepasses.scale_gradient(grads[0], x, gain)
+        return grad, products.to(gain.dtype), sums.sum(0).to(ctx.offset_type), grads[0]
+
+
+class FakeQuantize(torch.autograd.Function):
+    """``x`` on a grid of integers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid, overwrite: bool) -> Tensor:
+        """See :func:`qat.rounding.fake_quantize`."""
+        out, inside = nativepasses.fake_quantize(x, grid, overwrite)
+        ctx.save_for_backward(inside)
+        if overwrite:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x``."""
+        (inside,) = ctx.saved_tensors
+        grad = grads[0] if inside is None else nativepasses.fake_quantize_gradient(grads[0], inside)
+        return grad, None, None
+
+
+class GridAdd(torch.autograd.Function):
+    """What a fake-quantized sub-block makes of its branch: see :func:`qat.nativepasses.grid_add`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, factor: Tensor, offset: Tensor, other: Tensor, grid: Grid, inner: Grid | None
+    ) -> Tensor:
+        """(N, C, H, W) → same shape."""
+        ctx.save_for_backward(x, factor, offset, other)
+        ctx.grids = grid, inner
+        return nativepasses.grid_add(x, factor, offset, other, grid, inner)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """By ``x``, factor, offset and other."""
+        x, factor, offset, other = ctx.saved_tensors
+        found = nativepasses.grid_add_gradient(grads[0], x, factor, offset, other, *ctx.grids)
+        by_factor = found.factor.sum_to_size(factor.shape).to(factor.dtype)
+        return found.x, by_factor, found.offset.sum(0).to(offset.dtype), found.other, None, None
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance without correction of each channel, (C,), without a gradient."""
+    means, variances = nativepasses.moments(x)
+    mean = means.mean(0)
+    # Without a difference of large numbers.
+    return mean, variances.mean(0) + (means - mean).square().mean(0)

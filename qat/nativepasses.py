@@ -1,0 +1,349 @@
+"""Passes over images by the native library (``export/native/passes_impl.h``), in which memory is read once.
+
+torch's operators take two to five times as many passes for the same formulas. Sums are taken plane by plane,
+so that nothing depends on the number of threads. Where :func:`usable` says no, callers use torch's operators.
+
+Images are (N, C, H, W) here, vectors are (C,) of a channel or (N, C) of an image's channel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.binary import ACTIVATION_CLIP
+from qat.errors import NativeLibraryError
+from qat.nativelibrary import has_library, kernels_in_use, library_function, native_library_path
+
+#: In the order of the library's own list.
+_TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+#: Values that make up a plane of a tensor without images.
+_FLAT: Final = 4096
+
+
+class Grid(ctypes.Structure):
+    """``bnext::Grid``: integers from ``low`` to ``high``, the step and its reciprocal."""
+
+    _fields_ = tuple((name, ctypes.c_double) for name in ("low", "high", "scale", "inverse"))
+
+
+class _Pass(ctypes.Structure):
+    """``bnext::Pass``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("planes", "channels", "pixels")),
+        *((name, ctypes.c_void_p) for name in ("x", "other", "grad", "out", "other_out", "inside")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("gain", "offset", "slope", "center", "tilt", "factor", "shift")
+        ),
+        *((name, ctypes.c_void_p) for name in ("sums", "products", "slopes")),
+        ("grid", Grid),
+        ("inner", Grid),
+        ("clip", ctypes.c_double),
+        ("last", ctypes.c_int64),
+        ("positive_zero", ctypes.c_int32),
+        ("outside", ctypes.c_int32),
+    )
+
+
+class _Library(NamedTuple):
+    run: Any
+    numbers: dict[str, int]
+    parallel: Any
+
+
+@lru_cache(maxsize=1)
+def _library() -> _Library | None:
+    if not has_library():
+        return None
+    kernels_in_use()  # says so where a variable names none that run here
+    old = f"{native_library_path()}: not of this version of the package; build it again: make native"
+    try:
+        size = library_function("bnext_qat_pass_bytes")
+    except NativeLibraryError as error:
+        raise NativeLibraryError(old) from error
+    size.restype = ctypes.c_int64
+    if size() != ctypes.sizeof(_Pass):
+        raise NativeLibraryError(old)
+    name = library_function("bnext_qat_pass_name")
+    name.argtypes = [ctypes.c_int]
+    numbers: dict[str, int] = {}
+    while (found := name(len(numbers))) is not None:
+        numbers[found.decode()] = len(numbers)
+    run = library_function("bnext_qat_run_pass")
+    run.restype = None
+    run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Pass), ctypes.c_void_p, ctypes.c_uint]
+    return _Library(run, numbers, _parallel())
+
+
+def _parallel() -> Any:
+    """Address of the OpenMP function by which torch starts its threads, ``None`` where it is not found."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:  # of torch's library or of one that it was linked with
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+_switched_off = False
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Let :func:`usable` say no meanwhile, to compare with torch's operators."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the passes here can work on tensors like ``x``, and with as many threads as torch.
+
+    Raises `NativeLibraryError` where the environment names a library or kernels that are not there.
+    """
+    if (
+        _switched_off
+        or x.device.type != "cpu"
+        or x.dtype not in _TYPES
+        or not x.is_contiguous()
+        or not x.numel()
+    ):
+        return False
+    library = _library()
+    return library is not None and (library.parallel is not None or torch.get_num_threads() == 1)
+
+
+def _run(name: str, like: Tensor, planes: int, channels: int, pixels: int, **fields: Any) -> _Pass:
+    """Run a pass. Tensors among the fields are contiguous, and of the size and type that it takes."""
+    library = _library()
+    assert library is not None
+    values = {key: one.data_ptr() if isinstance(one, Tensor) else one for key, one in fields.items()}
+    work = _Pass(planes=planes, channels=channels, pixels=pixels, **values)
+    library.run(library.numbers[name], _TYPES[like.dtype], work, library.parallel, torch.get_num_threads())
+    return work
+
+
+def _over_planes(name: str, x: Tensor, **fields: Any) -> None:
+    images, channels = x.shape[:2]
+    _run(name, x, images * channels, channels, x.shape[2:].numel(), x=x, **fields)
+
+
+def _vector(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` in the type of sums of ``like``, one behind the other."""
+    return values.detach().to(sum_type(like)).contiguous()
+
+
+def _of_planes(values: Tensor, like: Tensor) -> Tensor:
+    """(N, C) or (1, C) as (N, C)."""
+    return _vector(values.expand(like.shape[:2]), like)
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient as the passes take it."""
+    return grad.to(x.dtype).contiguous()
+
+
+def _sums(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=sum_type(x))
+
+
+def sum_type(x: Tensor) -> torch.dtype:
+    """Type of coefficients and sums: float64's own, float32 for the others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sign(x: Tensor, offset: Tensor, zero_is_positive: bool) -> Tensor:
+    """``sign(x + offset)``, offset (C,)."""
+    out = torch.empty_like(x)
+    _over_planes("sign", x, out=out, offset=_vector(offset, x), positive_zero=zero_is_positive)
+    return out
+
+
+def sign_gradient(grad: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`sign`, which passes where ``|x + offset| < 1.5``, and its sums (N, C)."""
+    out, sums, grad = torch.empty_like(x), _sums(x), _like(grad, x)
+    _over_planes(
+        "sign_gradient", x, grad=grad, out=out, offset=_vector(offset, x), sums=sums, clip=ACTIVATION_CLIP
+    )
+    return out, sums
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance without correction, (N, C) each."""
+    mean, variance = _sums(x), _sums(x)
+    _over_planes("moments", x, sums=mean, products=variance)
+    return mean, variance
+
+
+class Affine(NamedTuple):
+    """What a normalization and its PReLU do to each channel: (C,) each."""
+
+    gain: Tensor
+    offset: Tensor
+    slope: Tensor
+
+
+def norm_prelu(x: Tensor, by: Affine, grid: Grid | None = None) -> Tensor:
+    """``PReLU(gain x + offset)``; with a grid ``Q(PReLU(Q(gain x + offset)))``."""
+    out = torch.empty_like(x)
+    _on_grid("norm_prelu", "", x, grid, out=out, **_vectors(x, by))
+    return out
+
+
+def _on_grid(name: str, suffix: str, x: Tensor, grid: Grid | None, **fields: Any) -> None:
+    if grid is None:
+        _over_planes(name + suffix, x, **fields)
+    else:
+        _over_planes(f"grid_{name}{suffix}", x, grid=grid, **fields)
+
+
+def _vectors(x: Tensor, by: Affine, **others: Tensor) -> dict[str, Tensor]:
+    return {name: _vector(one, x) for name, one in (by._asdict() | others).items()}
+
+
+class NormSums(NamedTuple):
+    """Sums (N, C) of a gradient before PReLU: itself, times ``x - center``; and the slopes' gradient."""
+
+    grad: Tensor
+    product: Tensor
+    slope: Tensor
+
+
+def norm_prelu_sums(
+    grad: Tensor, x: Tensor, by: Affine, center: Tensor, grid: Grid | None = None
+) -> NormSums:
+    """Sums that the gradient of a normalization takes of the whole batch; center (C,)."""
+    found = NormSums(_sums(x), _sums(x), _sums(x))
+    sums = {"sums": found.grad, "products": found.product, "slopes": found.slope}
+    vectors = _vectors(x, by, center=center)
+    grad = _like(grad, x)
+    _on_grid("norm_prelu", "_sums", x, grid, grad=grad, **sums, **vectors)
+    return found
+
+
+def norm_prelu_gradient(
+    grad: Tensor,
+    x: Tensor,
+    by: Affine,
+    center: Tensor,
+    shift: Tensor,
+    tilt: Tensor,
+    grid: Grid | None = None,
+) -> Tensor:
+    """``gain`` times the gradient before PReLU, ``+ shift + tilt (x - center)``; vectors (C,)."""
+    out, grad = torch.empty_like(x), _like(grad, x)
+    vectors = _vectors(x, by, center=center, shift=shift, tilt=tilt)
+    _on_grid("norm_prelu", "_gradient", x, grid, grad=grad, out=out, **vectors)
+    return out
+
+
+def prelu(x: Tensor, slope: Tensor, grid: Grid | None = None) -> Tensor:
+    """``PReLU(x)``, slopes (C,); on the grid where there is one."""
+    out = torch.empty_like(x)
+    _on_grid("prelu", "", x, grid, out=out, slope=_vector(slope, x))
+    return out
+
+
+def prelu_gradient(grad: Tensor, x: Tensor, slope: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`prelu` by ``x``, and that by the slope of each image (N, C)."""
+    out, slopes, grad = torch.empty_like(x), _sums(x), _like(grad, x)
+    _on_grid("prelu", "_gradient", x, grid, grad=grad, out=out, slope=_vector(slope, x), slopes=slopes)
+    return out, slopes
+
+
+def scale(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``factor x + shift``, both (N, C) or (1, C)."""
+    out = torch.empty_like(x)
+    shift = None if shift is None else _of_planes(shift, x)
+    _over_planes("scale", x, out=out, factor=_of_planes(factor, x), shift=shift)
+    return out
+
+
+def scale_add(x: Tensor, factor: Tensor, offset: Tensor, other: Tensor) -> Tensor:
+    """``factor x + offset + other``; factor (N, C) or (1, C), offset (C,), other like ``x``."""
+    out = torch.empty_like(x)
+    _over_planes(
+        "scale_add", x, other=other, out=out, factor=_of_planes(factor, x), offset=_vector(offset, x)
+    )
+    return out
+
+
+def scale_gradient(grad: Tensor, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``factor grad``, and sums (N, C) of the gradient and of its products with ``x``; factor as above."""
+    out, sums, products, grad = torch.empty_like(x), _sums(x), _sums(x), _like(grad, x)
+    _over_planes(
+        "scale_gradient", x, grad=grad, out=out, factor=_of_planes(factor, x), sums=sums, products=products
+    )
+    return out, sums, products
+
+
+def _over_values(name: str, like: Tensor, **fields: Any) -> _Pass:
+    planes = -(-like.numel() // _FLAT)
+    return _run(name, like, planes, 1, _FLAT, last=like.numel() - (planes - 1) * _FLAT, **fields)
+
+
+def fake_quantize(x: Tensor, grid: Grid, overwrite: bool) -> tuple[Tensor, Tensor | None]:
+    """``x`` on the grid, any shape; and where a gradient passes, ``None`` for everywhere."""
+    out = x if overwrite else torch.empty_like(x)
+    inside = torch.empty(x.shape, dtype=torch.bool)
+    done = _over_values("fake_quantize", x, x=x, out=out, inside=inside, grid=grid)
+    return out, inside if done.outside else None
+
+
+def fake_quantize_gradient(grad: Tensor, inside: Tensor) -> Tensor:
+    """``grad`` where ``inside``, else 0; any shape."""
+    grad = grad.contiguous()
+    out = torch.empty_like(grad)
+    _over_values("fake_quantize_gradient", grad, grad=grad, out=out, inside=inside)
+    return out
+
+
+def grid_add(
+    x: Tensor, factor: Tensor, offset: Tensor, other: Tensor, grid: Grid, inner: Grid | None
+) -> Tensor:
+    """``Q(Q(v) + offset) + other`` with ``v = factor x``, or ``v = Q_inner(factor x) other``.
+
+    Factor (N, C) or (1, C), offset (C,), other like ``x``.
+    """
+    out = torch.empty_like(x)
+    name, more = ("grid_add", {}) if inner is None else ("grid_product_add", {"inner": inner})
+    vectors = {"factor": _of_planes(factor, x), "offset": _vector(offset, x)}
+    _over_planes(name, x, other=other, out=out, grid=grid, **vectors, **more)
+    return out
+
+
+class AddGradients(NamedTuple):
+    """Of :func:`grid_add`, by x and other, by factor and offset (N, C)."""
+
+    x: Tensor
+    other: Tensor
+    factor: Tensor
+    offset: Tensor
+
+
+def grid_add_gradient(
+    grad: Tensor, x: Tensor, factor: Tensor, offset: Tensor, other: Tensor, grid: Grid, inner: Grid | None
+) -> AddGradients:
+    """Gradients of :func:`grid_add`."""
+    grad, out, sums, products = _like(grad, x), torch.empty_like(x), _sums(x), _sums(x)
+    fields = {"grad": grad, "out": out, "sums": sums, "products": products, "grid": grid}
+    vectors = {"factor": _of_planes(factor, x), "offset": _vector(offset, x)}
+    if inner is None:
+        _over_planes("grid_add_gradient", x, **fields, **vectors)
+        return AddGradients(out, grad, products, sums)
+    by_other = torch.empty_like(x)
+    more = {"other": other, "other_out": by_other, "inner": inner}
+    _over_planes("grid_product_add_gradient", x, **fields, **vectors, **more)
+    return AddGradients(out, by_other, products, sums)
