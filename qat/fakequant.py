@@ -10,6 +10,7 @@ training and calibration nothing is ever observed, so evaluation depends on the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -206,6 +207,12 @@ class ActivationQuantizer(Quantizer):
             found = self._observe(x if observed is None else observed)
             extremes = found if observed is None else None
         if not self.has_grid:
+            if self.training and not self.observes:
+                warnings.warn(
+                    f"a quantization point has no range, and its values stay float: {self.observer!r} looks "
+                    "at values in calibration alone, which comes before training (qat.prepare.calibrate)",
+                    stacklevel=2,
+                )
             return x
         return self._on_grid(x, extremes, overwrite)
 

@@ -21,6 +21,7 @@ from qat.checkpoint import load_checkpoint, save_checkpoint
 from qat.errors import QuantizationError
 from qat.fakequant import activation_quantizers, freeze_observers, power_of_two_above
 from qat.loading import build
+from qat.nativepasses import torch_alone
 from qat.prepare import prepare
 from qat.recipe import Quantization
 
@@ -77,7 +78,8 @@ def test_networks_of_both_backends_with_equal_scales_are_the_same_network(
         for model in (observed, learned):
             freeze_observers(model)
             model.train()
-        assert torch.equal(observed(images), learned(images))
+        with torch_alone():  # whose passes are the same for both: others add up batches in another order
+            assert torch.equal(observed(images), learned(images))
     assert differences(lowered(observed.eval()), lowered(learned.eval())) == []
 
 
