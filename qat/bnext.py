@@ -103,7 +103,8 @@ class BNext(nn.Module):
         size: ``tiny``, ``small``, ``middle`` or ``large``.
         quant: ``True`` (or a :class:`qat.recipe.Quantization`) inserts fake quantization at every point
             of the quantization table through :func:`qat.prepare.prepare`. Points whose ranges clip, by
-            default the trunk's, stay in float until :func:`qat.prepare.calibrate` finds the ranges.
+            default the trunk's, stay in float until :func:`qat.prepare.calibrate` finds the ranges; a
+            training before that warns.
         widths: other channel widths than a published size's.
         stem_stride: ``None`` means 2 at 1000 classes, else 1.
         elm_attention: see :class:`Architecture`.
