@@ -175,8 +175,14 @@ def codes(ended: list[Ended]) -> list[int]:
 
 def send(number: int, to: int, at: int, rank: int) -> None:
     """Send a signal to process ``to`` after optimizer step ``at``."""
+    from datetime import timedelta
+
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    from qat import distributed
+
+    # A killed process never says why it ended: the others need not wait long to hear it.
+    distributed._PATIENCE = timedelta(seconds=1)  # type: ignore[misc]
     steps = []
 
     def passed(*_: object) -> None:

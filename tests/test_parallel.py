@@ -42,14 +42,14 @@ EVERYTHING = (
 )
 #: Ranges and batch statistics that move and freeze under way; an evaluation's last batch is one image.
 TUNED = (
-    "data.batch_size=160",
+    "data.batch_size=480",
     "data.eval_batch_size=359",
     "data.augment.translate=0.1",
     "schedule.epochs=2",
-    # The last batch has 157 images, which two can't share evenly.
-    "schedule.calibration_batches=9",
+    # The last batch has 477 images, which two can't share evenly.
+    "schedule.calibration_batches=3",
     "schedule.freeze_batch_norm=0.5",
-    "schedule.reestimate_batch_norm=9",
+    "schedule.reestimate_batch_norm=3",
     "quantization.se.observer=percentile",
     "quantization.classifier.observer=minmax",
 )
@@ -243,14 +243,11 @@ def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
 # Launchers
 
 
+@pytest.mark.exhaustive  # torchrun is sent a signal below, accelerate starts one in tests/test_sharding.py
 @pytest.mark.parametrize(
     "launcher",
     [
-        # The one that a signal is sent to below.
-        pytest.param(
-            ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"],
-            marks=pytest.mark.exhaustive,
-        ),
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"],
         [
             "accelerate.commands.launch",
             "--cpu",
@@ -264,8 +261,7 @@ def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
     ],
     ids=["torchrun", "accelerate"],
 )
-@pytest.mark.slow
-def test_both_launchers_start_a_training(launcher: list[str], tmp_path: Path) -> None:
+def test_a_launcher_starts_a_training_that_is_told_of_once(launcher: list[str], tmp_path: Path) -> None:
     words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=1")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
@@ -278,7 +274,7 @@ def test_both_launchers_start_a_training(launcher: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_too(tmp_path: Path) -> None:
+def test_torchrun_starts_a_training_and_passes_sigterm_on(tmp_path: Path) -> None:
     words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=2000")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qat"]
     process = subprocess.Popen(
@@ -292,8 +288,10 @@ def test_sigterm_to_the_launcher_saves_too(tmp_path: Path) -> None:
     while "epoch 1/2000" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
+    said, errors = process.communicate()
     assert process.returncode != 0
+    assert "epoch 1/2000" not in said  # the second process says nothing
+    assert "Traceback" not in said
     assert errors.count("error: stopped by SIGTERM, everything is saved; go on with: qat pretrain") == 1
     (record,) = [newest_state(run, print) for run in tmp_path.iterdir()]
     assert record is not None

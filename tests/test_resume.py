@@ -34,11 +34,6 @@ Reference = tuple[Path, dict[str, Any], Ended]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_toy(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
 def reference(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
     """An uninterrupted run of a task, made once."""
     made: dict[tuple[str, ...], Reference] = {}

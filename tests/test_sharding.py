@@ -52,8 +52,10 @@ pytestmark = pytest.mark.xdist_group("sharding")
 
 CPU = torch.device("cpu")
 FSDP = "parallel=fsdp"
+#: One block beside the stem, of the kind that has most layers: each tensor in parts takes its time.
+SMALL = "model.widths=[8,16]"
 #: As `LONG`, with an average of the weights, which lies in parts, too, and its statistics taken anew.
-AVERAGED = (*LONG, "schedule.ema=0.9", "schedule.reestimate_batch_norm=3")
+AVERAGED = (*LONG, SMALL, "schedule.ema=0.9", "schedule.reestimate_batch_norm=3")
 
 
 def toy(widths: tuple[int, ...] = (8, 8, 16)) -> BNext:
@@ -73,6 +75,16 @@ def one_step(model: BNext) -> torch.optim.Optimizer:
 
 
 # Whole and parts
+
+
+def _of_two() -> dict[str, Any]:
+    return {"held": _held(), "bounds": _kept_in_bounds(), "spoilt": _spoilt_parts()}
+
+
+@pytest.fixture(scope="module")
+def of_two() -> list[dict[str, Any]]:
+    """What each of two processes found out about networks in parts, one network after the other."""
+    return call(_of_two)
 
 
 def _held() -> dict[str, Any]:
@@ -101,14 +113,16 @@ def _occupied(tensors: list[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_each_process_holds_its_share_of_weights_gradients_moments_and_average() -> None:
+def test_each_process_holds_its_share_of_weights_gradients_moments_and_average(
+    of_two: list[dict[str, Any]],
+) -> None:
     model = toy()
     optimizer = one_step(model)
     weights = sum(value.nbytes for value in model.parameters())
     used = sum(value.nbytes for value in model.parameters() if value.grad is not None)
     assert len(optimizer.state) < len(list(model.parameters()))
     everything = {"weights": weights, "gradients": used, "moments": 2 * used, "average": weights}
-    first, second = call(_held)
+    first, second = (found["held"] for found in of_two)
     for kind, size in everything.items():
         (mine, of), (its, of_the_other) = first[kind], second[kind]
         assert of == of_the_other == size
@@ -179,8 +193,8 @@ def _kept_in_bounds() -> tuple[float, list[float]]:
     return len(parts), [float((part - highest).abs().max()) for part, highest in parts if part.numel()]
 
 
-def test_parts_are_kept_within_the_bounds_of_their_layers() -> None:
-    for count, distances in call(_kept_in_bounds):
+def test_parts_are_kept_within_the_bounds_of_their_layers(of_two: list[dict[str, Any]]) -> None:
+    for count, distances in (found["bounds"] for found in of_two):
         assert count == 2 * len([m for m in toy().modules() if isinstance(m, BinaryConv2d)])
         assert set(distances) == {0.0}
 
@@ -212,8 +226,10 @@ def _spoilt_parts() -> list[str | None]:
     return [*found, _spoilt(model)]
 
 
-def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that_part() -> None:
-    assert call(_spoilt_parts) == [[None, "fc.weight", "prelu.weight"]] * 2
+def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that_part(
+    of_two: list[dict[str, Any]],
+) -> None:
+    assert [found["spoilt"] for found in of_two] == [[None, "fc.weight", "prelu.weight"]] * 2
 
 
 # Training
@@ -223,7 +239,7 @@ def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process alone has pretrained; that it would share the network makes no difference to it."""
     out = tmp_path_factory.mktemp("alone")
-    said = alone(arguments("pretrain", out, *EVERYTHING, FSDP))
+    said = alone(arguments("pretrain", out, *EVERYTHING, SMALL, FSDP))
     assert "FSDP" not in said
     return the_run(out)
 
@@ -231,7 +247,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_with_parts_pretrain_as_one_and_write_whole_checkpoints(
     start: Path, tmp_path: Path
 ) -> None:
-    first, second = together(arguments("pretrain", tmp_path, *EVERYTHING, FSDP))
+    first, second = together(arguments("pretrain", tmp_path, *EVERYTHING, SMALL, FSDP))
     assert (first.code, second.code) == (0, 0), first.errors + second.errors
     assert "FSDP: each of 2 processes keeps its part of the network" in first.output
     assert second.output == second.errors == first.errors == ""
@@ -248,14 +264,14 @@ def test_two_processes_with_parts_pretrain_as_one_and_write_whole_checkpoints(
 
 @pytest.mark.slow
 def test_alone_it_makes_no_difference(start: Path, tmp_path: Path) -> None:
-    alone(arguments("pretrain", tmp_path, *EVERYTHING))
+    alone(arguments("pretrain", tmp_path, *EVERYTHING, SMALL))
     mine, its = (load_checkpoint(run / "last.safetensors").state for run in (start, the_run(tmp_path)))
     assert mine.keys() == its.keys()
     assert all(torch.equal(value, its[key]) for key, value in mine.items())
 
 
 def test_in_bfloat16_parts_train_as_copies_do(tmp_path: Path) -> None:
-    half = (*LONG, "precision=bfloat16", "schedule.epochs=1", "schedule.temperature.share=0.5")
+    half = (*LONG, SMALL, "precision=bfloat16", "schedule.epochs=1", "schedule.temperature.share=0.5")
     for name in ("ddp", "fsdp"):
         ended = together(arguments("pretrain", tmp_path / name, *half, f"parallel={name}"))
         assert codes(ended) == [0, 0], ended
@@ -287,21 +303,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_stopped_run_goes_on_with_parts_to_the_same_bytes(
+def test_a_stopped_run_that_is_killed_as_it_goes_on_with_parts_ends_with_the_same_bytes(
     undisturbed: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(stopped, tmp_path / stopped.name))
-    assert codes(together(["pretrain", "--resume", str(run)])) == [0, 0]
-    assert not differences(left(run), undisturbed)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_with_parts_to_the_same_bytes(
-    undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    ended = together(arguments("pretrain", tmp_path, *AVERAGED, FSDP), partial(send, signal.SIGKILL, 1, 4))
+    # In the second step after it was stopped, of which the first leaves a state.
+    ended = together(["pretrain", "--resume", str(run)], partial(send, signal.SIGKILL, 1, 2))
     assert (ended[0].code, ended[1].code) == (2, -signal.SIGKILL), ended
-    run = unfinished(tmp_path)
+    assert (run / "state" / "00001-0000002.safetensors").exists()
     assert codes(together(["pretrain", "--resume", str(run)])) == [0, 0]
     assert not differences(left(run), undisturbed)
 
@@ -404,6 +413,7 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
 @pytest.mark.parametrize(
     ("launcher", "changes"),
     [
+        # Which starts a training in tests/test_parallel.py.
         pytest.param(
             ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
             [FSDP],
@@ -417,10 +427,10 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
     ids=["torchrun", "accelerate"],
 )
 @pytest.mark.slow
-def test_both_launchers_start_a_training_with_parts(
+def test_a_launcher_starts_a_training_with_parts_that_is_told_of_once(
     launcher: list[str], changes: list[str], tmp_path: Path
 ) -> None:
-    words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=1", *changes)
+    words = arguments("pretrain", tmp_path, *LONG, SMALL, "schedule.epochs=1", *changes)
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "qat", *words],
         capture_output=True,

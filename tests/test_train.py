@@ -26,9 +26,9 @@ from qat.rundir import RunDirectory
 from qat.train import apply_freezes, calibration_pass, finetune, pretrain, splits_of
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toyruns.pretrain_toy(tmp_path_factory.mktemp("toy"))
+@pytest.fixture
+def checkpoint(start: Path) -> Path:
+    return start
 
 
 #: The observer whose ranges follow every batch.
@@ -37,7 +37,7 @@ MOVING = "quantization.trunk.observer=moving_average"
 
 def tune(checkpoint: Path, out: Path, *overrides: str) -> tuple[RunDirectory, Silent]:
     report = Silent()
-    fixed = ("schedule.epochs=2", "schedule.calibration_batches=2", "data.batch_size=128")
+    fixed = ("schedule.epochs=2", "schedule.calibration_batches=2", "data.batch_size=320")
     loaded = toyruns.recipe("tiny_int8", out, *fixed, *overrides, checkpoint=checkpoint)
     return finetune(loaded, report), report
 
@@ -95,7 +95,7 @@ def test_statistics_are_averaged_anew_after_the_last_step_and_before_the_evaluat
     options = ("schedule.epochs=2", f"schedule.ema={ema}", MOVING)
     plain, _ = tune(checkpoint, tmp_path / "plain", *options)
     anew, report = tune(checkpoint, tmp_path / "anew", *options, "schedule.reestimate_batch_norm=3")
-    recipe = toyruns.recipe("tiny_int8", tmp_path, "data.batch_size=128").recipe
+    recipe = toyruns.recipe("tiny_int8", tmp_path, "data.batch_size=320").recipe
     train, test = splits_of(recipe)
     model = build(load_checkpoint(plain.last))
     reestimate_batch_norm(model, lambda: calibration_pass(model, train, recipe, torch.device("cpu"), count=3))
@@ -163,9 +163,9 @@ def test_a_run_leaves_metrics_summary_checkpoints_and_map(checkpoint: Path, tmp_
     keys = "epoch loss top1 learning_rate temperature images_per_second seconds test_top1 test_top5 test_loss"
     assert all(set(one) == set(keys.split()) for one in metrics)
     assert report.epochs == metrics
-    assert report.started == (2, 1437 // 128)
-    assert [epoch for epoch, _ in report.steps] == [1] * 11 + [2] * 11
-    assert report.steps[10][1]["loss"] == metrics[0]["loss"]
+    assert report.started == (2, 1437 // 320)
+    assert [epoch for epoch, _ in report.steps] == [1] * 4 + [2] * 4
+    assert report.steps[3][1]["loss"] == metrics[0]["loss"]
     assert report.stopped == 1
 
     summary = run.summary()
@@ -285,7 +285,7 @@ def test_a_recipe_that_quantizes_the_stem_alone_needs_no_calibration(
     assert run.summary()["best_epoch"] in (0, 1)
 
 
-@pytest.mark.parametrize("batch", ["128", "1400"], ids=["within an epoch", "in its last step"])
+@pytest.mark.parametrize("batch", ["320", "1400"], ids=["within an epoch", "in its last step"])
 @pytest.mark.parametrize("weights", ["float32", "float16"])
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     checkpoint: Path, tmp_path: Path, batch: str, weights: str
