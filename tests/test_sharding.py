@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,8 @@ import pytest
 import torch
 from conftest import toy_images
 from killed import differences, timeless, unfinished
-from processes import LONG, arguments, call, codes, rows, send, the_run, together
-from test_parallel import EVERYTHING, alone, left, require_same
+from processes import LONG, arguments, by_launcher, call, codes, rows, send, the_run, together
+from test_parallel import ACCELERATE, EVERYTHING, TORCHRUN, alone, launched, left, require_same
 from torch import Tensor
 from toyruns import qat, succeed
 
@@ -414,15 +411,9 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
     ("launcher", "changes"),
     [
         # Which starts a training in tests/test_parallel.py.
-        pytest.param(
-            ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-            [FSDP],
-            marks=pytest.mark.exhaustive,
-        ),
-        (
-            ["accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--main_process_port", "0"],
-            ["tracking.trackers=[tensorboard]"],  # accelerate itself is loaded for it
-        ),
+        pytest.param(TORCHRUN, [FSDP], marks=pytest.mark.exhaustive),
+        # accelerate itself is loaded for a tracker.
+        ([*ACCELERATE, "--use_fsdp"], ["tracking.trackers=[tensorboard]"]),
     ],
     ids=["torchrun", "accelerate"],
 )
@@ -430,16 +421,11 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
 def test_a_launcher_starts_a_training_with_parts_that_is_told_of_once(
     launcher: list[str], changes: list[str], tmp_path: Path
 ) -> None:
-    words = arguments("pretrain", tmp_path, *LONG, SMALL, "schedule.epochs=1", *changes)
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "qat", *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.findall("FSDP: each of 2 processes|epoch 1/1", done.stdout) == [
+    words = launched(tmp_path, SMALL, "schedule.epochs=1", *changes)
+    code, said, errors = by_launcher(launcher, words, tmp_path)
+    assert code == 0, errors
+    assert re.findall("FSDP: each of 2 processes|epoch 1/1", said) == [
         "FSDP: each of 2 processes",
         "epoch 1/1",
     ]
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in said + errors
