@@ -16,9 +16,12 @@ from toyruns import TOY, settings
 
 from qat.cli import main
 
+#: One block beside the stem, of the kind that has most layers.
+WIDTHS = "model.widths=[8,16]"
 #: 3 epochs of 4 steps, a state after every third step.
 SMALL = (
     *TOY,
+    WIDTHS,
     "schedule.epochs=3",
     "schedule.save_steps=3",
     "data.batch_size=320",
