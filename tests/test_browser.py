@@ -263,7 +263,8 @@ def test_the_first_column_stays_in_sight_when_a_table_is_scrolled(look: Look, fu
     assert all(scrolled > 0 and abs(shift) < 1 for scrolled, shift in moved)
 
 
-@every_view
+# Other views are as those of the report above, which is fuller.
+@pytest.mark.parametrize("view", ["phone", pytest.param("desktop", marks=pytest.mark.exhaustive)])
 def test_the_report_of_a_real_run_holds_up_as_well(reported: Path, look: Look, view: str) -> None:
     seen = look(reported, view, "dark")
     assert seen.complaints == []

@@ -112,6 +112,9 @@ def test_the_best_epoch_is_named(tmp_path: Path, best: int, words: str) -> None:
 @pytest.mark.parametrize("finished", [1e300, -1e18, 10**400, "today", [1]])
 def test_a_date_that_no_calendar_has_is_left_out(tmp_path: Path, finished: object) -> None:
     assert "finished" not in page(tmp_path, answers([0], [0]), summary={"finished": finished})
+
+
+def test_the_date_is_shown(tmp_path: Path) -> None:
     assert "finished\u00a01\u00a0Jan\u00a01970" in page(tmp_path, answers([0], [0]), summary={"finished": 0})
 
 
