@@ -56,7 +56,8 @@ def by_launcher(
     process = PROCESSES.Process(target=_launch, args=(list(launcher), list(words), output, errors))
     process.start()
     try:
-        while process.is_alive() and at is not None:
+        ends = time.monotonic() + _PATIENCE
+        while process.is_alive() and at is not None and time.monotonic() < ends:
             if at in output.read_text("utf-8"):
                 process.terminate()
                 break
