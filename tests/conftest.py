@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
-from toyruns import finetune_arguments, pretrain_toy, succeed
+from toyruns import finetune_arguments, pretrain_toy, succeed, tuned
 
 from qat.bnext import BNext, set_temperature
 from qat.layers import BinaryConv2d, SqueezeExcitation, SubBlock
@@ -158,10 +158,26 @@ def images() -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The binary checkpoint of a toy's pretraining, in the folder of its run. To be read only."""
+    return pretrain_toy(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="session")
+def toys(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``float.safetensors``, a run below ``runs``, and its ``model.onnx``. To be read only."""
     folder = tmp_path_factory.mktemp("toys")
-    shutil.copy(pretrain_toy(folder / "pretrain"), folder / "float.safetensors")
-    succeed(*finetune_arguments(folder / "runs", folder / "float.safetensors"))
+    shutil.copy(start, folder / "float.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qat.cli.training._report", lambda run: None)
+        succeed(*finetune_arguments(folder / "runs", folder / "float.safetensors"))
     succeed("export", "--onnx", folder / "model.onnx", "--runs", folder / "runs")
     return folder
+
+
+@pytest.fixture(scope="session")
+def reported(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on a copy of the run of ``toys``, in that copy's folder. To be read only."""
+    run = shutil.copytree(tuned(toys).parent, tmp_path_factory.mktemp("reported") / "run")
+    succeed("report", run)
+    return Path(run) / "report.html"

@@ -13,9 +13,11 @@ PROCESSES.set_forkserver_preload(
         "qat.train",
         "qat.cli",
         "sklearn.datasets",
+        "sklearn.model_selection",
         "kornia.augmentation",
         "accelerate",
         "torch._dynamo",
         "torch.distributed.fsdp",
+        "warmed",
     ]
 )

@@ -16,9 +16,12 @@ from toyruns import TOY, settings
 
 from qat.cli import main
 
+#: One block beside the stem, of the kind that has most layers.
+WIDTHS = "model.widths=[8,16]"
 #: 3 epochs of 4 steps, a state after every third step.
 SMALL = (
     *TOY,
+    WIDTHS,
     "schedule.epochs=3",
     "schedule.save_steps=3",
     "data.batch_size=320",
@@ -52,13 +55,13 @@ class Ended:
 
 def train(
     arguments: list[str],
-    at: int | None = None,
+    at: int | str | None = None,
     *,
     send: int = signal.SIGKILL,
     times: int = 1,
     tidy: bool = False,
 ) -> Ended:
-    """Run `qat ARGUMENTS` in a process that is sent a signal ``times`` times at moment number ``at``.
+    """Run `qat ARGUMENTS` in a process that gets a signal ``times`` times at moment ``at``, a number or name.
 
     Moments are ``half NAME``, a file being half written; ``before NAME``, all of it written under another
     name; ``NAME``, the file in place; ``step``, of the optimizer; ``metrics``, a line of them. Unless
@@ -82,7 +85,7 @@ def train(
 
 
 def _child(
-    arguments: list[str], at: int | None, send: int, times: int, tidy: bool, reply: Connection
+    arguments: list[str], at: int | str | None, send: int, times: int, tidy: bool, reply: Connection
 ) -> None:
     import io
 
@@ -96,7 +99,7 @@ def _child(
 
     def pass_by(name: str, file: int | None = None) -> None:
         moments.append(name)
-        if len(moments) == at:
+        if at == len(moments) or (at == name and moments.count(name) == 1):
             if file is not None:
                 os.ftruncate(file, os.fstat(file).st_size // 2)
             for _ in range(times):
@@ -127,6 +130,8 @@ def _child(
     ):
         setattr(owner, name, function)
     register_optimizer_step_post_hook(lambda *_: pass_by("step"))
+    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     try:
         main(arguments)

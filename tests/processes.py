@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -39,6 +41,41 @@ LONG = (
     "schedule.epochs=2",
     "schedule.save_steps=3",
 )
+
+
+def by_launcher(
+    launcher: Sequence[str], words: Sequence[str], out: Path, at: str | None = None
+) -> tuple[int, str, str]:
+    """Run `qat WORDS` by a real launcher, a module and its arguments; its exit code, output and errors.
+
+    Once ``at`` is printed, the launcher is sent SIGTERM. It is forked with torch in memory, but starts
+    interpreters of their own. What they say lies below ``out`` meanwhile.
+    """
+    output, errors = out / "output", out / "errors"
+    output.touch()
+    process = PROCESSES.Process(target=_launch, args=(list(launcher), list(words), output, errors))
+    process.start()
+    try:
+        ends = time.monotonic() + _PATIENCE
+        while process.is_alive() and at is not None and time.monotonic() < ends:
+            if at in output.read_text("utf-8"):
+                process.terminate()
+                break
+            time.sleep(0.02)
+        process.join(_PATIENCE)
+        assert process.exitcode is not None, "the launcher hangs"
+    finally:
+        process.kill()
+    return process.exitcode, output.read_text("utf-8"), errors.read_text("utf-8")
+
+
+def _launch(launcher: list[str], words: list[str], output: Path, errors: Path) -> None:
+    for path, number in ((output, 1), (errors, 2)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = [*launcher, "-m", "qat", *words]
+    importlib.import_module(launcher[0]).main()
 
 
 def free_port() -> int:
@@ -175,8 +212,14 @@ def codes(ended: list[Ended]) -> list[int]:
 
 def send(number: int, to: int, at: int, rank: int) -> None:
     """Send a signal to process ``to`` after optimizer step ``at``."""
+    from datetime import timedelta
+
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    from qat import distributed
+
+    # A killed process never says why it ended: the others need not wait long to hear it.
+    distributed._PATIENCE = timedelta(seconds=1)  # type: ignore[misc]
     steps = []
 
     def passed(*_: object) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from processes import call
 
 from qat.augment import Augmenter, shifted
 from qat.launch import Share
@@ -44,14 +43,14 @@ def test_seed_epoch_and_step_alone_decide_each_change(change: dict[str, Any]) ->
     assert 0 <= first.min() <= first.max() <= 1
 
 
+def _changed() -> torch.Tensor:
+    return Augmenter(Augment(**ALL), 16, seed=1)(noise(), 2, 3)
+
+
 def test_a_process_of_its_own_makes_the_same_pixels() -> None:
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_augment import *; torch.rand(3);"
-        "print(Augmenter(Augment(**ALL), 16, seed=1)(noise(), 2, 3).double().sum().item().hex())"
-    )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    mine = Augmenter(Augment(**ALL), 16, seed=1)(noise(), 2, 3).double().sum().item().hex()
-    assert again.stdout.strip() == mine
+    (again,) = call(_changed, size=1)
+    torch.rand(3)
+    assert torch.equal(again, _changed())
 
 
 def test_a_shift_moves_whole_pixels_by_up_to_its_number_and_fills_with_black() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from killed import train
 from toyruns import fail, qat, succeed, tune, tuned
 
 from qat.bnext import set_temperature
@@ -193,21 +194,11 @@ def test_a_reader_that_leaves_early_causes_no_traceback_and_no_verdict() -> None
 def test_an_interrupt_ends_a_run_with_130_and_its_checkpoint_stays_readable(
     toys: Path, tmp_path: Path
 ) -> None:
-    # Shells start background jobs with SIGINT ignored, and children inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = start(*tune(toys, tmp_path, "schedule.epochs=500"))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    ended = train(tune(toys, tmp_path, "schedule.epochs=2"), "metrics", send=signal.SIGINT)
+    assert ended.code == 130
     (run,) = tmp_path.iterdir()
-    assert errors == f"error: interrupted; go on with: qat finetune --resume {run}\n"
+    assert ended.errors.splitlines()[-1] == f"error: interrupted; go on with: qat finetune --resume {run}"
+    assert "Traceback" not in ended.errors
     assert load_checkpoint(run / "last.safetensors").quantization is not None
     assert not list(run.glob(".*.tmp"))
 

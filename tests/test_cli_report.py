@@ -13,12 +13,14 @@ from toyruns import qat as command
 import qat.commands.report
 from qat.errors import DataError
 
+# See tests/test_browser.py.
+pytestmark = pytest.mark.xdist_group("reports")
+
 
 def test_report_writes_the_newest_run_and_says_where(toys: Path, tmp_path: Path) -> None:
     shutil.copytree(toys / "runs", tmp_path / "runs")
     (run,) = (tmp_path / "runs").iterdir()
     path = run / "report.html"
-    path.unlink()
     said = succeed("report", "--runs", tmp_path / "runs")
     assert said == f"{path}: {path.stat().st_size / 1e3:.0f} kB\n"
     before = path.read_bytes()
@@ -77,13 +79,12 @@ def test_a_report_that_fails_does_not_fail_the_finetune(
     ],
 )
 def test_a_wrong_report_ends_with_2_and_says_why(
-    toys: Path, tmp_path: Path, arguments: str, part: str
+    reported: Path, tmp_path: Path, arguments: str, part: str
 ) -> None:
-    run = tuned(toys).parent
-    before = (run / "report.html").read_bytes()
+    run, before = reported.parent, reported.read_bytes()
     message = fail(2, *(word.format(tmp=tmp_path, run=run) for word in shlex.split(arguments)))
     assert part in message
-    assert (run / "report.html").read_bytes() == before
+    assert reported.read_bytes() == before
 
 
 @pytest.mark.parametrize(

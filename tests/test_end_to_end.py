@@ -141,7 +141,7 @@ def test_a_folder_of_images_goes_the_whole_way(tmp_path: Path) -> None:
 def test_tuning_learns_on_top_of_calibration(tmp_path: Path) -> None:
     """A toy that knows little: its training loss falls from the first epoch to the third."""
     checkpoint = pretrain_toy(tmp_path / "pretrain")
-    options = ("schedule.epochs=3", "optimizer.lr=5e-3", "distillation.teacher=none")
+    options = ("schedule.epochs=3", "data.batch_size=160", "optimizer.lr=1e-2", "distillation.teacher=none")
     succeed(*finetune_arguments(tmp_path / "runs", checkpoint, *options))
     run = newest_run(tmp_path / "runs")
     lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

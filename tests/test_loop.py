@@ -66,11 +66,6 @@ def test_a_weight_too_large_for_half_precision_ends_the_training(tmp_path: Path)
 # How a step is made
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toyruns.pretrain_toy(tmp_path_factory.mktemp("toy"))
-
-
 def tuned(start: Path, out: Path, *overrides: str) -> tuple[RunDirectory, Silent]:
     """A fine-tuning in which nothing depends on the other images of a batch."""
     report = Silent()
@@ -81,10 +76,11 @@ def tuned(start: Path, out: Path, *overrides: str) -> tuple[RunDirectory, Silent
 
 def test_four_batches_in_a_step_are_one_batch_of_their_images(start: Path, tmp_path: Path) -> None:
     # Ranges of activations would depend on what is one batch.
-    groups = [f"quantization.{group}.enabled=false" for group in ("se", "classifier", "trunk")]
+    fixed = [f"quantization.{group}.enabled=false" for group in ("se", "classifier", "trunk")]
+    fixed += ["data.augment={}", "optimizer.lr=1e-3"]
     weights, rates = [], []
-    for size, batches in ((128, 1), (32, 4), (32, 1)):
-        overrides = ("data.augment={}", f"data.batch_size={size}", f"schedule.accumulate={batches}", *groups)
+    for size, batches in ((320, 1), (80, 4), (80, 1)):
+        overrides = (*fixed, f"data.batch_size={size}", f"schedule.accumulate={batches}")
         run, report = tuned(start, tmp_path / f"{size}-{batches}", *overrides)
         weights.append(load_checkpoint(run.last).state["fc.weight"])
         rates.append(report.epochs[0]["learning_rate"])
@@ -132,7 +128,7 @@ def test_mixed_images_are_trained_on_and_counted_by_their_larger_share(
 
 
 def test_the_average_is_what_is_evaluated_and_kept(start: Path, tmp_path: Path) -> None:
-    options = ("data.batch_size=64", "optimizer.lr=0.1", "distillation.teacher=none")
+    options = ("data.batch_size=160", "optimizer.lr=0.1", "distillation.teacher=none")
     plain, _ = tuned(start, tmp_path / "a", *options)
     mean, report = tuned(start, tmp_path / "b", *options, "schedule.ema=0.9")
     kept = load_checkpoint(mean.last)

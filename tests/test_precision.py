@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import toyruns
-from toyruns import Silent, fail, pretrain_toy, settings
+from toyruns import Silent, fail, settings
 
 from qat.bnext import BNext, set_temperature
 from qat.checkpoint import load_checkpoint
@@ -77,11 +77,6 @@ def test_bfloat16_is_near_float32_and_gives_gradients_in_float32() -> None:
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_toy(tmp_path_factory.mktemp("toy"))
-
-
 def test_fine_tuning_with_fake_quantization_works_in_bfloat16(start: Path, tmp_path: Path) -> None:
     states, tops = {}, {}
     for precision in ("float32", "bfloat16"):
@@ -89,7 +84,8 @@ def test_fine_tuning_with_fake_quantization_works_in_bfloat16(start: Path, tmp_p
             "tiny_int8",
             tmp_path / precision,
             "schedule.epochs=2",
-            "data.batch_size=128",
+            "schedule.calibration_batches=2",
+            "data.batch_size=320",
             f"precision={precision}",
             checkpoint=start,
         )

@@ -13,6 +13,9 @@ from toyruns import image_folder, pretrain_toy, succeed, tune, tuned
 from qat.commands.report import REPORT, write_report
 from qat.errors import DataError, QatError, RecipeError
 
+# See tests/test_browser.py.
+pytestmark = pytest.mark.xdist_group("reports")
+
 
 @pytest.fixture
 def run(toys: Path, tmp_path: Path) -> Path:
@@ -35,18 +38,17 @@ def tile(text: str, name: str) -> str:
     return str(value)
 
 
-def test_finetune_has_written_the_report_with_the_accuracies_it_found(toys: Path) -> None:
-    text = (tuned(toys).parent / REPORT).read_text(encoding="utf-8")
-    summary = json.loads((tuned(toys).parent / "summary.json").read_text(encoding="utf-8"))
+def test_the_report_has_the_accuracies_that_finetune_found(reported: Path) -> None:
+    text = reported.read_text(encoding="utf-8")
+    summary = json.loads((reported.parent / "summary.json").read_text(encoding="utf-8"))
     assert tile(text, "int8 top-1") == f"{summary['int8']['top1']:.2f} %"
     assert tile(text, "Float-rest top-1") == f"{summary['float']['top1']:.2f} %"
     assert callouts(text) == []
 
 
-def test_every_quantization_point_has_a_row(toys: Path) -> None:
-    run = tuned(toys).parent
-    text = (run / REPORT).read_text(encoding="utf-8").replace("<wbr>", "")
-    for name in json.loads((run / "quantization.json").read_text(encoding="utf-8")):
+def test_every_quantization_point_has_a_row(reported: Path) -> None:
+    text = reported.read_text(encoding="utf-8").replace("<wbr>", "")
+    for name in json.loads((reported.parent / "quantization.json").read_text(encoding="utf-8")):
         assert f'<th scope="row">{name}</th>' in text
 
 

@@ -8,8 +8,27 @@ from pathlib import Path
 import pytest
 from reports import answers, binary_layer, layer, page
 
+from qat.report import costs, layers, sections
+
 #: Bytes that a report must stay below.
 LIMIT = 2_000_000
+
+
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave charts undrawn, which take nearly all of a page's time, where a test is of words alone."""
+    for module, name in (
+        (sections, "bar_chart"),
+        (sections, "heat_map"),
+        (sections, "line_chart"),
+        (costs, "bar_chart"),
+        (layers, "bar_chart"),
+        (layers, "line_chart"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: "<svg></svg>")
+
+
+in_words = pytest.mark.usefixtures("_undrawn")
 
 
 def headings(text: str) -> list[str]:
@@ -51,6 +70,7 @@ def test_no_identifier_is_used_twice(tmp_path: Path) -> None:
     assert len(found) == len(set(found)) > 10
 
 
+@in_words
 def test_key_figures_stand_on_top(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"0" * 10_000)
     text = page(tmp_path, answers([0] * 200, [0] * 200, [0] * 150 + [1] * 50))
@@ -64,6 +84,7 @@ def test_key_figures_stand_on_top(tmp_path: Path) -> None:
     assert [name for name, _, _ in tiles][-1] == "OPs per image"
 
 
+@in_words
 def test_a_change_that_may_be_chance_has_no_colour(tmp_path: Path) -> None:
     for lost, tone in ((1, ""), (50, "bad")):
         text = page(tmp_path, answers([0] * 200, [1] * lost + [0] * (200 - lost), [0] * 200))
@@ -81,6 +102,7 @@ def test_names_of_classes_are_text(tmp_path: Path) -> None:
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
+@in_words
 def test_a_measurement_is_shown(tmp_path: Path) -> None:
     results = [{"target": "model", "ms_median": 8.25}]
     bench = {"machine": {}, "settings": {"threads": 1, "batch": 1, "repeats": 3}, "results": results}
@@ -90,10 +112,12 @@ def test_a_measurement_is_shown(tmp_path: Path) -> None:
     assert "Not measured" in page(tmp_path, answers([0], [0]))
 
 
+@in_words
 def test_a_recipe_is_text(tmp_path: Path) -> None:
     assert "# &lt;b&gt;" in page(tmp_path, answers([0], [0]), recipe="# <b>")
 
 
+@in_words
 def test_what_went_wrong_is_said_on_top(tmp_path: Path) -> None:
     text = page(tmp_path, answers([0], [0]), problems=["First."], bench={"results": 3})
     assert re.findall(r'<p class="callout">([^<]*)</p>', text) == [
@@ -102,6 +126,7 @@ def test_what_went_wrong_is_said_on_top(tmp_path: Path) -> None:
     ]
 
 
+@in_words
 @pytest.mark.parametrize(("best", "words"), [(3, "is of epoch 3"), (0, "is the one before training")])
 def test_the_best_epoch_is_named(tmp_path: Path, best: int, words: str) -> None:
     text = page(tmp_path, answers([0], [0]), summary={"best_epoch": best}, metrics=[{"epoch": 1}])
@@ -109,18 +134,25 @@ def test_the_best_epoch_is_named(tmp_path: Path, best: int, words: str) -> None:
     assert "It was chosen by its accuracy on the test images" in text
 
 
+@in_words
 @pytest.mark.parametrize("finished", [1e300, -1e18, 10**400, "today", [1]])
 def test_a_date_that_no_calendar_has_is_left_out(tmp_path: Path, finished: object) -> None:
     assert "finished" not in page(tmp_path, answers([0], [0]), summary={"finished": finished})
+
+
+@in_words
+def test_the_date_is_shown(tmp_path: Path) -> None:
     assert "finished\u00a01\u00a0Jan\u00a01970" in page(tmp_path, answers([0], [0]), summary={"finished": 0})
 
 
+@in_words
 def test_a_run_of_no_epochs_says_so(tmp_path: Path) -> None:
     assert "No epoch was trained, so there are no curves: this is the network as calibrated." in page(
         tmp_path, answers([0], [0])
     )
 
 
+@in_words
 def test_widths_other_than_eight_are_said_where_int8_is_written(tmp_path: Path) -> None:
     eight = [layer("feature.1.FFN.input"), binary_layer("feature.1.FFN.binary_conv")]
     assert "int8 stands for" not in page(tmp_path, answers([0], [0]), eight)
@@ -128,6 +160,7 @@ def test_widths_other_than_eight_are_said_where_int8_is_written(tmp_path: Path) 
     assert "Some points have 4 bits. Below, int8 stands for" in page(tmp_path, answers([0], [0]), fewer)
 
 
+@in_words
 def test_no_change_and_no_error_are_said(tmp_path: Path) -> None:
     text = page(tmp_path, answers([0], [0], [0]))
     assert (
@@ -136,6 +169,7 @@ def test_no_change_and_no_error_are_said(tmp_path: Path) -> None:
     assert "No test image is put into a wrong class." in text
 
 
+@in_words
 def test_versions_and_fingerprints_are_listed(tmp_path: Path) -> None:
     summary = {
         "versions": {"torch": "9.9"},
@@ -161,7 +195,7 @@ def test_the_largest_report_is_below_two_megabytes(tmp_path: Path) -> None:
         labels, [(label + 1) % 1000 for label in labels[:48]] + labels[48:], labels, names, side=224
     )
     assert len(found.changed) == 48
-    layers = [
+    shown = [
         one
         for block in range(1, 31)
         for part in ("Attention", "FFN_1", "FFN_2")
@@ -171,6 +205,6 @@ def test_the_largest_report_is_below_two_megabytes(tmp_path: Path) -> None:
         )
     ]
     metrics = [{"epoch": n, "loss": 1.0 / n, "top1": 90.0, "test_loss": 1.1 / n} for n in range(1, 513)]
-    text = page(tmp_path, found, layers, size="large", metrics=metrics, recipe="# a line\n" * 200)
+    text = page(tmp_path, found, shown, size="large", metrics=metrics, recipe="# a line\n" * 200)
     assert text.count('src="data:image/png') == 48
     assert 500_000 < len(text.encode()) < LIMIT

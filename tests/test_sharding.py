@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,8 @@ import pytest
 import torch
 from conftest import toy_images
 from killed import differences, timeless, unfinished
-from processes import LONG, arguments, call, codes, rows, send, the_run, together
-from test_parallel import EVERYTHING, alone, left, require_same
+from processes import LONG, arguments, by_launcher, call, codes, rows, send, the_run, together
+from test_parallel import ACCELERATE, EVERYTHING, TORCHRUN, alone, launched, left, require_same
 from torch import Tensor
 from toyruns import qat, succeed
 
@@ -52,8 +49,10 @@ pytestmark = pytest.mark.xdist_group("sharding")
 
 CPU = torch.device("cpu")
 FSDP = "parallel=fsdp"
+#: One block beside the stem, of the kind that has most layers: each tensor in parts takes its time.
+SMALL = "model.widths=[8,16]"
 #: As `LONG`, with an average of the weights, which lies in parts, too, and its statistics taken anew.
-AVERAGED = (*LONG, "schedule.ema=0.9", "schedule.reestimate_batch_norm=3")
+AVERAGED = (*LONG, SMALL, "schedule.ema=0.9", "schedule.reestimate_batch_norm=3")
 
 
 def toy(widths: tuple[int, ...] = (8, 8, 16)) -> BNext:
@@ -73,6 +72,16 @@ def one_step(model: BNext) -> torch.optim.Optimizer:
 
 
 # Whole and parts
+
+
+def _of_two() -> dict[str, Any]:
+    return {"held": _held(), "bounds": _kept_in_bounds(), "spoilt": _spoilt_parts()}
+
+
+@pytest.fixture(scope="module")
+def of_two() -> list[dict[str, Any]]:
+    """What each of two processes found out about networks in parts, one network after the other."""
+    return call(_of_two)
 
 
 def _held() -> dict[str, Any]:
@@ -101,14 +110,16 @@ def _occupied(tensors: list[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_each_process_holds_its_share_of_weights_gradients_moments_and_average() -> None:
+def test_each_process_holds_its_share_of_weights_gradients_moments_and_average(
+    of_two: list[dict[str, Any]],
+) -> None:
     model = toy()
     optimizer = one_step(model)
     weights = sum(value.nbytes for value in model.parameters())
     used = sum(value.nbytes for value in model.parameters() if value.grad is not None)
     assert len(optimizer.state) < len(list(model.parameters()))
     everything = {"weights": weights, "gradients": used, "moments": 2 * used, "average": weights}
-    first, second = call(_held)
+    first, second = (found["held"] for found in of_two)
     for kind, size in everything.items():
         (mine, of), (its, of_the_other) = first[kind], second[kind]
         assert of == of_the_other == size
@@ -179,8 +190,8 @@ def _kept_in_bounds() -> tuple[float, list[float]]:
     return len(parts), [float((part - highest).abs().max()) for part, highest in parts if part.numel()]
 
 
-def test_parts_are_kept_within_the_bounds_of_their_layers() -> None:
-    for count, distances in call(_kept_in_bounds):
+def test_parts_are_kept_within_the_bounds_of_their_layers(of_two: list[dict[str, Any]]) -> None:
+    for count, distances in (found["bounds"] for found in of_two):
         assert count == 2 * len([m for m in toy().modules() if isinstance(m, BinaryConv2d)])
         assert set(distances) == {0.0}
 
@@ -212,8 +223,10 @@ def _spoilt_parts() -> list[str | None]:
     return [*found, _spoilt(model)]
 
 
-def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that_part() -> None:
-    assert call(_spoilt_parts) == [[None, "fc.weight", "prelu.weight"]] * 2
+def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that_part(
+    of_two: list[dict[str, Any]],
+) -> None:
+    assert [found["spoilt"] for found in of_two] == [[None, "fc.weight", "prelu.weight"]] * 2
 
 
 # Training
@@ -223,7 +236,7 @@ def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process alone has pretrained; that it would share the network makes no difference to it."""
     out = tmp_path_factory.mktemp("alone")
-    said = alone(arguments("pretrain", out, *EVERYTHING, FSDP))
+    said = alone(arguments("pretrain", out, *EVERYTHING, SMALL, FSDP))
     assert "FSDP" not in said
     return the_run(out)
 
@@ -231,7 +244,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_with_parts_pretrain_as_one_and_write_whole_checkpoints(
     start: Path, tmp_path: Path
 ) -> None:
-    first, second = together(arguments("pretrain", tmp_path, *EVERYTHING, FSDP))
+    first, second = together(arguments("pretrain", tmp_path, *EVERYTHING, SMALL, FSDP))
     assert (first.code, second.code) == (0, 0), first.errors + second.errors
     assert "FSDP: each of 2 processes keeps its part of the network" in first.output
     assert second.output == second.errors == first.errors == ""
@@ -248,14 +261,14 @@ def test_two_processes_with_parts_pretrain_as_one_and_write_whole_checkpoints(
 
 @pytest.mark.slow
 def test_alone_it_makes_no_difference(start: Path, tmp_path: Path) -> None:
-    alone(arguments("pretrain", tmp_path, *EVERYTHING))
+    alone(arguments("pretrain", tmp_path, *EVERYTHING, SMALL))
     mine, its = (load_checkpoint(run / "last.safetensors").state for run in (start, the_run(tmp_path)))
     assert mine.keys() == its.keys()
     assert all(torch.equal(value, its[key]) for key, value in mine.items())
 
 
 def test_in_bfloat16_parts_train_as_copies_do(tmp_path: Path) -> None:
-    half = (*LONG, "precision=bfloat16", "schedule.epochs=1", "schedule.temperature.share=0.5")
+    half = (*LONG, SMALL, "precision=bfloat16", "schedule.epochs=1", "schedule.temperature.share=0.5")
     for name in ("ddp", "fsdp"):
         ended = together(arguments("pretrain", tmp_path / name, *half, f"parallel={name}"))
         assert codes(ended) == [0, 0], ended
@@ -287,21 +300,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_stopped_run_goes_on_with_parts_to_the_same_bytes(
+def test_a_stopped_run_that_is_killed_as_it_goes_on_with_parts_ends_with_the_same_bytes(
     undisturbed: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(stopped, tmp_path / stopped.name))
-    assert codes(together(["pretrain", "--resume", str(run)])) == [0, 0]
-    assert not differences(left(run), undisturbed)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_with_parts_to_the_same_bytes(
-    undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    ended = together(arguments("pretrain", tmp_path, *AVERAGED, FSDP), partial(send, signal.SIGKILL, 1, 4))
+    # In the second step after it was stopped, of which the first leaves a state.
+    ended = together(["pretrain", "--resume", str(run)], partial(send, signal.SIGKILL, 1, 2))
     assert (ended[0].code, ended[1].code) == (2, -signal.SIGKILL), ended
-    run = unfinished(tmp_path)
+    assert (run / "state" / "00001-0000002.safetensors").exists()
     assert codes(together(["pretrain", "--resume", str(run)])) == [0, 0]
     assert not differences(left(run), undisturbed)
 
@@ -328,8 +334,9 @@ def test_a_run_with_parts_goes_on_without_and_says_so(
     run = Path(shutil.copytree(stopped, tmp_path / stopped.name))
     ended = together(["pretrain", "--resume", str(run), "--set", "parallel=ddp"], size=processes)
     assert codes(ended) == [0] * processes, ended
-    said = ended[0].output + ended[0].errors
-    assert "the sharing of the network was FSDP, is none" in said.replace("\n", " ")
+    said = (ended[0].output + ended[0].errors).replace("\n", " ")
+    assert "the sharing of the network was FSDP, is none: the result can differ" in said
+    assert ("the number of processes was 2, is 1; " in said) == (processes == 1)
     require_near(run, by_one)
 
 
@@ -404,32 +411,22 @@ def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
 @pytest.mark.parametrize(
     ("launcher", "changes"),
     [
-        pytest.param(
-            ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-            [FSDP],
-            marks=pytest.mark.exhaustive,
-        ),
-        (
-            ["accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--main_process_port", "0"],
-            ["tracking.trackers=[tensorboard]"],  # accelerate itself is loaded for it
-        ),
+        # Which starts a training in tests/test_parallel.py.
+        pytest.param(TORCHRUN, [FSDP], marks=pytest.mark.exhaustive),
+        # accelerate itself is loaded for a tracker.
+        ([*ACCELERATE, "--use_fsdp"], ["tracking.trackers=[tensorboard]"]),
     ],
     ids=["torchrun", "accelerate"],
 )
 @pytest.mark.slow
-def test_both_launchers_start_a_training_with_parts(
+def test_a_launcher_starts_a_training_with_parts_that_is_told_of_once(
     launcher: list[str], changes: list[str], tmp_path: Path
 ) -> None:
-    words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=1", *changes)
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "qat", *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.findall("FSDP: each of 2 processes|epoch 1/1", done.stdout) == [
+    words = launched(tmp_path, SMALL, "schedule.epochs=1", *changes)
+    code, said, errors = by_launcher(launcher, words, tmp_path)
+    assert code == 0, errors
+    assert re.findall("FSDP: each of 2 processes|epoch 1/1", said) == [
         "FSDP: each of 2 processes",
         "epoch 1/1",
     ]
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in said + errors

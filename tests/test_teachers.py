@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import toyruns
 from torch import Tensor, nn
-from toyruns import Silent, fail, finetune_arguments, pretrain_toy, settings
+from toyruns import Silent, fail, finetune_arguments, settings
 
 from qat.augment import normalize
 from qat.checkpoint import load_checkpoint
@@ -26,11 +26,6 @@ from qat.train import finetune, pretrain
 CPU = torch.device("cpu")
 DIGITS = [str(digit) for digit in range(10)]
 PIXELS = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_toy(tmp_path_factory.mktemp("toy"))
 
 
 def recipe(out: Path, *overrides: str) -> LoadedRecipe:
@@ -129,11 +124,11 @@ def test_teachers_change_training_and_are_named_absolutely(
     monkeypatch.chdir(start.parent)
     weights = []
     for teachers in ("[]", f"[{start.name}]", f"[{start.name}, {start.name}]"):
-        overrides = [f"distillation.teachers={teachers}", "data.batch_size=256"]
+        overrides = [f"distillation.teachers={teachers}", "data.batch_size=480"]
         if task == "pretrain":
             run = pretrain(recipe(tmp_path, *overrides), Silent())
         else:
-            null = ("distillation.teacher=null", "schedule.epochs=1")
+            null = ("distillation.teacher=null", "schedule.epochs=1", "schedule.calibration_batches=1")
             run = finetune(
                 toyruns.recipe("tiny_int8", tmp_path, *null, *overrides, checkpoint=start), Silent()
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import LONG, arguments, codes, rows, send, the_run, together
+from processes import LONG, arguments, call, codes, rows, send, the_run, together
 from toyruns import fail, qat
 
 from qat.errors import RecipeError
@@ -105,14 +106,21 @@ def test_a_tracker_that_fails_under_way_is_left_out(tmp_path: Path, monkeypatch:
     assert len(rows(the_run(tmp_path))) == 2
 
 
-def test_without_trackers_accelerate_is_not_loaded(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def _loads_accelerate(words: list[str]) -> bool:
+    """Whether a command does, in a process where neither accelerate nor any part of `qat` is loaded yet."""
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("accelerate", "qat"):
+            del sys.modules[name]
+    from qat.cli import main
 
-    words = arguments("pretrain", tmp_path, *LONG, "schedule.epochs=1", "data.augment={}")
-    code = (
-        f"import sys; from qat.cli import main\ntry: main({words!r})\n"
-        "except SystemExit: print('accelerate' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("False"), done.stdout + done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code
+    return "accelerate" in sys.modules
+
+
+def test_accelerate_is_loaded_for_trackers_alone(tmp_path: Path) -> None:
+    words = ["schedule.epochs=1", "data.batch_size=640", "data.augment={}"]
+    (plain,) = call(_loads_accelerate, arguments("pretrain", tmp_path, *words), size=1)
+    (tracked,) = call(_loads_accelerate, arguments("pretrain", tmp_path, *BOARD, *words), size=1)
+    assert (plain, tracked) == (False, True)
