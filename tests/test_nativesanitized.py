@@ -31,12 +31,16 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (copy / "CMakeLists.txt").open("a") as script:
         script.write(f"set_property(SOURCE {PLANTED} PROPERTY SKIP_UNITY_BUILD_INCLUSION ON)\n")
         if KERNELS and idle:
-            script.write(
-                f"set_property(SOURCE {' '.join(idle)} APPEND PROPERTY COMPILE_OPTIONS -fno-sanitize=all -O0)\n"
-            )
+            options = "-fno-sanitize=all -O0"
+            script.write(f"set_property(SOURCE {' '.join(idle)} APPEND PROPERTY COMPILE_OPTIONS {options})\n")
     # A unity build halves the time: each file alone takes most of it for the headers.
-    options = ("-DBNEXT_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_UNITY_BUILD=ON")
-    build(copy, copy / "build", *options)
+    build(
+        copy,
+        copy / "build",
+        "-DBNEXT_SANITIZE=ON",
+        "-DCMAKE_CXX_COMPILER=g++",
+        "-DCMAKE_UNITY_BUILD=ON",
+    )
     return copy
 
 

@@ -50,7 +50,7 @@ further = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 def assert_parity(torch_model: BNext, size: int, *, seed: int = 9) -> IntegerNetwork:
-    """torch evaluating = interpreter = onnxruntime, for one image and for five; returns the lowered network."""
+    """torch evaluating = interpreter = onnxruntime, for one image and five; returns the lowered network."""
     network = lowered(torch_model)
     images = pixels(seed, 5, size)
     # Both batches in one comparison: preparing the sessions takes most of its time.
