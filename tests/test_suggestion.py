@@ -15,6 +15,10 @@ from qat.sensitivity.suggestion import Candidate, Suggestion, find_candidates, s
 from qat.sensitivity.variants import Measure
 
 
+# One process: each would measure for itself.
+pytestmark = pytest.mark.xdist_group("suggestion")
+
+
 @pytest.fixture(scope="module")
 def study() -> Study:
     return make_study()
