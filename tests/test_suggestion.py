@@ -14,7 +14,6 @@ from qat.sensitivity.parts import Sensitivity, parts_of, without
 from qat.sensitivity.suggestion import Candidate, Suggestion, find_candidates, suggest
 from qat.sensitivity.variants import Measure
 
-
 # One process: each would measure for itself.
 pytestmark = pytest.mark.xdist_group("suggestion")
 
