@@ -33,6 +33,7 @@ ABLATIONS = [
     for elm in (True, False)
     for recoupling in (True, False)
 ]
+FULL = ABLATIONS[0]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,18 @@ def test_a_published_size_has_its_published_parameter_counts(size: str, binary: 
     assert sum(parameter.numel() for parameter in model.parameters()) - counted == other
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS, ids=str)
-@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize(
+    ("size", "ablation"),
+    [
+        # Each size, and each ablation of the smallest.
+        pytest.param(
+            size, ablation, marks=[] if size == "tiny" or ablation == FULL else pytest.mark.exhaustive
+        )
+        for size in WIDTHS
+        for ablation in ABLATIONS
+    ],
+    ids=str,
+)
 def test_every_size_and_ablation_computes_logits(size: str, ablation: dict[str, bool]) -> None:
     with torch.device("meta"):
         model = BNext(7, size, **ablation)

@@ -99,9 +99,15 @@ def test_a_model_for_another_image_size_is_evaluated_at_that_size(toys: Path, tm
 # Forms
 
 
+@pytest.fixture(scope="module")
+def accuracies(toys: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the exported model and of the checkpoint behind it."""
+    return accuracy(toys / "model.onnx"), accuracy(tuned(toys))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_takes_its_images_and_has_the_accuracy_of_the_checkpoint(
-    toys: Path, tmp_path: Path, form: str
+    toys: Path, tmp_path: Path, accuracies: tuple[dict[str, Any], dict[str, Any]], form: str
 ) -> None:
     options, element, shape = FORMS[form]
     if "native" in options and not KERNELS:
@@ -114,8 +120,9 @@ def test_each_form_takes_its_images_and_has_the_accuracy_of_the_checkpoint(
     kind = f"{'uint8' if element == UINT8 else 'float32'} {'NHWC' if shape[-1] == 3 else 'NCHW'}"
     assert metadata(path)["input"] == kind
     assert metadata(path)["exporter"].startswith("bnext-qat ")
-    assert accuracy(path) == accuracy(toys / "model.onnx")
-    assert accuracy(path)["top1"] == accuracy(tuned(toys))["top1"]
+    found, (of_the_model, of_the_checkpoint) = accuracy(path), accuracies
+    assert found == of_the_model
+    assert found["top1"] == of_the_checkpoint["top1"]
     assert text.splitlines()[-1] == f"{path}: {path.stat().st_size / 1e6:.2f} MB, verified"
 
 

@@ -55,10 +55,17 @@ def test_everything_is_in_the_json(outcome: tuple[dict[str, Any], Path]) -> None
     assert {one["bits"] for one in found["widths"]} == {4, 2}
 
 
+@pytest.mark.exhaustive
 def test_the_same_command_finds_the_same(outcome: tuple[dict[str, Any], Path], quick: list[str]) -> None:
     again = json.loads(succeed(*quick, "--json"))
     found, _ = outcome
     assert again | {"seconds": 0} == found | {"seconds": 0}
+
+
+def test_the_same_command_about_one_group_finds_the_same(quick: list[str]) -> None:
+    once, again = (json.loads(succeed(*quick, "--group", "stem", "--json")) for _ in range(2))
+    assert {kind for kind in ("groups", "layers", "widths") if once[kind]} == {"groups", "layers", "widths"}
+    assert again | {"seconds": 0} == once | {"seconds": 0}
 
 
 def test_the_written_recipe_is_the_given_one_with_the_suggested_section(
@@ -103,7 +110,7 @@ def test_a_checkpoint_beside_the_recipe_is_found_from_where_the_new_recipe_lies(
 
 
 def test_the_terminal_shows_tables_notes_and_the_section_last(quick: list[str]) -> None:
-    text = succeed(*quick)
+    text = succeed(*quick, "--bits", "4")
     assert "Before fine-tuning, on 60 of 360 test images" in text
     assert "Most sensitive of 18 layers" in text
     assert text.count("feature.") - text.partition("One of 60 images")[2].count("feature.") == 10
@@ -129,18 +136,23 @@ def test_the_page_has_charts_and_every_layer(outcome: tuple[dict[str, Any], Path
 @pytest.mark.parametrize(("by", "absent"), [("group", "layers"), ("layer", "groups")])
 def test_by_leaves_out_the_other_kind(toys: Path, tmp_path: Path, by: str, absent: str) -> None:
     command = [*arguments(toys, tmp_path), "--images", "8", "--bits", "8", "--group", "se", "--by", by]
-    found = json.loads(succeed(*command, "--json"))
+    out = tmp_path / "page.html"
+    found = json.loads(qat(*command, "--json", "-o", out).stdout)
     assert found[absent] == []
     assert {one["group"] for kind in ("groups", "layers") for one in found[kind]} == {"se"}
     assert found["widths"] == []  # none is lower
     given = recipe("tiny_int8", tmp_path).recipe.quantization
     assert given is not None
     assert found["suggestion"]["quantization"] == given.model_dump(mode="json")
-    out = tmp_path / "page.html"
-    text = succeed(*command, "-o", out)
+    assert out.read_text(encoding="utf-8").count("<svg") == (3 if by == "group" else 4)
+
+
+@pytest.mark.parametrize("by", ["group", pytest.param("layer", marks=pytest.mark.exhaustive)])
+def test_where_no_width_is_lower_that_is_said(toys: Path, tmp_path: Path, by: str) -> None:
+    command = [*arguments(toys, tmp_path), "--images", "8", "--bits", "8", "--group", "se", "--by", by]
+    text = succeed(*command)
     assert "No setting can do with fewer bits" in text
     assert "chosen on these test images" not in text  # nothing was chosen
-    assert out.read_text(encoding="utf-8").count("<svg") == (3 if by == "group" else 4)
 
 
 def test_layers_are_measured_on_fewer_images_where_no_number_is_given(toys: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_every_element_of_a_fresh_export_equals_the_reference_on_noise_and_digit
     assert found["image", "on"].elements == (32 + 4) * 3 * 16**2
 
 
-@pytest.mark.parametrize("target", ["float input", "pixels"])
+@pytest.mark.parametrize("target", ["pixels", pytest.param("float input", marks=pytest.mark.exhaustive)])
 def test_every_element_of_a_fresh_export_equals_the_reference_on_photographs(target: str) -> None:
     assert assert_exact(target, cifar10(32).images).images == 32
 
@@ -189,7 +189,7 @@ def accumulators(model: onnx.ModelProto, sub: SubBlock, fed: NDArray[Any], optim
     return (inside * (windows + np.array(lows).reshape(-1, 1, 1, 1, 1))).sum(0)
 
 
-@pytest.mark.parametrize("widths", [(8, 16, 16, 32), (5, 10, 10), (64, 128)])
+@pytest.mark.parametrize("widths", [(8, 8, 16), (5, 10, 10), (64, 128)])
 def test_the_sums_inside_the_graph_s_own_operators_equal_the_reference_integer_for_integer(
     widths: tuple[int, ...],
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -24,8 +26,20 @@ from torch import nn
 
 from export.integer import ALWAYS, NEVER
 from export.reference import Interpreter
+from qat.bnext import BNext
 from qat.fakequant import activation_quantizers
 from qat.folding import folded_constants, slope_scale
+
+
+@functools.cache
+def shared() -> BNext:
+    return toy(0)
+
+
+def fresh() -> BNext:
+    """``toy(0)``, calibrated once: a network of this test's own."""
+    return copy.deepcopy(shared())
+
 
 # Thresholds.
 
@@ -100,7 +114,7 @@ def test_integer_slopes_are_the_slopes_that_torch_uses(slopes: tuple[float, floa
 
 @pytest.mark.parametrize("gamma", [0.0, -0.0])
 def test_a_gamma_of_zero_leaves_its_channel_the_rounded_offset(gamma: float) -> None:
-    model = toy(0)
+    model = fresh()
     norm = model.feature[1].Attention.norm1
     with torch.no_grad():
         norm.weight[2] = gamma
@@ -115,7 +129,7 @@ def test_a_gamma_of_zero_leaves_its_channel_the_rounded_offset(gamma: float) -> 
 
 
 def test_a_negative_gamma_flips_the_weights_of_its_channel_and_no_multiplier_is_negative() -> None:
-    model = toy(0)
+    model = fresh()
     norm = model.feature[1].Attention.norm1
     with torch.no_grad():
         norm.weight.abs_()
@@ -159,7 +173,7 @@ def test_a_whole_network_of_rare_normalizations_computes_the_same_in_torch(
 
 @pytest.mark.parametrize("slope", [0.0, -0.0, -0.5, -3.0, 1.0, 1.5, 200.0, 1e-9, 1e30, -3e38])
 def test_a_slope_of_any_size_and_sign_computes_the_same_in_torch(slope: float) -> None:
-    model = toy(0)
+    model = fresh()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.PReLU):
@@ -196,7 +210,7 @@ def test_what_is_lowered_are_the_constants_that_the_network_computes_with() -> N
 
 
 def test_a_row_of_zeros_in_the_classifier_keeps_its_bias() -> None:
-    model = toy(0)
+    model = fresh()
     with torch.no_grad():
         model.fc.weight[2] = 0
         model.fc.bias[2] = -321.5
@@ -206,7 +220,7 @@ def test_a_row_of_zeros_in_the_classifier_keeps_its_bias() -> None:
 
 
 def test_a_sigmoid_over_a_wide_grid_of_logits_saturates_without_a_warning() -> None:
-    model = toy(0)
+    model = fresh()
     for name, point in activation_quantizers(model):
         if name.endswith(".logits"):
             point.scale.fill_(10.0)  # exp(1280) overflows float64
@@ -216,7 +230,7 @@ def test_a_sigmoid_over_a_wide_grid_of_logits_saturates_without_a_warning() -> N
 
 
 def test_lowering_leaves_the_network_as_it_was_and_is_repeatable() -> None:
-    model = toy(0)
+    model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = pixels(0, 2, 16).numpy()
     first, second = (Interpreter(lowered(model))(images) for _ in range(2))

@@ -1,6 +1,6 @@
 """Malformed models of native operators end in an error of onnxruntime in words, never in a crash.
 
-Each operator's models run in a process of their own, so that a crash is a failed test.
+The models run in a process of their own, so that a crash is a failed test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from onnx import TensorProto, helper
 
 from export.nativelibrary import register
 
-pytestmark = needs_library
+# One process: each would run all models for itself.
+pytestmark = [needs_library, pytest.mark.xdist_group("nativerefusals")]
 
 F32 = np.float32
 #: Change of a valid node: the value of an input (by index) or an attribute (by name); `GONE` leaves it out.
@@ -324,21 +325,31 @@ def fuzz(operator: str, rounds: int = ROUNDS) -> dict[str, str]:
     return {key: str(value) for key, value in counts.items()}
 
 
-def main(task: str, operator: str) -> None:
-    """Entry of the child process."""
-    print(json.dumps(refuse(operator) if task == "refuse" else fuzz(operator)))
+def main() -> None:
+    """Entry of the child process: what was begun on the error stream, all answers on the other."""
+    answers: dict[str, dict[str, dict[str, str]]] = {}
+    for operator in GROUPS:
+        for task in (refuse, fuzz):
+            print(f"{task.__name__} {operator}", file=sys.stderr, flush=True)
+            answers.setdefault(operator, {})[task.__name__] = task(operator)
+    print(json.dumps(answers))
 
 
 @functools.cache
-def answers_of(task: str, operator: str) -> dict[str, str]:
+def all_answers() -> dict[str, dict[str, dict[str, str]]]:
+    # One child for all: to start takes longer than to run an operator's models.
     here = Path(__file__)
     paths = [str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-c", f"import {here.stem}; {here.stem}.main({task!r}, {operator!r})"]
+    command = [sys.executable, "-c", f"import {here.stem}; {here.stem}.main()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{operator}: ended with {done.returncode}\n{done.stderr[-4000:]}"
-    answers: dict[str, str] = json.loads(done.stdout)
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr[-4000:]}"
+    answers: dict[str, dict[str, dict[str, str]]] = json.loads(done.stdout)
     return answers
+
+
+def answers_of(task: str, operator: str) -> dict[str, str]:
+    return all_answers()[operator][task]
 
 
 # ---- tests

@@ -162,9 +162,16 @@ MIXED: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch_ao", "brevitas"])
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "torch_ao") for name in MIXED),
+        ("every point differs", "brevitas"),
+        pytest.param("trunk", "brevitas", marks=pytest.mark.exhaustive),
+        pytest.param("W4A8 and W4A4 attention", "brevitas", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_network_of_mixed_bits_equals_its_export_exactly(
     name: str, power_of_two: bool, backend: str
 ) -> None:

@@ -388,10 +388,11 @@ def test_more_bits_bring_the_network_closer_to_float(
     make_toy: Any, make_float_toy: Any, images: Tensor
 ) -> None:
     inside, logits = [], []
+    in_float = [make_float_toy(seed=seed) for seed in range(3)]
     for bits in (8, 6, 4):
         block_errors, logit_errors = [], []
-        for seed in range(3):
-            float_model, model = make_float_toy(seed=seed), make_toy(everything_at(bits), seed=seed)
+        for seed, float_model in enumerate(in_float):
+            model = make_toy(everything_at(bits), seed=seed)
             errors = sub_block_errors(float_model, model, images)
             block_errors.append(sum(errors.values()) / len(errors))
             with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +22,17 @@ from qat.fakequant import activation_quantizers
 from qat.layers import BinaryConv2d
 from qat.prepare import prepare
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
+
+
+@functools.cache
+def shared() -> BNext:
+    return toy(0)
+
+
+def fresh() -> BNext:
+    """``toy(0)``, calibrated once: a network of this test's own."""
+    return copy.deepcopy(shared())
+
 
 # What was never made an integer network.
 
@@ -65,7 +78,7 @@ def test_other_modules_are_refused_too() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-3, 1.0])
 def test_a_temperature_that_has_not_annealed_is_refused_by_name(temperature: float) -> None:
-    model = toy(0)
+    model = fresh()
     set_temperature(model.feature[2].FFN, temperature)
     message = rf"^feature\.2\.FFN\.binary_conv: temperature {temperature:.3g} is not below 1e-7, .* not ±1"
     with pytest.raises(QuantizationError, match=message):
@@ -73,7 +86,7 @@ def test_a_temperature_that_has_not_annealed_is_refused_by_name(temperature: flo
 
 
 def test_the_first_temperature_below_the_limit_is_accepted() -> None:
-    model = toy(0)
+    model = fresh()
     set_temperature(model, 9.9e-8)
     lowered(model)
 
@@ -89,7 +102,7 @@ class ScaledConv(BinaryConv2d):
 
 @pytest.mark.parametrize("magnitude", [0.5, 1.0001, float("nan")])
 def test_weights_of_another_magnitude_are_refused_by_name(magnitude: float) -> None:
-    model = toy(0)
+    model = fresh()
     conv = ScaledConv(8, 1, 1)
     conv.load_state_dict(model.feature[1].FFN_2.binary_conv.state_dict())
     model.feature[1].FFN_2.binary_conv = conv
@@ -129,14 +142,14 @@ def put(name: str, value: float) -> Callable[[BNext], None]:
     ],
 )
 def test_a_value_that_is_not_finite_is_refused_by_name(name: str, value: float) -> None:
-    model = toy(0)
+    model = fresh()
     put(name, value)(model)
     with pytest.raises(QuantizationError, match=rf"^{re.escape(name)}: holds (NaN|an infinity)$"):
         lowered(model)
 
 
 def test_a_negative_variance_is_refused_by_name() -> None:
-    model = toy(0)
+    model = fresh()
     put("feature.1.Attention.norm2.running_var", -1e-3)(model)
     with pytest.raises(
         QuantizationError, match=r"^feature\.1\.Attention\.norm2\.running_var: a variance is negative"
@@ -165,7 +178,7 @@ HUGE = [
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("name", "message"), HUGE)
 def test_a_huge_parameter_is_refused_by_the_name_of_its_layer(name: str, message: str, sign: int) -> None:
-    model = toy(0)
+    model = fresh()
     if "norm2" in name:  # whatever the images were: 3e38 over 0.003 is no float32 number
         model.state_dict()[name.replace("weight", "running_var")].zero_()
     put(name, sign * 3e38)(model)
@@ -174,7 +187,7 @@ def test_a_huge_parameter_is_refused_by_the_name_of_its_layer(name: str, message
 
 
 def test_one_slope_shared_by_all_channels_is_refused_by_name() -> None:
-    model = toy(0)
+    model = fresh()
     model.feature[1].FFN_1.activation2 = nn.PReLU()
     with pytest.raises(
         QuantizationError, match=r"^feature\.1\.FFN_1\.slopes\.integers: shape \[1\], expected \[8\]"
@@ -201,7 +214,7 @@ POINTS = [
 @pytest.mark.parametrize(("step", "said"), [(0.0, "0"), (-0.1, "-0.1"), (1e-45, "1.4e-45"), (3e38, "3e+38")])
 @pytest.mark.parametrize("name", POINTS)
 def test_a_step_without_a_rule_is_refused_by_the_name_of_the_point(name: str, step: float, said: str) -> None:
-    model = toy(0)
+    model = fresh()
     dict(activation_quantizers(model))[name].scale.fill_(step)
     message = f"{name}: a step of {said}, allowed: 8.67e-19 to 1.15e+18"
     with pytest.raises(QuantizationError, match=f"^{re.escape(message)}$"):
@@ -209,7 +222,7 @@ def test_a_step_without_a_rule_is_refused_by_the_name_of_the_point(name: str, st
 
 
 def test_the_image_s_step_has_the_same_bounds() -> None:
-    model = toy(0)
+    model = fresh()
     put("feature.0.image.scale", 0.0)(model)
     with pytest.raises(QuantizationError, match=r"^feature\.0\.image: a step of 0, allowed"):
         lowered(model)
@@ -217,7 +230,7 @@ def test_the_image_s_step_has_the_same_bounds() -> None:
 
 @pytest.mark.parametrize("step", [1 / LARGEST_STEP, LARGEST_STEP])
 def test_the_last_steps_within_the_bounds_are_accepted(step: float) -> None:
-    model = toy(0)
+    model = fresh()
     dict(activation_quantizers(model))["fc.input"].scale.fill_(step)
     assert lowered(model).head.input.scale == step
 
@@ -237,7 +250,7 @@ def test_steps_too_far_apart_for_a_branch_are_refused_by_the_name_of_the_sub_blo
 
 
 def test_a_zero_point_that_a_signed_grid_has_not_is_refused_by_name() -> None:
-    model = toy(0)
+    model = fresh()
     dict(activation_quantizers(model))["feature.1.FFN_1.y"].fake.zero_point.fill_(3)
     with pytest.raises(QuantizationError, match=r"^feature\.1\.FFN_1\.y: zero point 3, allowed: 0$"):
         lowered(model)
@@ -256,7 +269,7 @@ def test_a_zero_point_that_a_signed_grid_has_not_is_refused_by_name() -> None:
     ],
 )
 def test_facts_that_no_network_has_are_refused(options: dict[str, Any], message: str) -> None:
-    model = toy(0)
+    model = fresh()
     facts: dict[str, Any] = {"image_size": 16, "mean": MEAN, "std": STD}
     lower(model, **facts)
     with pytest.raises(QuantizationError, match=message):
@@ -264,7 +277,7 @@ def test_facts_that_no_network_has_are_refused(options: dict[str, Any], message:
 
 
 def test_a_refusal_leaves_the_network_as_it_was() -> None:
-    model = toy(0)
+    model = fresh()
     put("feature.1.FFN_2.norm2.weight", 3e38)(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(QuantizationError):

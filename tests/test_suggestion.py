@@ -14,6 +14,9 @@ from qat.sensitivity.parts import Sensitivity, parts_of, without
 from qat.sensitivity.suggestion import Candidate, Suggestion, find_candidates, suggest
 from qat.sensitivity.variants import Measure
 
+# One process: each would measure for itself.
+pytestmark = pytest.mark.xdist_group("suggestion")
+
 
 @pytest.fixture(scope="module")
 def study() -> Study:

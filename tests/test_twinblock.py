@@ -95,9 +95,16 @@ def sub_blocks(model: nn.Module) -> list[tuple[str, FakeQuantSubBlock]]:
 ABLATIONS = [{"elm_attention": e, "infor_recoupling": i} for e in (True, False) for i in (True, False)]
 
 
-@pytest.mark.parametrize("shape", [(7, 6), (2, 2)], ids=str)
-@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
-@pytest.mark.parametrize("spread", [1.0, 3.0], ids=["narrow", "wide"])
+#: Shape, frozen, spread: each pair of values of any two.
+HALF = [((7, 6), False, 1.0), ((7, 6), True, 3.0), ((2, 2), False, 3.0), ((2, 2), True, 1.0)]
+OTHER_HALF = [(shape, not frozen, spread) for shape, frozen, spread in HALF]
+
+
+@pytest.mark.parametrize(
+    ("shape", "frozen", "spread"),
+    [*HALF, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHER_HALF)],
+    ids=str,
+)
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
 @pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("observer", ["percentile", "moving_average"])

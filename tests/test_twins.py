@@ -216,7 +216,7 @@ def in_training(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(6, marks=pytest.mark.exhaustive), 8])
 def test_training_and_integers_agree_to_within_rounding_on_each_sub_block(
     options: dict[str, bool], bits: int
 ) -> None:

@@ -77,14 +77,15 @@ def test_torch_and_the_reference_give_the_same_logits_on_all_test_digits() -> No
 
 
 @pytest.mark.slow
-def test_torch_and_the_export_agree_on_all_test_photographs(tmp_path: Path) -> None:
-    photographs = cifar10()
+@pytest.mark.parametrize("count", [1000, pytest.param(COUNT, marks=pytest.mark.exhaustive)])
+def test_torch_and_the_export_agree_on_photographs(count: int, tmp_path: Path) -> None:
+    photographs = cifar10(count)
     model = toy(6, size=32, widths=(8, 16, 16), stem_stride=2)
     network = lowered(model, 32)
     exported = OnnxModel(saved(emit(network), tmp_path / "model.onnx"))
     data = DATA.model_copy(update={"image_size": 32, "eval_batch_size": 500})
     result = compare(predictor(model), exported, network, photographs, data)
-    assert (result.n, result.reference_n) == (COUNT, 32)
+    assert (result.n, result.reference_n) == (count, 32)
     assert (result.agreement, result.largest, result.reference_equal) == (100.0, 0.0, 100.0)
 
 
