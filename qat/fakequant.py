@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.integers import saturate
-from qat.nativepasses import Grid
+from qat.nativepasses import GridNumbers
 from qat.observers import MOVING, Observer, channel_scales, observed_grid
 from qat.rounding import Extremes, fake_quantize, step_of
 
@@ -87,10 +87,11 @@ class Quantizer(_OwnState):
         """Whether values can be put on a known grid right now."""
         return False
 
-    def settled(self) -> Grid | None:
+    def settled(self) -> GridNumbers | None:
         """The grid as numbers, where steps may be put together in which no value of this point appears.
 
-        ``None`` where there is no grid, or it is observed or learned meanwhile, or a hook waits for values.
+        ``None`` where there is no grid, or it is observed or learned meanwhile, or a forward hook of this
+        point waits for values.
         """
         return None
 
@@ -233,12 +234,12 @@ class ActivationQuantizer(Quantizer):
         """Calibrated, and not observing for calibration just now."""
         return self.calibrated and not self.calibrating
 
-    def settled(self) -> Grid | None:
+    def settled(self) -> GridNumbers | None:
         """See :class:`Quantizer`."""
         watched = self._forward_hooks or self._forward_pre_hooks
         if watched or self.observes or not self.has_grid:
             return None
-        return Grid(self.quant_min, self.quant_max, *step_of(self.scale))
+        return GridNumbers(self.quant_min, self.quant_max, *step_of(self.scale))
 
     def saturate(self, steps: Tensor) -> Tensor:
         """Round half to even, clamp to the grid's integers; any shape, same type."""

@@ -1,4 +1,6 @@
-"""The steps of a sub-block's training as few passes over large tensors as torch's operators allow.
+"""The steps of a sub-block's training in as few passes over large tensors as torch's operators allow.
+
+On a CPU the native library, where it was built, takes fewer (:mod:`qat.nativefused`).
 
 Each function equals the plain formula, forward and backward, to rounding. What runs over (N, C, H, W) has its
 gradient written out; what runs over vectors (N, C) is left to autograd.
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from qat import nativefused
 from qat.binary import ACTIVATION_CLIP
 from qat.distributed import world
-from qat.nativepasses import Grid, usable
+from qat.nativepasses import GridNumbers, fits, usable
 from qat.passes import HALF, apply, channel_sums, dot, multiply_add, portions, spread, without_autocast
 from qat.syncednorm import correction, global_moments, synced_batch_norm
 
@@ -44,7 +46,7 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     """``PReLU(BN(x))`` with batch statistics, for which :func:`can_fuse` must hold; (N, C, H, W)."""
     if world().size > 1:
         return prelu(synced_batch_norm(x, norm), activation.weight)
-    if usable(x):
+    if can_norm(x):
         return native_norm_prelu(x, norm, activation.weight)
     _count(norm)
     return apply(
@@ -60,8 +62,17 @@ def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     )
 
 
-def native_norm_prelu(x: Tensor, norm: nn.BatchNorm2d, slope: Tensor, grid: Grid | None = None) -> Tensor:
-    """:func:`norm_prelu` by the native library, which must be usable; of one process alone.
+def can_norm(x: Tensor) -> bool:
+    """Whether :func:`native_norm_prelu` can take ``x``; one value alone is torch's, which refuses it."""
+    return x.numel() > x.shape[1] and usable(x)
+
+
+def native_norm_prelu(
+    x: Tensor, norm: nn.BatchNorm2d, slope: Tensor, grid: GridNumbers | None = None
+) -> Tensor:
+    """:func:`norm_prelu` by the native library, for which :func:`can_norm` must hold.
+
+    A normalization in training is that of one process.
 
     Args:
         x: (N, C, H, W).
@@ -104,8 +115,8 @@ def scaled_norm(
         (N, C, H, W).
     """
     gain, offset = affine_form(norm, factor, mean, variance, x.shape[2:].numel())
-    fits = usable(x) and residual.dtype == x.dtype and residual.is_contiguous()
-    return apply(nativefused.ScaleAndAdd if fits else _ScaleAndAdd, x, factor * gain, offset, residual)
+    function = nativefused.ScaleAndAdd if fits(x, residual) else _ScaleAndAdd
+    return apply(function, x, factor * gain, offset, residual)
 
 
 def affine_form(

@@ -28,7 +28,7 @@ from brevitas.core.restrict_val import LogFloatRestrictValue, PowerOfTwoRestrict
 from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, WeightQuantizer
-from qat.nativepasses import Grid
+from qat.nativepasses import GridNumbers
 from qat.observers import channel_scales
 from qat.rounding import Extremes
 
@@ -115,7 +115,7 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
-    def settled(self) -> Grid | None:
+    def settled(self) -> GridNumbers | None:
         """Never: its step is learned, and rounding knows it."""
         return None
 

@@ -1,6 +1,7 @@
 """The steps of :mod:`qat.fused`, :mod:`qat.pooling` and :mod:`qat.rounding` by passes of the native library.
 
-For tensors of which :func:`qat.nativepasses.usable` holds; formulas and gradients are theirs.
+For tensors of which :func:`qat.nativepasses.usable` holds. Formulas and gradients are theirs, but for what is
+no number: its sign is none, too. Gradients have no gradients of their own.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qat import nativepasses
-from qat.nativepasses import Affine, Grid
+from qat.nativepasses import Affine, GridNumbers
 
 
 class ShiftedSign(torch.autograd.Function):
@@ -24,6 +26,7 @@ class ShiftedSign(torch.autograd.Function):
         return nativepasses.sign(x, bias.flatten(), zero_is_positive)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x`` and the bias."""
         x, bias = ctx.saved_tensors
@@ -35,13 +38,14 @@ class PReLU(torch.autograd.Function):
     """``PReLU(x)``, slopes (C,); with a grid the result is put on it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slope: Tensor, grid: GridNumbers | None = None) -> Tensor:
         """See :func:`qat.fused.prelu`."""
         ctx.save_for_backward(x, slope)
         ctx.grid = grid
         return nativepasses.prelu(x, slope, grid)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x`` and the slopes."""
         x, slope = ctx.saved_tensors
@@ -64,7 +68,7 @@ class NormPReLU(torch.autograd.Function):
         slope: Tensor,
         mean: Tensor,
         invstd: Tensor,
-        grid: Grid | None = None,
+        grid: GridNumbers | None = None,
     ) -> Tensor:
         """See :func:`qat.fused.norm_prelu`."""
         gain = weight * invstd
@@ -74,6 +78,7 @@ class NormPReLU(torch.autograd.Function):
         return nativepasses.norm_prelu(x, Affine(gain, offset, slope), grid)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x``, weight, bias and slopes."""
         x, weight, slope, mean, invstd, gain, offset = ctx.saved_tensors
@@ -93,7 +98,7 @@ class AffinePReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, slope: Tensor, grid: Grid | None = None
+        ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, slope: Tensor, grid: GridNumbers | None = None
     ) -> Tensor:
         """See :func:`qat.fused.native_norm_prelu`."""
         ctx.save_for_backward(x, gain, offset, slope)
@@ -101,6 +106,7 @@ class AffinePReLU(torch.autograd.Function):
         return nativepasses.norm_prelu(x, Affine(gain, offset, slope), grid)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x``, gain, offset and slopes."""
         x, gain, offset, slope = ctx.saved_tensors
@@ -122,6 +128,7 @@ class Moments(torch.autograd.Function):
         return mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x``."""
         x, mean = ctx.saved_tensors
@@ -140,36 +147,19 @@ class Scale(torch.autograd.Function):
         return nativepasses.scale(x, factor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x`` and the factor."""
         x, factor = ctx.saved_tensors
-        grad, _, products = nativepasses.scale_gradient(grads[0], x, factor)
+        grad, products = nativepasses.scale_gradient(grads[0], x, factor)
         return grad, products.sum_to_size(factor.shape).to(factor.dtype)
-
-
-class ScaleAndAdd(torch.autograd.Function):
-    """``gain ⊙ x + offset + residual``; gain (N, C), offset (C,)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, residual: Tensor) -> Tensor:
-        """See :func:`qat.fused.scaled_norm`."""
-        ctx.save_for_backward(x, gain)
-        ctx.offset_type = offset.dtype
-        return nativepasses.scale_add(x, gain, offset, residual)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """By ``x``, gain, offset and residual."""
-        x, gain = ctx.saved_tensors
-        grad, sums, products = nativepasses.scale_gradient(grads[0], x, gain)
-        return grad, products.to(gain.dtype), sums.sum(0).to(ctx.offset_type), grads[0]
 
 
 class FakeQuantize(torch.autograd.Function):
     """``x`` on a grid of integers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: GridNumbers, overwrite: bool) -> Tensor:
         """See :func:`qat.rounding.fake_quantize`."""
         out, inside = nativepasses.fake_quantize(x, grid, overwrite)
         ctx.save_for_backward(inside)
@@ -178,6 +168,7 @@ class FakeQuantize(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x``."""
         (inside,) = ctx.saved_tensors
@@ -185,23 +176,32 @@ class FakeQuantize(torch.autograd.Function):
         return grad, None, None
 
 
-class GridAdd(torch.autograd.Function):
-    """What a fake-quantized sub-block makes of its branch: see :func:`qat.nativepasses.grid_add`."""
+class ScaleAndAdd(torch.autograd.Function):
+    """``factor ⊙ x + offset + other``, on grids where there are some: see :func:`qat.nativepasses.add`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, factor: Tensor, offset: Tensor, other: Tensor, grid: Grid, inner: Grid | None
+        ctx: Any,
+        x: Tensor,
+        factor: Tensor,
+        offset: Tensor,
+        other: Tensor,
+        grid: GridNumbers | None = None,
+        inner: GridNumbers | None = None,
     ) -> Tensor:
         """(N, C, H, W) → same shape."""
-        ctx.save_for_backward(x, factor, offset, other)
+        ctx.save_for_backward(x, factor, offset, None if inner is None else other)
         ctx.grids = grid, inner
-        return nativepasses.grid_add(x, factor, offset, other, grid, inner)
+        return nativepasses.add(x, factor, offset, other, grid, inner)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x``, factor, offset and other."""
         x, factor, offset, other = ctx.saved_tensors
-        found = nativepasses.grid_add_gradient(grads[0], x, factor, offset, other, *ctx.grids)
+        found = nativepasses.add_gradient(
+            grads[0], x, factor, offset, x if other is None else other, *ctx.grids
+        )
         by_factor = found.factor.sum_to_size(factor.shape).to(factor.dtype)
         return found.x, by_factor, found.offset.sum(0).to(offset.dtype), found.other, None, None
 

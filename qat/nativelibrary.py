@@ -1,7 +1,8 @@
 """Where the native library is: operators for onnxruntime, passes for training; built from ``export/native``.
 
 A wheel carries the library in that folder, an editable install builds it there (``make native`` builds it
-again). Where no compiler was found it is missing, and only who asks for it is told.
+again). Where no compiler was found it is missing: who asks for it is told, and training takes torch's
+operators. A library that is there but of another version is an error, training too.
 """
 
 from __future__ import annotations

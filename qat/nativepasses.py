@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.binary import ACTIVATION_CLIP
 from qat.errors import NativeLibraryError
@@ -24,11 +24,23 @@ from qat.nativelibrary import has_library, kernels_in_use, library_function, nat
 
 #: In the order of the library's own list.
 _TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_WITH_GRID: Final = (
+    *("prelu", "prelu_gradient", "norm_prelu", "norm_prelu_sums", "norm_prelu_gradient"),
+    *("add", "add_gradient"),
+)
+#: What a library must have.
+PASSES: Final = frozenset(
+    (
+        *("sign", "sign_gradient", "moments", "scale", "fake_quantize", "fake_quantize_gradient"),
+        *(prefix + name for prefix in ("", "grid_") for name in _WITH_GRID),
+        *("product_add", "product_add_gradient"),
+    )
+)
 #: Values that make up a plane of a tensor without images.
 _FLAT: Final = 4096
 
 
-class Grid(ctypes.Structure):
+class GridNumbers(ctypes.Structure):
     """``bnext::Grid``: integers from ``low`` to ``high``, the step and its reciprocal."""
 
     _fields_ = tuple((name, ctypes.c_double) for name in ("low", "high", "scale", "inverse"))
@@ -40,13 +52,11 @@ class _Pass(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("planes", "channels", "pixels")),
         *((name, ctypes.c_void_p) for name in ("x", "other", "grad", "out", "other_out", "inside")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("gain", "offset", "slope", "center", "tilt", "factor", "shift")
-        ),
+        *((name, ctypes.c_void_p) for name in ("gain", "offset", "slope", "center", "tilt", "shift")),
+        ("factor", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("sums", "products", "slopes")),
-        ("grid", Grid),
-        ("inner", Grid),
+        ("grid", GridNumbers),
+        ("inner", GridNumbers),
         ("clip", ctypes.c_double),
         ("last", ctypes.c_int64),
         ("positive_zero", ctypes.c_int32),
@@ -78,6 +88,8 @@ def _library() -> _Library | None:
     numbers: dict[str, int] = {}
     while (found := name(len(numbers))) is not None:
         numbers[found.decode()] = len(numbers)
+    if not numbers.keys() >= PASSES:
+        raise NativeLibraryError(old)
     run = library_function("bnext_qat_run_pass")
     run.restype = None
     run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Pass), ctypes.c_void_p, ctypes.c_uint]
@@ -113,23 +125,28 @@ def usable(x: Tensor) -> bool:
 
     Raises `NativeLibraryError` where the environment names a library or kernels that are not there.
     """
-    if (
-        _switched_off
-        or x.device.type != "cpu"
-        or x.dtype not in _TYPES
-        or not x.is_contiguous()
-        or not x.numel()
-    ):
+    if _switched_off or type(x) not in (Tensor, nn.Parameter) or x.dtype not in _TYPES:
+        return False
+    if x.device.type != "cpu" or not x.is_contiguous() or not x.numel():
         return False
     library = _library()
     return library is not None and (library.parallel is not None or torch.get_num_threads() == 1)
+
+
+def fits(x: Tensor, other: Tensor) -> bool:
+    """Whether the passes can work on both, value by value."""
+    return usable(x) and usable(other) and other.dtype == x.dtype and other.shape == x.shape
 
 
 def _run(name: str, like: Tensor, planes: int, channels: int, pixels: int, **fields: Any) -> _Pass:
     """Run a pass. Tensors among the fields are contiguous, and of the size and type that it takes."""
     library = _library()
     assert library is not None
-    values = {key: one.data_ptr() if isinstance(one, Tensor) else one for key, one in fields.items()}
+    values: dict[str, Any] = {}
+    for key, one in fields.items():
+        if isinstance(one, Tensor) and one.device.type != "cpu":
+            raise ValueError(f"{key} lies on {one.device}, the images on the CPU")
+        values[key] = one.data_ptr() if isinstance(one, Tensor) else one
     work = _Pass(planes=planes, channels=channels, pixels=pixels, **values)
     library.run(library.numbers[name], _TYPES[like.dtype], work, library.parallel, torch.get_num_threads())
     return work
@@ -141,7 +158,9 @@ def _over_planes(name: str, x: Tensor, **fields: Any) -> None:
 
 
 def _vector(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` in the type of sums of ``like``, one behind the other."""
+    """``values`` (..., C) in the type of sums of ``like``, one behind the other."""
+    if values.shape[-1] != like.shape[1]:
+        raise ValueError(f"{tuple(values.shape)} for the channels of {tuple(like.shape)}")
     return values.detach().to(sum_type(like)).contiguous()
 
 
@@ -195,14 +214,14 @@ class Affine(NamedTuple):
     slope: Tensor
 
 
-def norm_prelu(x: Tensor, by: Affine, grid: Grid | None = None) -> Tensor:
+def norm_prelu(x: Tensor, by: Affine, grid: GridNumbers | None = None) -> Tensor:
     """``PReLU(gain x + offset)``; with a grid ``Q(PReLU(Q(gain x + offset)))``."""
     out = torch.empty_like(x)
     _on_grid("norm_prelu", "", x, grid, out=out, **_vectors(x, by))
     return out
 
 
-def _on_grid(name: str, suffix: str, x: Tensor, grid: Grid | None, **fields: Any) -> None:
+def _on_grid(name: str, suffix: str, x: Tensor, grid: GridNumbers | None, **fields: Any) -> None:
     if grid is None:
         _over_planes(name + suffix, x, **fields)
     else:
@@ -222,7 +241,7 @@ class NormSums(NamedTuple):
 
 
 def norm_prelu_sums(
-    grad: Tensor, x: Tensor, by: Affine, center: Tensor, grid: Grid | None = None
+    grad: Tensor, x: Tensor, by: Affine, center: Tensor, grid: GridNumbers | None = None
 ) -> NormSums:
     """Sums that the gradient of a normalization takes of the whole batch; center (C,)."""
     found = NormSums(_sums(x), _sums(x), _sums(x))
@@ -240,7 +259,7 @@ def norm_prelu_gradient(
     center: Tensor,
     shift: Tensor,
     tilt: Tensor,
-    grid: Grid | None = None,
+    grid: GridNumbers | None = None,
 ) -> Tensor:
     """``gain`` times the gradient before PReLU, ``+ shift + tilt (x - center)``; vectors (C,)."""
     out, grad = torch.empty_like(x), _like(grad, x)
@@ -249,14 +268,16 @@ def norm_prelu_gradient(
     return out
 
 
-def prelu(x: Tensor, slope: Tensor, grid: Grid | None = None) -> Tensor:
+def prelu(x: Tensor, slope: Tensor, grid: GridNumbers | None = None) -> Tensor:
     """``PReLU(x)``, slopes (C,); on the grid where there is one."""
     out = torch.empty_like(x)
     _on_grid("prelu", "", x, grid, out=out, slope=_vector(slope, x))
     return out
 
 
-def prelu_gradient(grad: Tensor, x: Tensor, slope: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+def prelu_gradient(
+    grad: Tensor, x: Tensor, slope: Tensor, grid: GridNumbers | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`prelu` by ``x``, and that by the slope of each image (N, C)."""
     out, slopes, grad = torch.empty_like(x), _sums(x), _like(grad, x)
     _on_grid("prelu", "_gradient", x, grid, grad=grad, out=out, slope=_vector(slope, x), slopes=slopes)
@@ -271,33 +292,15 @@ def scale(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
     return out
 
 
-def scale_add(x: Tensor, factor: Tensor, offset: Tensor, other: Tensor) -> Tensor:
-    """``factor x + offset + other``; factor (N, C) or (1, C), offset (C,), other like ``x``."""
-    out = torch.empty_like(x)
-    _over_planes(
-        "scale_add", x, other=other, out=out, factor=_of_planes(factor, x), offset=_vector(offset, x)
-    )
-    return out
-
-
-def scale_gradient(grad: Tensor, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``factor grad``, and sums (N, C) of the gradient and of its products with ``x``; factor as above."""
-    out, sums, products, grad = torch.empty_like(x), _sums(x), _sums(x), _like(grad, x)
-    _over_planes(
-        "scale_gradient", x, grad=grad, out=out, factor=_of_planes(factor, x), sums=sums, products=products
-    )
-    return out, sums, products
-
-
 def _over_values(name: str, like: Tensor, **fields: Any) -> _Pass:
     planes = -(-like.numel() // _FLAT)
     return _run(name, like, planes, 1, _FLAT, last=like.numel() - (planes - 1) * _FLAT, **fields)
 
 
-def fake_quantize(x: Tensor, grid: Grid, overwrite: bool) -> tuple[Tensor, Tensor | None]:
+def fake_quantize(x: Tensor, grid: GridNumbers, overwrite: bool) -> tuple[Tensor, Tensor | None]:
     """``x`` on the grid, any shape; and where a gradient passes, ``None`` for everywhere."""
     out = x if overwrite else torch.empty_like(x)
-    inside = torch.empty(x.shape, dtype=torch.bool)
+    inside = torch.empty_like(x, dtype=torch.bool)
     done = _over_values("fake_quantize", x, x=x, out=out, inside=inside, grid=grid)
     return out, inside if done.outside else None
 
@@ -310,22 +313,26 @@ def fake_quantize_gradient(grad: Tensor, inside: Tensor) -> Tensor:
     return out
 
 
-def grid_add(
-    x: Tensor, factor: Tensor, offset: Tensor, other: Tensor, grid: Grid, inner: Grid | None
+def add(
+    x: Tensor,
+    factor: Tensor,
+    offset: Tensor,
+    other: Tensor,
+    grid: GridNumbers | None = None,
+    inner: GridNumbers | None = None,
 ) -> Tensor:
-    """``Q(Q(v) + offset) + other`` with ``v = factor x``, or ``v = Q_inner(factor x) other``.
+    """``factor x + offset + other``; factor (N, C) or (1, C), offset (C,), other like ``x``.
 
-    Factor (N, C) or (1, C), offset (C,), other like ``x``.
+    With a grid ``Q(Q(v) + offset) + other`` with ``v = factor x``; with an inner one, too,
+    ``v = Q_inner(factor x) other``.
     """
     out = torch.empty_like(x)
-    name, more = ("grid_add", {}) if inner is None else ("grid_product_add", {"inner": inner})
-    vectors = {"factor": _of_planes(factor, x), "offset": _vector(offset, x)}
-    _over_planes(name, x, other=other, out=out, grid=grid, **vectors, **more)
+    _added(x, "", factor, offset, grid, inner, other=other, out=out)
     return out
 
 
 class AddGradients(NamedTuple):
-    """Of :func:`grid_add`, by x and other, by factor and offset (N, C)."""
+    """Of :func:`add`, by x and other, by factor and offset (N, C)."""
 
     x: Tensor
     other: Tensor
@@ -333,17 +340,40 @@ class AddGradients(NamedTuple):
     offset: Tensor
 
 
-def grid_add_gradient(
-    grad: Tensor, x: Tensor, factor: Tensor, offset: Tensor, other: Tensor, grid: Grid, inner: Grid | None
+def add_gradient(
+    grad: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    offset: Tensor,
+    other: Tensor,
+    grid: GridNumbers | None = None,
+    inner: GridNumbers | None = None,
 ) -> AddGradients:
-    """Gradients of :func:`grid_add`."""
+    """Gradients of :func:`add`."""
     grad, out, sums, products = _like(grad, x), torch.empty_like(x), _sums(x), _sums(x)
-    fields = {"grad": grad, "out": out, "sums": sums, "products": products, "grid": grid}
+    by_other = grad if inner is None else torch.empty_like(x)
+    fields = {"grad": grad, "out": out, "sums": sums, "products": products}
+    _added(x, "_gradient", factor, offset, grid, inner, other=other, other_out=by_other, **fields)
+    return AddGradients(out, by_other, products, sums)
+
+
+def _added(
+    x: Tensor,
+    suffix: str,
+    factor: Tensor,
+    offset: Tensor,
+    grid: GridNumbers | None,
+    inner: GridNumbers | None,
+    **fields: Tensor,
+) -> None:
     vectors = {"factor": _of_planes(factor, x), "offset": _vector(offset, x)}
     if inner is None:
-        _over_planes("grid_add_gradient", x, **fields, **vectors)
-        return AddGradients(out, grad, products, sums)
-    by_other = torch.empty_like(x)
-    more = {"other": other, "other_out": by_other, "inner": inner}
-    _over_planes("grid_product_add_gradient", x, **fields, **vectors, **more)
-    return AddGradients(out, by_other, products, sums)
+        _on_grid("add", suffix, x, grid, **vectors, **fields)
+    else:
+        _over_planes(f"product_add{suffix}", x, grid=grid, inner=inner, **vectors, **fields)
+
+
+def scale_gradient(grad: Tensor, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`scale` by ``x`` and by the factor (N, C)."""
+    found = add_gradient(grad, x, factor, torch.zeros_like(factor[0]), x)
+    return found.x, found.factor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qat import nativefused
-from qat.nativepasses import Grid, usable
+from qat.nativepasses import GridNumbers, usable
 from qat.passes import apply
 
 #: Smallest and largest value of a tensor, scalars.
@@ -42,7 +42,7 @@ def fake_quantize(
     numbers = step_of(scale)
     overwrite = overwrite and not (x.is_leaf and x.requires_grad)
     if usable(x):
-        return apply(nativefused.FakeQuantize, x, Grid(low, high, *numbers), overwrite)
+        return apply(nativefused.FakeQuantize, x, GridNumbers(low, high, *numbers), overwrite)
     return apply(_OnGrid, x, *numbers, low, high, extremes, overwrite)
 
 

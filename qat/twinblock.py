@@ -28,10 +28,19 @@ from qat.folding import (
     quantized_slope,
     scale_of,
 )
-from qat.fused import affine_form, can_fuse, fold_batch_norm, native_norm_prelu, prelu, scaled, shifted_sign
+from qat.fused import (
+    affine_form,
+    can_fuse,
+    can_norm,
+    fold_batch_norm,
+    native_norm_prelu,
+    prelu,
+    scaled,
+    shifted_sign,
+)
 from qat.integers import mean_steps, prelu_steps, requantization, saturate
 from qat.layers import SubBlock, pad_to_even, pool2x2
-from qat.nativepasses import usable
+from qat.nativepasses import fits, usable
 from qat.passes import apply
 from qat.pooling import moments
 from qat.recipe import TrunkGroup
@@ -246,9 +255,9 @@ class FakeQuantSubBlock(SubBlock):
         elif self.quantized:
             gain = fake_quantize_symmetric(gain, self.gain_step(gain2), CONSTANT_BITS)
         grid, inner = self.branch.settled(), self.product.settled()
-        if grid is not None and (inner is not None or not scale_kind) and _fit(y, residual):
+        if grid is not None and (inner is not None or not scale_kind) and fits(y, residual):
             offset = self.branch.requantize(offset2).flatten()
-            return apply(nativefused.GridAdd, y, gain.flatten(1), offset, residual, grid, inner)
+            return apply(nativefused.ScaleAndAdd, y, gain.flatten(1), offset, residual, grid, inner)
         branch = scaled(y, gain.flatten(1))
         if scale_kind:
             branch = self.product(branch, overwrite=True) * residual
@@ -268,8 +277,8 @@ class FakeQuantSubBlock(SubBlock):
             # Autocast leaves sums in half precision, whose steps are wider than the grid's.
             accumulated = accumulated.to(torch.promote_types(accumulated.dtype, norm.weight.dtype))
         grid = self.y.settled()
-        alone = world().size == 1 and (can_fuse(norm) or not norm.training)
-        if grid is not None and alone and usable(accumulated):
+        alone = (world().size == 1 and can_fuse(norm)) or not norm.training
+        if grid is not None and alone and can_norm(accumulated):
             return native_norm_prelu(accumulated, norm, slope, grid)
         if self.training:
             normed: Tensor = norm(accumulated)
@@ -289,11 +298,6 @@ class FakeQuantSubBlock(SubBlock):
             else:
                 residual = on_trunk(prelu(x, slope), overwrite=True)
         return on_trunk(pool2x2(residual), overwrite=True) if self.stride == 2 else residual
-
-
-def _fit(y: Tensor, residual: Tensor) -> bool:
-    """Whether the native passes can take both."""
-    return usable(y) and residual.dtype == y.dtype and residual.is_contiguous()
 
 
 def _magnitudes(branch: Tensor, offset: Tensor, extremes: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import toy_images
@@ -21,7 +23,7 @@ from qat.distributed import (
     total,
     world,
 )
-from qat.fakequant import ActivationQuantizer
+from qat.fakequant import ActivationQuantizer, freeze_observers
 from qat.fused import affine_form, scaled
 from qat.launch import Share, World, launched
 from qat.observers import MOVING, OBSERVERS, observed_grid
@@ -215,8 +217,14 @@ def _gradients_of_affine_form(share: Share) -> list[Tensor]:
     return [value for value in found if value is not None] + [norm.running_mean, norm.running_var]
 
 
-def _trained_twin(toy: BNext, share: Share) -> dict[str, Tensor]:
-    """Statistics and ranges of a quantized network after a batch of training."""
+def _trained_twin(toy: BNext, share: Share, frozen: bool) -> dict[str, Tensor]:
+    """Statistics and ranges of a quantized network after a batch of training.
+
+    With frozen ranges steps are put together, as far as batch statistics let them.
+    """
+    toy = copy.deepcopy(toy)
+    if frozen:
+        freeze_observers(toy)
     toy.train()(toy_images(8)[share.of(8)])
     kinds = ("running_mean", "running_var", "min_val", "max_val", "fake.scale")
     return {name: value.clone() for name, value in toy.named_buffers() if name.endswith(kinds)}
@@ -237,9 +245,10 @@ def _moved_ranges(share: Share) -> list[Tensor]:
     return found
 
 
-def _shared_training(toy: BNext) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
+def _shared_training(toy: BNext) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Tensor]]:
     share = world().share
-    return _gradients_of_affine_form(share), _trained_twin(toy, share), _moved_ranges(share)
+    twins = [_trained_twin(toy, share, frozen) for frozen in (False, True)]
+    return _gradients_of_affine_form(share), twins, _moved_ranges(share)
 
 
 def test_fake_quantized_training_knows_statistics_and_extremes_of_all_images(toy: BNext) -> None:
@@ -255,9 +264,11 @@ def test_fake_quantized_training_knows_statistics_and_extremes_of_all_images(toy
             found = first
             assert torch.equal(first, second)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
-    for name, value in _trained_twin(toy, Share()).items():
-        assert torch.equal(results[0][1][name], results[1][1][name]), name
-        torch.testing.assert_close(results[0][1][name], value, rtol=5e-3, atol=5e-3, msg=name)
+    for frozen in (False, True):
+        first, second = (result[1][frozen] for result in results)
+        for name, value in _trained_twin(toy, Share(), frozen).items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=5e-3, atol=5e-3, msg=name)
     for expected, first, second in zip(_moved_ranges(Share()), results[0][2], results[1][2], strict=True):
         found = torch.cat([first, second]) if expected.ndim == 4 else first
         assert torch.equal(found, expected)

@@ -127,9 +127,7 @@ def test_the_histogram_observes_during_calibration_only() -> None:
     point = ActivationQuantizer(observer="histogram").train()
     before = state_of(point)
     x = noise(64)
-    with pytest.warns(
-        UserWarning, match="stay float: 'histogram' looks at values in calibration alone"
-    ):
+    with pytest.warns(UserWarning, match="stay float: 'histogram' looks at values in calibration alone"):
         assert torch.equal(point(x), x)
     assert same_state(point, before)
     point.start_calibration()

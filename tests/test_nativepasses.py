@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat import nativepasses
 from qat.errors import NativeLibraryError
-from qat.nativepasses import Affine, Grid, torch_alone, usable
+from qat.fused import scaled, scaled_norm
+from qat.nativepasses import PASSES, Affine, GridNumbers, torch_alone, usable
 
-GRID = Grid(-128, 127, 0.02, 50.0)
+GRID = GridNumbers(-128, 127, 0.02, 50.0)
+
+INNER = GridNumbers(-8, 7, 0.5, 2.0)
 
 
 def random(*shape: int, seed: int = 0, kind: torch.dtype = torch.float32) -> Tensor:
@@ -30,6 +36,14 @@ def _library() -> None:
         pytest.skip("the native library is not built, or finds no threads")
 
 
+@pytest.fixture
+def looked_for_anew() -> Iterator[None]:
+    """The library is looked for in the test, and again behind it."""
+    nativepasses._library.cache_clear()
+    yield
+    nativepasses._library.cache_clear()
+
+
 def every_pass(x: Tensor) -> dict[str, Tensor]:
     """What each pass makes of ``x`` (N, C, H, W) and other tensors, by names of results."""
     images, channels = x.shape[:2]
@@ -42,24 +56,20 @@ def every_pass(x: Tensor) -> dict[str, Tensor]:
         "sign_gradient": nativepasses.sign_gradient(grad, x, offset),
         "moments": nativepasses.moments(x),
         "scale": nativepasses.scale(x, factor, factor),
-        "scale_add": nativepasses.scale_add(x, factor, offset, other),
-        "scale_gradient": nativepasses.scale_gradient(grad, x, factor),
         "fake_quantize": nativepasses.fake_quantize(x, GRID, False),
         "fake_quantize_gradient": nativepasses.fake_quantize_gradient(grad, other > 0),
     }
-    for grid in (None, GRID):
-        results[f"prelu {grid}"] = nativepasses.prelu(x, slope, grid)
-        results[f"prelu_gradient {grid}"] = nativepasses.prelu_gradient(grad, x, slope, grid)
-        results[f"norm_prelu {grid}"] = nativepasses.norm_prelu(x, by, grid)
-        results[f"norm_prelu_sums {grid}"] = nativepasses.norm_prelu_sums(grad, x, by, center, grid)
-        results[f"norm_prelu_gradient {grid}"] = nativepasses.norm_prelu_gradient(
+    for on, grid in (("", None), (" on grid", GRID)):
+        results[f"prelu{on}"] = nativepasses.prelu(x, slope, grid)
+        results[f"prelu_gradient{on}"] = nativepasses.prelu_gradient(grad, x, slope, grid)
+        results[f"norm_prelu{on}"] = nativepasses.norm_prelu(x, by, grid)
+        results[f"norm_prelu_sums{on}"] = nativepasses.norm_prelu_sums(grad, x, by, center, grid)
+        results[f"norm_prelu_gradient{on}"] = nativepasses.norm_prelu_gradient(
             grad, x, by, center, shift, tilt, grid
         )
-    for inner in (None, Grid(-8, 7, 0.5, 2.0)):
-        results[f"grid_add {inner}"] = nativepasses.grid_add(x, factor, offset, other, GRID, inner)
-        results[f"grid_add_gradient {inner}"] = nativepasses.grid_add_gradient(
-            grad, x, factor, offset, other, GRID, inner
-        )
+    for on, grids in (("", ()), (" on grid", (GRID,)), (" on grids", (GRID, INNER))):
+        results[f"add{on}"] = nativepasses.add(x, factor, offset, other, *grids)
+        results[f"add_gradient{on}"] = nativepasses.add_gradient(grad, x, factor, offset, other, *grids)
     return {
         f"{name} {i}": one
         for name, found in results.items()
@@ -69,8 +79,7 @@ def every_pass(x: Tensor) -> dict[str, Tensor]:
 
 
 def test_these_are_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    library, run, called = nativepasses._library(), nativepasses._run, set()
-    assert library is not None
+    run, called = nativepasses._run, set()
 
     def recorded(name: str, *arguments: object, **fields: object) -> object:
         called.add(name)
@@ -78,7 +87,7 @@ def test_these_are_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nativepasses, "_run", recorded)
     every_pass(random(2, 3, 4, 4))
-    assert called == set(library.numbers)
+    assert called == PASSES
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
@@ -139,7 +148,7 @@ def test_images_of_any_size_are_computed_whole(side: int) -> None:
     x = random(2, 3, side, side)
     wide = every_pass(x.double())
     for name, one in every_pass(x).items():
-        if one.dtype == torch.bool or "Grid" in name or "fake_quantize" in name:
+        if one.dtype == torch.bool or "grid" in name or "fake_quantize" in name:
             continue  # rounding to a grid may fall to either side
         torch.testing.assert_close(one.double(), wide[name], rtol=1e-5, atol=1e-5, msg=name)
 
@@ -181,22 +190,21 @@ def test_it_can_be_switched_off_and_the_switch_returns() -> None:
     assert usable(x)
 
 
+@pytest.mark.usefixtures("looked_for_anew")
 def test_without_a_library_torch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nativepasses, "has_library", lambda: False)
-    nativepasses._library.cache_clear()
     assert not usable(torch.ones(2))
-    nativepasses._library.cache_clear()
 
 
+@pytest.mark.usefixtures("looked_for_anew")
 def test_without_torchs_threads_it_works_alone_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nativepasses, "_parallel", lambda: None)
-    nativepasses._library.cache_clear()
     assert usable(torch.ones(2))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not usable(torch.ones(2))
-    nativepasses._library.cache_clear()
 
 
+@pytest.mark.usefixtures("looked_for_anew")
 def test_a_library_of_another_version_is_refused_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,18 +220,74 @@ def test_a_library_of_another_version_is_refused_in_words(
         raise NativeLibraryError("undefined symbol")
 
     for function in (lambda name: Function(), none_of_these):
-        nativepasses._library.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(nativepasses, "library_function", function)
             with pytest.raises(NativeLibraryError, match=r"not of this version of the package.*make native"):
                 usable(torch.ones(2))
-    nativepasses._library.cache_clear()
     assert usable(torch.ones(2))
 
 
+@pytest.mark.usefixtures("looked_for_anew")
 def test_kernels_that_do_not_run_here_are_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNEXT_QAT_KERNELS", "avx1024")
-    nativepasses._library.cache_clear()
     with pytest.raises(NativeLibraryError, match="BNEXT_QAT_KERNELS is 'avx1024'"):
         usable(torch.ones(2))
-    nativepasses._library.cache_clear()
+
+
+def test_a_variable_that_changes_later_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are chosen once; what Python has no part in must not throw."""
+    monkeypatch.setenv("BNEXT_QAT_KERNELS", "avx1024")
+    assert nativepasses.prelu(torch.ones(1, 1, 2, 2), torch.ones(1)).sum() == 4
+
+
+@pytest.mark.parametrize("slope", [torch.ones(1), torch.ones(5)])
+def test_vectors_of_other_lengths_are_refused(slope: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"for the channels of \(2, 4, 3, 3\)"):
+        nativepasses.prelu(torch.ones(2, 4, 3, 3), slope)
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    with pytest.raises(ValueError, match="slope lies on meta, the images on the CPU"):
+        nativepasses.prelu(torch.ones(2, 4, 3, 3), torch.ones(4, device="meta"))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    x = random(2, 3, 4, 4)
+    with torch.device("meta"):
+        found, inside = nativepasses.fake_quantize(x, GRID, False)
+    assert torch.equal(found, nativepasses.fake_quantize(x, GRID, False)[0])
+    assert inside is None or inside.device.type == "cpu"
+
+
+def test_subclasses_of_tensors_are_left_to_torch() -> None:
+    with FakeTensorMode() as mode:
+        assert not usable(mode.from_tensor(torch.ones(2)))
+    assert usable(torch.nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(2, 3, 1, 1),
+        torch.ones(1, 3, 4, 4),
+        torch.ones(2, 3, 4, 4, dtype=torch.float64),
+        torch.ones(2, 3, 4, 4).mT,
+    ],
+    ids=["one pixel", "one image", "another type", "transposed"],
+)
+def test_a_residual_of_another_form_is_added_by_torch(other: Tensor) -> None:
+    x, factor = random(2, 3, 4, 4), random(2, 3, seed=1)
+    mean, variance = x.mean((2, 3)), x.var((2, 3), correction=0)
+    results = []
+    for context in (nullcontext(), torch_alone()):
+        with context:
+            norm = torch.nn.BatchNorm2d(3)
+            results.append(scaled_norm(x, factor, mean, variance, norm, other))
+    torch.testing.assert_close(*results)
+
+
+def test_a_gradient_has_no_gradient_and_says_so() -> None:
+    x = random(1, 2, 3, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(scaled(x, torch.ones(1, 2)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

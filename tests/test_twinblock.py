@@ -185,3 +185,11 @@ def test_a_hook_on_a_point_is_given_its_values_though_steps_are_put_together() -
     assert len(seen) == 1, name
     torch.testing.assert_close(block(x), watched)
     assert len(seen) == 1
+
+
+def test_a_normalization_of_one_value_is_refused_as_torch_does_it() -> None:
+    model = toy(0, Quantization(trunk=TrunkGroup(observer="percentile"))).train()
+    name, block = sub_blocks(model)[0]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.zeros(1, block.channels, 1, 1))
+    assert block(torch.zeros(2, block.channels, 1, 1)).isfinite().all(), name

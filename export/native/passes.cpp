@@ -34,6 +34,15 @@ using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, uns
 // Values that a thread takes at once: they stay in its cache from the first pass over them to the last.
 constexpr int64_t kPortion = 1 << 14;
 
+// Never throws, since what calls has no word for it: Python looks at BNEXT_QAT_KERNELS before.
+const NamedPass* passes() noexcept {
+  try {
+    return passes_of(kernels().name);
+  } catch (...) {
+    return passes_portable;
+  }
+}
+
 struct Work {
   Pass& pass;
   Run run;
@@ -61,7 +70,7 @@ BNEXT_EXPORT int64_t bnext_qat_pass_bytes() { return sizeof(bnext::Pass); }
 // Runs pass number i over tensors of a type (bnext::Type) on so many threads. `parallel` may be nullptr, for one.
 BNEXT_EXPORT void bnext_qat_run_pass(int i, int type, bnext::Pass* pass, bnext::Parallel parallel, unsigned threads) {
   using namespace bnext;
-  static const NamedPass* const chosen = passes_of(kernels().name);
+  static const NamedPass* const chosen = passes();
   const Run run = chosen[i].run[type];
   pass->outside = 0;
   const int64_t pixels = pass->pixels > 0 ? pass->pixels : 1;

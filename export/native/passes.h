@@ -18,8 +18,9 @@ struct Pass {
   const void *x, *other, *grad;
   void *out, *other_out;
   uint8_t* inside;  // [planes][pixels], 1 where a gradient passes
-  // Of a channel: [channels]; of a plane: [planes].
-  const void *gain, *offset, *slope, *center, *tilt, *factor, *shift;
+  // Of a channel: [channels]. `shift` is of a plane in `scale`.
+  const void *gain, *offset, *slope, *center, *tilt, *shift;
+  const void* factor;  // [planes]
   void *sums, *products, *slopes;  // [planes]
   Grid grid, inner;
   double clip;

@@ -76,6 +76,16 @@ struct OnGrid {
   S operator()(S value) const { return value_of(steps(value)); }
 };
 
+// No grid: values stay as they are.
+template <typename S>
+struct Free {
+  explicit Free(const Grid&) {}
+  S steps(S value) const { return value; }
+  bool holds(S) const { return true; }
+  S value_of(S steps) const { return steps; }
+  S operator()(S value) const { return value; }
+};
+
 // One plane of a tensor of T.
 template <typename T>
 struct Plane {
@@ -141,89 +151,6 @@ struct Passes {
     }
   }
 
-  // PReLU(gain x + offset)
-  static void norm_prelu(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const Plane<T> x(p.x, plane * p.pixels), out(p.out, plane * p.pixels);
-      const int64_t channel = plane % p.channels;
-      const S gain = at(p.gain, channel), offset = at(p.offset, channel), slope = at(p.slope, channel);
-#pragma omp simd
-      for (int64_t i = 0; i < p.pixels; ++i) {
-        const S normed = x[i] * gain + offset, less = normed * slope;
-        out.set(i, normed > 0 ? normed : less);
-      }
-    }
-  }
-
-  // Of the gradient before PReLU: its sum, the sum of its products with x - center, and that of the slope.
-  static void norm_prelu_sums(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const Plane<T> x(p.x, plane * p.pixels), grad(p.grad, plane * p.pixels);
-      const int64_t channel = plane % p.channels;
-      const S gain = at(p.gain, channel), offset = at(p.offset, channel), slope = at(p.slope, channel);
-      const S center = at(p.center, channel);
-      S sum = 0, product = 0, slopes = 0;
-#pragma omp simd reduction(+ : sum, product, slopes)
-      for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i], g = grad[i], normed = value * gain + offset, less = g * slope;
-        const S before = normed > 0 ? g : less, of_slope = g * normed;
-        sum += before;
-        product += before * (value - center);
-        slopes += normed > 0 ? S(0) : of_slope;
-      }
-      put(p.sums, plane, sum);
-      put(p.products, plane, product);
-      put(p.slopes, plane, slopes);
-    }
-  }
-
-  // gain times the gradient before PReLU, + shift + tilt (x - center)
-  static void norm_prelu_gradient(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const int64_t start = plane * p.pixels;
-      const Plane<T> x(p.x, start), grad(p.grad, start), out(p.out, start);
-      const int64_t channel = plane % p.channels;
-      const S gain = at(p.gain, channel), offset = at(p.offset, channel), slope = at(p.slope, channel);
-      const S center = at(p.center, channel), shift = at(p.shift, channel), tilt = at(p.tilt, channel);
-#pragma omp simd
-      for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i], g = grad[i], normed = value * gain + offset, less = g * slope;
-        const S before = normed > 0 ? g : less;
-        out.set(i, before * gain + (shift + tilt * (value - center)));
-      }
-    }
-  }
-
-  // PReLU(x)
-  static void prelu(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const Plane<T> x(p.x, plane * p.pixels), out(p.out, plane * p.pixels);
-      const S slope = at(p.slope, plane % p.channels);
-#pragma omp simd
-      for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i], less = value * slope;
-        out.set(i, value > 0 ? value : less);
-      }
-    }
-  }
-
-  // Its gradient; slopes: that of the slope.
-  static void prelu_gradient(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const int64_t start = plane * p.pixels;
-      const Plane<T> x(p.x, start), grad(p.grad, start), out(p.out, start);
-      const S slope = at(p.slope, plane % p.channels);
-      S slopes = 0;
-#pragma omp simd reduction(+ : slopes)
-      for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i], g = grad[i], less = g * slope, of_slope = g * value;
-        slopes += value > 0 ? S(0) : of_slope;
-        out.set(i, value > 0 ? g : less);
-      }
-      put(p.slopes, plane, slopes);
-    }
-  }
-
   // factor x, + shift where there is one; both of a plane
   static void scale(Pass& p, int64_t first, int64_t last) {
     for (int64_t plane = first; plane < last; ++plane) {
@@ -231,36 +158,6 @@ struct Passes {
       const S factor = at(p.factor, plane), shift = p.shift == nullptr ? S(0) : at(p.shift, plane);
 #pragma omp simd
       for (int64_t i = 0; i < p.pixels; ++i) out.set(i, x[i] * factor + shift);
-    }
-  }
-
-  // factor x + offset + other
-  static void scale_add(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const int64_t start = plane * p.pixels;
-      const Plane<T> x(p.x, start), other(p.other, start), out(p.out, start);
-      const S factor = at(p.factor, plane), offset = at(p.offset, plane % p.channels);
-#pragma omp simd
-      for (int64_t i = 0; i < p.pixels; ++i) out.set(i, x[i] * factor + other[i] + offset);
-    }
-  }
-
-  // factor grad; sums: of grad; products: of grad and x
-  static void scale_gradient(Pass& p, int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const int64_t start = plane * p.pixels;
-      const Plane<T> x(p.x, start), grad(p.grad, start), out(p.out, start);
-      const S factor = at(p.factor, plane);
-      S sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-      for (int64_t i = 0; i < p.pixels; ++i) {
-        const S g = grad[i];
-        sum += g;
-        product += g * x[i];
-        out.set(i, g * factor);
-      }
-      put(p.sums, plane, sum);
-      put(p.products, plane, product);
     }
   }
 
@@ -300,11 +197,12 @@ struct Passes {
     }
   }
 
-  // The passes of fake-quantized sub-blocks. Where values lay within their grids is found again from x.
+  // From here on values may be put on grids, G: OnGrid or Free. Where they lay within is found again from x.
 
   // PReLU(x) on the grid
-  static void grid_prelu(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  template <template <typename> class G>
+  static void prelu(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const Plane<T> x(p.x, plane * p.pixels), out(p.out, plane * p.pixels);
       const S slope = at(p.slope, plane % p.channels);
@@ -317,8 +215,9 @@ struct Passes {
   }
 
   // Its gradient; slopes: that of the slope.
-  static void grid_prelu_gradient(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  template <template <typename> class G>
+  static void prelu_gradient(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const int64_t start = plane * p.pixels;
       const Plane<T> x(p.x, start), grad(p.grad, start), out(p.out, start);
@@ -326,19 +225,31 @@ struct Passes {
       S slopes = 0;
 #pragma omp simd reduction(+ : slopes)
       for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i], scaled = value * slope;
-        const S g = only(grid.holds(grid.steps(value > 0 ? value : scaled)), grad[i]);
-        const S less = g * slope, of_slope = g * value;
-        slopes += value > 0 ? S(0) : of_slope;
-        out.set(i, value > 0 ? g : less);
+        const Through found(grid, x[i], slope, grad[i]);
+        slopes += found.slope;
+        out.set(i, found.before);
       }
       put(p.slopes, plane, slopes);
     }
   }
 
+  // The gradient before PReLU of a value, whose result is put on a grid; and the slope's.
+  struct Through {
+    S before, slope;
+    template <typename G>
+    Through(const G& grid, S value, S slope_, S g) {
+      const S scaled = value * slope_;
+      const S passed = only(grid.holds(grid.steps(value > 0 ? value : scaled)), g);
+      const S less = passed * slope_, of_slope = passed * value;
+      before = value > 0 ? passed : less;
+      slope = value > 0 ? S(0) : of_slope;
+    }
+  };
+
   // PReLU of gain x + offset on the grid, on the grid
-  static void grid_norm_prelu(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  template <template <typename> class G>
+  static void norm_prelu(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const Plane<T> x(p.x, plane * p.pixels), out(p.out, plane * p.pixels);
       const int64_t channel = plane % p.channels;
@@ -351,22 +262,10 @@ struct Passes {
     }
   }
 
-  // The gradient at the normalization's result, and the slope's.
-  struct Through {
-    S before, slope;
-    Through(const OnGrid<S>& grid, S normed, S slope_, S g) {
-      const S steps = grid.steps(normed), value = grid.value_of(steps), scaled = value * slope_;
-      const S passed = only(grid.holds(grid.steps(value > 0 ? value : scaled)), g);
-      const S less = passed * slope_, of_slope = passed * value;
-      const S reached = value > 0 ? passed : less;
-      before = only(grid.holds(steps), reached);
-      slope = value > 0 ? S(0) : of_slope;
-    }
-  };
-
-  // As norm_prelu_sums.
-  static void grid_norm_prelu_sums(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  // Of the gradient at gain x + offset: its sum, the sum of its products with x - center, and that of the slope.
+  template <template <typename> class G>
+  static void norm_prelu_sums(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const Plane<T> x(p.x, plane * p.pixels), grad(p.grad, plane * p.pixels);
       const int64_t channel = plane % p.channels;
@@ -375,10 +274,11 @@ struct Passes {
       S sum = 0, product = 0, slopes = 0;
 #pragma omp simd reduction(+ : sum, product, slopes)
       for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i];
-        const Through found(grid, value * gain + offset, slope, grad[i]);
-        sum += found.before;
-        product += found.before * (value - center);
+        const S value = x[i], steps = grid.steps(value * gain + offset);
+        const Through found(grid, grid.value_of(steps), slope, grad[i]);
+        const S before = only(grid.holds(steps), found.before);
+        sum += before;
+        product += before * (value - center);
         slopes += found.slope;
       }
       put(p.sums, plane, sum);
@@ -387,9 +287,10 @@ struct Passes {
     }
   }
 
-  // As norm_prelu_gradient.
-  static void grid_norm_prelu_gradient(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  // gain times that gradient, + shift + tilt (x - center)
+  template <template <typename> class G>
+  static void norm_prelu_gradient(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const int64_t start = plane * p.pixels;
       const Plane<T> x(p.x, start), grad(p.grad, start), out(p.out, start);
@@ -398,16 +299,17 @@ struct Passes {
       const S center = at(p.center, channel), shift = at(p.shift, channel), tilt = at(p.tilt, channel);
 #pragma omp simd
       for (int64_t i = 0; i < p.pixels; ++i) {
-        const S value = x[i];
-        const Through found(grid, value * gain + offset, slope, grad[i]);
-        out.set(i, found.before * gain + (shift + tilt * (value - center)));
+        const S value = x[i], steps = grid.steps(value * gain + offset);
+        const Through found(grid, grid.value_of(steps), slope, grad[i]);
+        out.set(i, only(grid.holds(steps), found.before) * gain + (shift + tilt * (value - center)));
       }
     }
   }
 
   // Of a branch x and a residual `other`: factor x on the grid, + offset on the grid, + other.
-  static void grid_add(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  template <template <typename> class G>
+  static void add(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const int64_t start = plane * p.pixels;
       const Plane<T> x(p.x, start), other(p.other, start), out(p.out, start);
@@ -418,8 +320,9 @@ struct Passes {
   }
 
   // Its gradient by x; sums: by the offset; products: by the factor.
-  static void grid_add_gradient(Pass& p, int64_t first, int64_t last) {
-    const OnGrid<S> grid(p.grid);
+  template <template <typename> class G>
+  static void add_gradient(Pass& p, int64_t first, int64_t last) {
+    const G<S> grid(p.grid);
     for (int64_t plane = first; plane < last; ++plane) {
       const int64_t start = plane * p.pixels;
       const Plane<T> x(p.x, start), grad(p.grad, start), out(p.out, start);
@@ -439,8 +342,8 @@ struct Passes {
     }
   }
 
-  // The same where the residual is a factor, too: factor x on the inner grid, times other on the grid, ...
-  static void grid_product_add(Pass& p, int64_t first, int64_t last) {
+  // As `add` on grids where the residual is a factor, too: factor x on the inner grid, times other, ...
+  static void product_add(Pass& p, int64_t first, int64_t last) {
     const OnGrid<S> grid(p.grid), inner(p.inner);
     for (int64_t plane = first; plane < last; ++plane) {
       const int64_t start = plane * p.pixels;
@@ -455,7 +358,7 @@ struct Passes {
   }
 
   // Its gradient by x, and by other in other_out.
-  static void grid_product_add_gradient(Pass& p, int64_t first, int64_t last) {
+  static void product_add_gradient(Pass& p, int64_t first, int64_t last) {
     const OnGrid<S> grid(p.grid), inner(p.inner);
     for (int64_t plane = first; plane < last; ++plane) {
       const int64_t start = plane * p.pixels;
@@ -482,33 +385,30 @@ struct Passes {
   }
 };
 
-#define BNEXT_PASS(name) {#name, {Passes<float>::name, Passes<double>::name, Passes<Bfloat16>::name}}
+#define BNEXT_RUN(run) {Passes<float>::run, Passes<double>::run, Passes<Bfloat16>::run}
+#define BNEXT_PASS(name) {#name, BNEXT_RUN(name)}
+#define BNEXT_GRID_PASS(name) {#name, BNEXT_RUN(name<Free>)}, {"grid_" #name, BNEXT_RUN(name<OnGrid>)}
 constexpr NamedPass kPasses[] = {
     BNEXT_PASS(sign),
     BNEXT_PASS(sign_gradient),
     BNEXT_PASS(moments),
-    BNEXT_PASS(norm_prelu),
-    BNEXT_PASS(norm_prelu_sums),
-    BNEXT_PASS(norm_prelu_gradient),
-    BNEXT_PASS(prelu),
-    BNEXT_PASS(prelu_gradient),
     BNEXT_PASS(scale),
-    BNEXT_PASS(scale_add),
-    BNEXT_PASS(scale_gradient),
     BNEXT_PASS(fake_quantize),
     BNEXT_PASS(fake_quantize_gradient),
-    BNEXT_PASS(grid_prelu),
-    BNEXT_PASS(grid_prelu_gradient),
-    BNEXT_PASS(grid_norm_prelu),
-    BNEXT_PASS(grid_norm_prelu_sums),
-    BNEXT_PASS(grid_norm_prelu_gradient),
-    BNEXT_PASS(grid_add),
-    BNEXT_PASS(grid_add_gradient),
-    BNEXT_PASS(grid_product_add),
-    BNEXT_PASS(grid_product_add_gradient),
+    BNEXT_GRID_PASS(prelu),
+    BNEXT_GRID_PASS(prelu_gradient),
+    BNEXT_GRID_PASS(norm_prelu),
+    BNEXT_GRID_PASS(norm_prelu_sums),
+    BNEXT_GRID_PASS(norm_prelu_gradient),
+    BNEXT_GRID_PASS(add),
+    BNEXT_GRID_PASS(add_gradient),
+    BNEXT_PASS(product_add),
+    BNEXT_PASS(product_add_gradient),
     {nullptr, {}},
 };
+#undef BNEXT_GRID_PASS
 #undef BNEXT_PASS
+#undef BNEXT_RUN
 
 }  // namespace
 }  // namespace bnext

@@ -65,10 +65,12 @@ void compare_passes(const char* kernels) {
   const int64_t images = between(1, 3), channels = between(1, 5), planes = images * channels;
   const int64_t sides[] = {1, 2, 4, 9, 16, 49, 64, 100};
   const int64_t pixels = chance(0.5) ? sides[between(0, 7)] : between(1, 70);
-  const int64_t size = planes * pixels;
+  const int64_t left = between(1, pixels);  // of the last plane of flat memory
   place = std::string(kernels) + " " + tried[number].name + " type " + std::to_string(type) + ", " +
           std::to_string(planes) + " planes of " + std::to_string(pixels);
 
+  const bool is_flat = std::strncmp(tried[number].name, "fake_quantize", 13) == 0;
+  const int64_t size = planes * pixels - (is_flat ? pixels - left : 0);
   const Bytes x = values(size, type, false), other = values(size, type, false), grad = values(size, type, false);
   const Bytes of_channels[] = {values(channels, type, true), values(channels, type, true), values(channels, type, true),
                                values(channels, type, true), values(channels, type, true)};
@@ -87,6 +89,7 @@ void compare_passes(const char* kernels) {
     for (Bytes& one : sums[i]) one.resize(static_cast<size_t>(planes) * (type == kDouble ? 8 : 4));
     Pass pass{};
     pass.planes = planes, pass.channels = channels, pass.pixels = pass.last = pixels;
+    if (is_flat) pass.last = left;
     pass.x = x.data(), pass.other = other.data(), pass.grad = grad.data(), pass.out = out[i].data();
     pass.other_out = other_out[i].data();
     pass.inside = inside[i].data();
@@ -110,7 +113,8 @@ void compare_passes(const char* kernels) {
   for (int which = 0; which < 3; ++which) {
     for (int64_t k = 0; k < planes; ++k) {
       const double found = coefficient(sums[0][which], k, type), right = coefficient(sums[1][which], k, type);
-      if (!(std::fabs(found - right) <= 1e-5 * (static_cast<double>(pixels) + std::fabs(right)))) fail("sums", k);
+      const double rounding = type == kDouble ? 1e-13 : 1e-5;
+      if (!(std::fabs(found - right) <= rounding * (static_cast<double>(pixels) + std::fabs(right)))) fail("sums", k);
     }
   }
 }
