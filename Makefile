@@ -1,6 +1,6 @@
 # make finetune   set everything up, fine-tune the default recipe, export it to ONNX
 # make test       set everything up, run linters, type checker, import contract and all tests
-# make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline
+# make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline (EPOCHS=2: shorter)
 # make bench-train  training speed against a plain implementation, in one run
 # make native     build the native operators again, after a change of export/native
 # make sanitize   the native operators' tests with a library that sanitizers watch
@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 # A folder of its own: the newest run is this one. The floor is two images below the worst that was seen.
 gate: $(VENV)/.user
 	rm -rf runs/gate
-	$(BIN)/qat finetune --recipe tiny_int8 --set output.dir=runs/gate
+	$(BIN)/qat finetune --recipe tiny_int8 --set output.dir=runs/gate $(if $(EPOCHS),--set schedule.epochs=$(EPOCHS))
 	$(BIN)/qat export --onnx runs/gate/model.onnx --runs runs/gate
 	$(BIN)/qat gate runs/gate/model.onnx --baseline $(BASELINE) --max-drop 1.0 --floor 98
 

@@ -321,10 +321,11 @@ def by_one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def require_near(run: Path, expected: list[dict[str, Any]]) -> None:
-    """The metrics of an undisturbed run, but for the order of sums."""
+    """The metrics of an undisturbed run, but for the order of sums, which may change an answer near a tie."""
     for mine, its in zip(rows(run), expected, strict=True):
         for key, value in timeless(its).items():
-            assert mine[key] == pytest.approx(value, rel=1e-4), key
+            one_answer = 100 / 360 if key.endswith("top1") else 0.0
+            assert mine[key] == pytest.approx(value, rel=1e-4, abs=one_answer + 1e-6), key
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
