@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import need_passes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,8 +33,7 @@ def vectors(channels: int, count: int, kind: torch.dtype = torch.float32) -> lis
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    if not usable(torch.ones(1)):
-        pytest.skip("the native library is not built, or finds no threads")
+    need_passes()
 
 
 @pytest.fixture
