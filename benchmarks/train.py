@@ -30,6 +30,7 @@ from qat.batchnorm import reestimate_batch_norm
 from qat.bnext import BNext, binary_convolutions, set_temperature
 from qat.data import image_grid
 from qat.loop import make_optimizer
+from qat.precision import autocast
 from qat.prepare import calibrate, prepare
 from qat.recipe import Optimizer, Quantization
 
@@ -85,7 +86,7 @@ class Trainer:
 
     def step(self) -> float:
         """Train on the batch; its loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        with autocast("bfloat16" if self.bfloat16 else "float32", torch.device("cpu")):
             loss = F.cross_entropy(self.model(self.images), self.labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types

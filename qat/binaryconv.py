@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.passes import without_autocast
+from qat.widened import widens
 from qat.winograd import are_exact, has_transforms, tiny_conv3x3
 
 #: Largest side of an image that is convolved tap by tap in bfloat16.
@@ -31,7 +33,9 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     (:mod:`qat.winograd`). In bfloat16 a product costs less than transforming. There, at 2×2, each tap is one
     matrix product of the pixels that meet; at 4×4 the general algorithm for the weights' gradient takes twice
     as long as the values, and it is computed as what it is, a convolution of the images with the gradients,
-    batch and channels exchanged. The sums are the same, in another order.
+    batch and channels exchanged. The sums are the same, in another order. A processor without instructions
+    for bfloat16 goes the ways of float32, with weights that are not rounded; images and what gradients need
+    of them stay in bfloat16.
 
     Args:
         x: (N, C, H, W).
@@ -45,17 +49,21 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     """
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         half = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(half), weight.to(half)
+        x, weight = x.to(half), weight if widens(x.device, half) else weight.to(half)
     side, kernel, result = max(x.shape[-2:]), weight.shape[-1], None
+    wide = widens(x.device, x.dtype)
     if x.device.type != "cpu":
         pass
-    elif x.dtype == torch.bfloat16:
+    elif x.dtype == torch.bfloat16 and not wide:
         if kernel > 1 and stride == 1 and side <= SMALL_SIDE:
             result = _TapByTap.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it without types
         elif kernel > 1 and side <= HALF_SIDE:
             result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
     elif _fewer_products(x, weight, stride, signs):
-        result = tiny_conv3x3(x, weight)
+        with without_autocast(x):
+            result = tiny_conv3x3(x, weight)
+    elif wide:
+        result = _Widened.apply(x, weight, stride)  # type: ignore[no-untyped-call]
     elif signs and x.dtype == torch.float32 and _bytes_are_fast(x, weight):
         result = _OfSigns.apply(x, weight, stride)  # type: ignore[no-untyped-call]
     return F.conv2d(x, weight, stride=stride, padding=kernel // 2) if result is None else result
@@ -82,8 +90,10 @@ def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 def _has_transforms(x: Tensor, weight: Tensor, stride: int) -> bool:
-    fits = weight.shape[-1] == 3 and stride == 1 and x.dtype in (torch.float32, torch.float64)
-    return fits and has_transforms(*x.shape[2:])
+    fits = weight.shape[-1] == 3 and stride == 1
+    # In half precision a direct product costs less than transforming, if there are instructions for it.
+    wide = x.dtype in (torch.float32, torch.float64) or widens(x.device, x.dtype)
+    return fits and wide and has_transforms(*x.shape[2:])
 
 
 def _fewer_products(x: Tensor, weight: Tensor, stride: int, signs: bool) -> bool:
@@ -183,6 +193,27 @@ class _Transposed(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             sums = F.conv2d(x.transpose(0, 1), grad.transpose(0, 1), padding=kernel // 2, dilation=stride)
             grad_weight = sums[..., :kernel, :kernel].transpose(0, 1).contiguous()
+        return grad_x, grad_weight, None
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        with without_autocast(x):
+            out = F.conv2d(x.float(), weight.float(), stride=stride, padding=weight.shape[-1] // 2)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:2], False]
+        found = _gradients(grads[0].float(), x.float(), weight.float(), ctx.stride, wanted)
+        grad_x, grad_weight = (
+            None if one is None else one.to(like.dtype)
+            for one, like in zip(found[:2], (x, weight), strict=True)
+        )
         return grad_x, grad_weight, None
 
 

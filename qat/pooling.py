@@ -12,6 +12,7 @@ from torch import Tensor
 from qat import nativefused
 from qat.nativepasses import usable
 from qat.passes import apply, multiply_add, spread, without_autocast
+from qat.widened import widens
 
 #: Pixels of a row of which pooling is a product of matrices; of wider ones most products would be with 0.
 NARROW: Final = 32
@@ -60,14 +61,23 @@ class _Pool(torch.autograd.Function):
         *others, height, width = ctx.shape = x.shape
         out = x.new_empty(*others, height // 2, width // 2)
         with without_autocast(x):
-            torch.mm(_rows(x, 2 * width), _quarters(width, x.dtype), out=_rows(out, width // 2))
+            _multiply(_rows(x, 2 * width), _quarters(width, x.dtype), _rows(out, width // 2))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         width = ctx.shape[-1]
-        grad = _rows(grads[0], width // 2) @ _quarters(width, grads[0].dtype).t()
-        return grad.view(ctx.shape)
+        grad = grads[0].new_empty(ctx.shape)
+        quarters = _quarters(width, grad.dtype)
+        _multiply(_rows(grads[0], width // 2), quarters.t(), _rows(grad, 2 * width))
+        return grad
+
+
+def _multiply(x: Tensor, matrix: Tensor, out: Tensor) -> None:
+    if widens(x.device, x.dtype):
+        out.copy_(x.float() @ matrix.float())
+    else:
+        torch.mm(x, matrix, out=out)
 
 
 def _rows(x: Tensor, length: int) -> Tensor:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Literal
 
 import torch
 
 from qat.errors import RecipeError
+from qat.widened import widened_autocast, widens
 
 Precision = Literal["float32", "bfloat16", "float16"]
-_X86: Final = ("x86_64", "amd64", "i386", "i686")
 _TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Around forward and loss: torch computes matrix products in ``precision`` there."""
+    """Around forward and loss: matrix products are those of ``precision`` there.
+
+    On a processor without instructions for them :mod:`qat.widened` computes those of bfloat16.
+    """
     if precision == "float32":
         return nullcontext()
+    if widens(device, _TYPES[precision]):
+        return widened_autocast()
     return torch.autocast(device.type, dtype=_TYPES[precision])
 
 
@@ -42,17 +46,11 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise RecipeError("precision: this GPU has no 'bfloat16'; allowed: 'float32', 'float16'")
 
 
-def emulation(precision: Precision, device: torch.device) -> str | None:
-    """A warning where ``device`` has no instructions for ``precision``, so that it saves no time.
-
-    x86 processors without AVX-512 are meant, where torch takes products of bfloat16 apart: a training step
-    took 16 times as long as in float32 (docs/LOG.md, 2026-11-29).
-    """
-    if precision != "bfloat16" or device.type != "cpu" or platform.machine().lower() not in _X86:
-        return None
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+def saves_no_time(precision: Precision, device: torch.device) -> str | None:
+    """A warning where ``device`` has no instructions for ``precision``, so that it saves memory alone."""
+    if precision == "float32" or not widens(device, _TYPES[precision]):
         return None
     return (
-        "precision: this processor has no AVX-512, without which 'bfloat16' is many times slower than "
-        "'float32'; --set precision=float32"
+        "precision: this processor has no instructions for 'bfloat16', whose products are computed in "
+        "float32: it saves memory, but no time; --set precision=float32 is more precise"
     )

@@ -26,7 +26,7 @@ from qat.loading import architecture_of, highest_temperature, load_state, withou
 from qat.loop import Job, Reporter, fit, step_count
 from qat.optimization import temperature_at
 from qat.parallel import check_parallel
-from qat.precision import emulation
+from qat.precision import saves_no_time
 from qat.prepare import calibrate, prepare, quantization_map
 from qat.recipe import LoadedRecipe, Recipe, resolve_checkpoint
 from qat.resume import Resumed, begun, check_same, held, resume_command
@@ -163,7 +163,7 @@ def _begin_job(
     facts = run_facts(train, test, start, teachers)
     check_alike(facts, resumed)
     check_trackers(recipe.tracking)
-    slow = emulation(recipe.precision, device)
+    slow = saves_no_time(recipe.precision, device)
     if slow is not None:
         report.warning(slow)
     if shards(recipe):

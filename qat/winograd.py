@@ -83,9 +83,11 @@ def transforms(height: int, width: int, dtype: torch.dtype) -> Transforms:
 def tiny_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """3×3 convolution with stride 1 and a border of one zero, with a gradient for both.
 
+    Not for autocast, which would round the transformed values.
+
     Args:
-        x: (N, C, H, W), for which :func:`has_transforms` holds; float32 or float64.
-        weight: (O, C, 3, 3).
+        x: (N, C, H, W), for which :func:`has_transforms` holds. bfloat16 is computed in float32.
+        weight: (O, C, 3, 3), of the same type or float32.
 
     Returns:
         (N, O, H, W).
@@ -97,39 +99,53 @@ def tiny_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 class _TinyConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        matrices = transforms(*x.shape[2:], x.dtype)
-        data = _products(matrices.data, x)
-        out = x.new_empty(len(x), len(weight), *x.shape[2:])
+        wide = _wide(x)
+        matrices = transforms(*x.shape[2:], wide)
+        data = _products(matrices.data, x.to(wide))
+        out = x.new_empty(len(x), len(weight), *x.shape[2:], dtype=wide)
         weights = weight.new_empty(0)
         chunks = _chunks(weight, matrices)
         for some in chunks:
-            weights = _products(matrices.weights, weight[some])
+            weights = _products(matrices.weights, weight[some].to(wide))
             _pixels(matrices.result, torch.bmm(data, weights.mT), out[:, some])
         # Transformed weights of one chunk are all there are: kept, they need not be made again.
         ctx.save_for_backward(x, weight, weights if len(chunks) == 1 and ctx.needs_input_grad[0] else None)
-        return out
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, kept = ctx.saved_tensors
         by_x, by_weight = ctx.needs_input_grad
-        matrices = transforms(*x.shape[2:], x.dtype)
-        by_product = _products(matrices.result.t(), grads[0])
-        data = _products(matrices.data, x) if by_weight else None
-        by_data = x.new_zeros(len(by_product), len(x), x.shape[1]) if by_x else None
-        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if by_weight else None
+        wide = _wide(x)
+        matrices = transforms(*x.shape[2:], wide)
+        by_product = _products(matrices.result.t(), grads[0].to(wide))
+        data = _products(matrices.data, x.to(wide)) if by_weight else None
+        by_data = x.new_zeros(len(by_product), len(x), x.shape[1], dtype=wide) if by_x else None
+        grad_weight = _empty(weight, wide) if by_weight else None
         for some in _chunks(weight, matrices):
             part = by_product[..., some]
             if by_data is not None:
-                weights = _products(matrices.weights, weight[some]) if kept is None else kept
+                weights = _products(matrices.weights, weight[some].to(wide)) if kept is None else kept
                 by_data.baddbmm_(part, weights)
             if data is not None and grad_weight is not None:
                 _pixels(matrices.weights.t(), torch.bmm(part.mT, data), grad_weight[some])
-        if by_data is None:
-            return None, grad_weight
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _pixels(matrices.data.t(), by_data, grad_x)
-        return grad_x, grad_weight
+        grad_x = None
+        if by_data is not None:
+            grad_x = _empty(x, wide)
+            _pixels(matrices.data.t(), by_data, grad_x)
+        return (
+            None if grad_x is None else grad_x.to(x.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+        )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type that ``x`` is computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _products(matrix: Tensor, images: Tensor) -> Tensor:

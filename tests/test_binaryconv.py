@@ -64,6 +64,13 @@ def test_autocast_rounds_sums_of_signs_only_once() -> None:
     assert torch.equal(found, exact.bfloat16())
 
 
+@pytest.fixture(params=["bfloat16", "widened"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of processors that compute in bfloat16, and that of others."""
+    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: request.param == "widened")
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 3), (5, 2)])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -138,13 +145,15 @@ def test_images_of_some_sizes_take_fewer_products(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
 
 
-def test_half_precision_never_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_that_has_instructions_never_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: False)
     monkeypatch.setattr("qat.binaryconv.tiny_conv3x3", None)
     for dtype in (torch.bfloat16, torch.float16):
         x, weight = torch.randn(32, 256, 4, 4, dtype=dtype), torch.randn(256, 256, 3, 3, dtype=dtype)
         assert training_conv2d(x, weight, 1).dtype == dtype
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("side", [2, 4])
 def test_a_frozen_weight_gets_no_gradient(side: int) -> None:
     x, weight = torch.randn(2, 4, side, side, requires_grad=True), torch.randn(4, 4, 3, 3)
@@ -155,11 +164,33 @@ def test_a_frozen_weight_gets_no_gradient(side: int) -> None:
     assert weight.grad is None
 
 
-def test_autocast_decides_the_type() -> None:
-    x, weight = torch.randn(2, 4, 2, 2), torch.randn(4, 4, 3, 3, requires_grad=True)
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("side", [2, 5])
+def test_autocast_decides_the_type(side: int) -> None:
+    x, weight = torch.randn(2, 4, side, side), torch.randn(4, 4, 3, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = training_conv2d(x, weight, 1)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 7])
+def test_widened_sums_and_gradients_are_those_of_float32_rounded_once(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: True)
+    torch.manual_seed(0)
+    x = torch.randn(32, 256, side, side).sign().requires_grad_()
+    weight = torch.randn(256, 256, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = training_conv2d(x, weight, 1)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    grad = torch.randn(ours.shape).bfloat16()
+    found = torch.autograd.grad(ours, (x, weight), grad)
+    expected = torch.autograd.grad(exact, (x, weight), grad.double())
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=2**-8, atol=1e-3)
+    # Of weights, which stay float32, neither values nor gradients are rounded.
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-2)

@@ -14,7 +14,7 @@ from toyruns import Silent, fail, settings
 from qat.bnext import BNext, set_temperature
 from qat.checkpoint import load_checkpoint
 from qat.errors import RecipeError
-from qat.precision import autocast, check_precision, emulation, gradient_scaler
+from qat.precision import autocast, check_precision, gradient_scaler, saves_no_time
 from qat.resume import Parts, begun, capture, restore
 from qat.statefile import newest_state, write_state
 from qat.train import finetune
@@ -38,16 +38,17 @@ def test_float16_is_refused_on_a_cpu_and_bfloat16_is_not() -> None:
         ("aarch64", "DEFAULT", False),
     ],
 )
-def test_bfloat16_that_is_emulated_is_warned_of(
+def test_bfloat16_without_instructions_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, machine: str, capability: str, warned: bool
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    message = emulation("bfloat16", CPU)
+    message = saves_no_time("bfloat16", CPU)
     assert (message is not None) == warned
-    assert message is None or ("AVX-512" in message and "--set precision=float32" in message)
-    assert emulation("float32", CPU) is None
-    assert emulation("bfloat16", torch.device("cuda")) is None
+    assert message is None or ("no instructions" in message and "--set precision=float32" in message)
+    assert isinstance(autocast("bfloat16", CPU), torch.autocast) != warned
+    assert saves_no_time("float32", CPU) is None
+    assert saves_no_time("bfloat16", torch.device("cuda")) is None
 
 
 def test_a_run_in_float16_on_a_cpu_leaves_nothing(tmp_path: Path) -> None:
@@ -64,7 +65,11 @@ def test_float32_costs_nothing_and_only_float16_needs_a_scaler() -> None:
     assert gradient_scaler("float16", CPU) is not None
 
 
-def test_bfloat16_is_near_float32_and_gives_gradients_in_float32() -> None:
+@pytest.mark.parametrize("lacks", [False, True])
+def test_bfloat16_is_near_float32_and_gives_gradients_in_float32(
+    monkeypatch: pytest.MonkeyPatch, lacks: bool
+) -> None:
+    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: lacks)
     model = BNext(10, widths=[8, 8, 16]).train()
     set_temperature(model, 1e-8)
     images = torch.randn(8, 3, 8, 8)
@@ -98,7 +103,7 @@ def test_fine_tuning_with_fake_quantization_works_in_bfloat16(start: Path, tmp_p
     assert torch.allclose(states["float32"][key], states["bfloat16"][key], atol=0.1)
 
 
-def test_a_run_in_emulated_bfloat16_says_so(
+def test_a_run_in_bfloat16_without_instructions_says_so(
     monkeypatch: pytest.MonkeyPatch, start: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -106,7 +111,7 @@ def test_a_run_in_emulated_bfloat16_says_so(
     told = Silent()
     words = ["precision=bfloat16", "schedule.epochs=0", "schedule.calibration_batches=2"]
     finetune(toyruns.recipe("tiny_int8", tmp_path, *words, checkpoint=start), told)
-    assert [warning for warning in told.warnings if "AVX-512" in warning]
+    assert [warning for warning in told.warnings if "no instructions" in warning]
 
 
 def test_the_scale_of_the_gradients_is_part_of_a_state(tmp_path: Path) -> None:
