@@ -20,9 +20,13 @@ LATENT_CLIP: Final = 1.5
 
 
 def sign(x: Tensor) -> Tensor:
-    """``+1`` where ``x >= 0``, else ``-1``: the sign that one bit can hold. Same shape and dtype."""
-    # Half of the time that `torch.where` takes with two numbers.
-    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+    """``+1`` where ``x >= 0``, else ``-1``: the sign that one bit can hold. Same shape and dtype.
+
+    Without a gradient. What is no number has either sign.
+    """
+    # Two passes, which torch vectorizes; the sum gives -0 the sign of 0.
+    shifted = x.detach() + 0.0
+    return torch.copysign(x.new_ones(()), shifted, out=shifted)
 
 
 def lies_within(x: Tensor, limit: float) -> bool:
@@ -49,8 +53,7 @@ class _BinarizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, temperature: float) -> Tensor:
         if temperature < BINARY_TEMPERATURE:
-            # Of millions of weights: passes that torch vectorizes, which `where` is not.
-            return torch.sign(weight).add_(0.5).sign_()
+            return sign(weight)
         if temperature == 1.0:  # where pretraining starts: a pass over all weights less, mostly even no copy
             return weight.view_as(weight) if lies_within(weight, 1.0) else weight.clamp(-1.0, 1.0)
         return (weight / temperature).clamp_(-1.0, 1.0)

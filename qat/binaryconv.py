@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, Final
 
@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.passes import without_autocast
+from qat.nativesigns import can_sum, sign_sums
+from qat.passes import apply, without_autocast
 from qat.widened import widens
-from qat.winograd import are_exact, has_transforms, tiny_conv3x3
+from qat.winograd import are_exact, has_transforms, tiny_conv3x3, tiny_gradients
 
 #: Largest side of an image that is convolved tap by tap in bfloat16.
 SMALL_SIDE: Final = 2
 #: Largest side of an image whose weights' gradient is a convolution itself in bfloat16.
 HALF_SIDE: Final = 4
-#: Fewest channels for which products of bytes are faster than float32's.
-LEAST_CHANNELS: Final = 128
 #: Fewest images and channels for which fewer products are worth transforming weights with fractions.
 LEAST_IMAGES: Final = 32
 LEAST_WIDTH: Final = 256
@@ -41,8 +40,7 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
         x: (N, C, H, W).
         weight: (O, C, k, k), k odd.
         stride: of both axes.
-        signs: whether ``x`` and ``weight`` hold nothing but -1, 0 and 1. In float32 their sums, exact
-            integers either way, then come from products of bytes in about half the time.
+        signs: whether ``x`` and ``weight`` hold nothing but -1, 0 and 1, whose sums are exact integers, soon.
 
     Returns:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -50,30 +48,25 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         half = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(half), weight if widens(x.device, half) else weight.to(half)
-    side, kernel, result = max(x.shape[-2:]), weight.shape[-1], None
-    wide = widens(x.device, x.dtype)
-    if x.device.type != "cpu":
-        pass
-    elif x.dtype == torch.bfloat16 and not wide:
-        if kernel > 1 and stride == 1 and side <= SMALL_SIDE:
-            result = _TapByTap.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it without types
-        elif kernel > 1 and side <= HALF_SIDE:
-            result = _Transposed.apply(x, weight, stride)  # type: ignore[no-untyped-call]
-    elif _fewer_products(x, weight, stride, signs):
-        with without_autocast(x):
-            result = tiny_conv3x3(x, weight)
-    elif wide:
-        result = _Widened.apply(x, weight, stride)  # type: ignore[no-untyped-call]
-    elif signs and x.dtype == torch.float32 and _bytes_are_fast(x, weight):
-        result = _OfSigns.apply(x, weight, stride)  # type: ignore[no-untyped-call]
-    return F.conv2d(x, weight, stride=stride, padding=kernel // 2) if result is None else result
+    sums = _popcounts(x, weight, stride) if signs else None
+    if sums is not None:
+        return sums
+    with without_autocast(x):
+        if x.device.type != "cpu":
+            pass
+        elif _fewer_products(x, weight, stride, exact=signs):
+            return tiny_conv3x3(x, weight)
+        elif x.dtype == torch.bfloat16:
+            return apply(_Half, x, weight, stride)
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
 
 def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """``conv2d`` of -1, 0 and 1 with padding of half the kernel: exact integers, soon where images are tiny.
+    """``conv2d`` of -1, 0 and 1 with padding of half the kernel: exact integers, soon.
 
-    Sums of transformed signs of images up to 2×2 are exact as well (:mod:`qat.winograd`), in float32 and
-    float64; autocast, which would round each product of them, takes torch's way, and rounds the sum.
+    On a CPU by XNOR and popcount (:mod:`qat.nativesigns`) where no sign is 0, else by sums of transformed
+    signs of images up to 2×2, which are exact as well (:mod:`qat.winograd`), else by torch. In float32 and
+    float64; autocast has each sum rounded once.
 
     Args:
         signs: (N, C, H, W).
@@ -83,10 +76,22 @@ def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
     Returns:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
+    sums = _popcounts(signs, weight, stride)
+    if sums is not None:
+        return sums.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else sums
     on_cpu = signs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if on_cpu and _has_transforms(signs, weight, stride) and are_exact(*signs.shape[2:]):
         return tiny_conv3x3(signs, weight)
     return F.conv2d(signs, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+
+def _popcounts(signs: Tensor, weight: Tensor, stride: int) -> Tensor | None:
+    """Sums by the native library, with gradients; ``None`` where it can't be used, or a sign is 0."""
+    if not can_sum(signs, weight, stride):
+        return None
+    sums = sign_sums(signs.detach(), weight.detach(), stride)
+    # In a list, since what a function is given and returns as it is would be another tensor.
+    return None if sums is None else apply(_OfSums, signs, weight, stride, [sums])
 
 
 def _has_transforms(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -96,35 +101,13 @@ def _has_transforms(x: Tensor, weight: Tensor, stride: int) -> bool:
     return fits and wide and has_transforms(*x.shape[2:])
 
 
-def _fewer_products(x: Tensor, weight: Tensor, stride: int, signs: bool) -> bool:
-    """Whether transformed products are as good, and faster."""
+def _fewer_products(x: Tensor, weight: Tensor, stride: int, exact: bool) -> bool:
+    """Whether transformed products are fast, and exact for signs if that is asked for."""
     if not _has_transforms(x, weight, stride):
         return False
     return are_exact(*x.shape[2:]) or (
-        not signs and len(x) >= LEAST_IMAGES and min(weight.shape[:2]) >= LEAST_WIDTH
+        not exact and len(x) >= LEAST_IMAGES and min(weight.shape[:2]) >= LEAST_WIDTH
     )
-
-
-def _bytes_are_fast(x: Tensor, weight: Tensor) -> bool:
-    """Whether there are instructions for products of bytes, and channels enough to use them."""
-    fits = len(x) > 0 and weight.shape[1] >= LEAST_CHANNELS
-    return fits and x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _neighbours(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Bytes around each pixel of the result: (N, C, H, W) → (N · ⌈H/stride⌉ · ⌈W/stride⌉, k · k · C)."""
-    border = kernel // 2
-    pixels = x.permute(0, 2, 3, 1).to(torch.int8)
-    padded = F.pad(pixels, (0, 0, border, border, border, border)).contiguous()
-    images, height, width, channels = padded.shape
-    across, down = stride * channels, stride * width * channels
-    rows, columns = (-(-side // stride) for side in x.shape[2:])
-    # The k pixels of a row lie one behind the other.
-    windows = padded.as_strided(
-        (images, rows, columns, kernel, kernel * channels),
-        (height * width * channels, down, across, width * channels, 1),
-    )
-    return windows.reshape(images * rows * columns, kernel * kernel * channels)
 
 
 def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
@@ -145,104 +128,119 @@ def _inside(shift: int, length: int) -> slice:
     return slice(max(shift, 0), length + min(shift, 0))
 
 
-class _OfSigns(torch.autograd.Function):
+class _OfSums(torch.autograd.Function):
+    """Convolution of signs whose sums are known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, sums: list[Tensor]) -> Tensor:
+        # Where the weights are frozen nobody asks for the signs again: their shape and type are kept.
+        like = x if ctx.needs_input_grad[1] else x.new_empty(()).expand(x.shape)
+        ctx.save_for_backward(like, weight)
+        ctx.stride = stride
+        return sums.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if x.dtype == torch.bfloat16:
+            return *_half_gradients(grads[0], x, weight, ctx.stride, wanted), None, None
+        # At 4×4 transforming pays for both gradients, not for one.
+        if _fewer_products(x, weight, ctx.stride, exact=not all(wanted)):
+            return *tiny_gradients(grads[0], x, weight, wanted), None, None
+        return *_gradients(grads[0], x, weight, ctx.stride, wanted), None, None
+
+
+class _Half(torch.autograd.Function):
+    """Convolution in bfloat16, on processors that have instructions for it and on others."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        kernel = weight.shape[-1]
-        taps = weight.permute(2, 3, 1, 0).to(torch.int8).flatten(0, 2)
-        sums = torch._int_mm(_neighbours(x, kernel, stride), taps)
-        rows = -(-x.shape[2] // stride)
-        return sums.view(len(x), rows, -1, len(weight)).permute(0, 3, 1, 2).to(x.dtype).contiguous()
+        padding = weight.shape[-1] // 2
+        if widens(x.device, x.dtype):
+            return F.conv2d(x.float(), weight.float(), stride=stride, padding=padding).to(x.dtype)
+        if _tap_by_tap(x, weight, stride):
+            return _tap_values(x, weight)
+        return F.conv2d(x, weight, stride=stride, padding=padding)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:2], False]
-        grad_x, grad_weight, _ = _gradients(grads[0], x, weight, ctx.stride, wanted)
-        return grad_x, grad_weight, None
+        return *_half_gradients(grads[0], x, weight, ctx.stride, ctx.needs_input_grad[:2]), None
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """torch's own gradients of a convolution by input, weight and bias, where ``wanted``."""
-    padding = [weight.shape[-1] // 2] * 2
-    found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, wanted
-    )
-    return found
+Gradients = tuple[Tensor | None, Tensor | None]
 
 
-class _Transposed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        kernel, stride = weight.shape[-1], ctx.stride
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x, _, _ = _gradients(grad, x, weight, stride, [True, False, False])
-        if ctx.needs_input_grad[1]:
-            sums = F.conv2d(x.transpose(0, 1), grad.transpose(0, 1), padding=kernel // 2, dilation=stride)
-            grad_weight = sums[..., :kernel, :kernel].transpose(0, 1).contiguous()
-        return grad_x, grad_weight, None
-
-
-class _Widened(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        with without_autocast(x):
-            out = F.conv2d(x.float(), weight.float(), stride=stride, padding=weight.shape[-1] // 2)
-        return out.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:2], False]
-        found = _gradients(grads[0].float(), x.float(), weight.float(), ctx.stride, wanted)
-        grad_x, grad_weight = (
-            None if one is None else one.to(like.dtype)
-            for one, like in zip(found[:2], (x, weight), strict=True)
-        )
-        return grad_x, grad_weight, None
-
-
-class _TapByTap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        pixels = x.permute(0, 2, 3, 1).contiguous()
-        out = pixels.new_zeros(*pixels.shape[:3], weight.shape[0])
-        for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
-            # Flat, since products of four dimensions take a way many times slower in half precision.
-            product_of = pixels[of].flatten(0, 2) @ weight[:, :, i, j].contiguous().t()
-            out[to] += product_of.view(out[to].shape)
-        return out.permute(0, 3, 1, 2).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].permute(0, 2, 3, 1).contiguous()
-        pixels = x.permute(0, 2, 3, 1).contiguous()
-        grad_pixels = torch.zeros_like(pixels) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
-            there = grad[to].flatten(0, 2)
-            if grad_pixels is not None:
-                grad_pixels[of] += (there @ weight[:, :, i, j].contiguous()).view(pixels[of].shape)
-            if grad_weight is not None:
-                grad_weight[:, :, i, j] = there.t() @ pixels[of].flatten(0, 2)
+def _half_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
+) -> Gradients:
+    """Gradients of a convolution in bfloat16."""
+    if widens(x.device, x.dtype):
+        if _fewer_products(x, weight, stride, exact=not all(wanted)):
+            return tiny_gradients(grad, x, weight, wanted)
+        wide = _gradients(grad.float(), x.float(), weight.float(), stride, wanted)
+        by_x, by_weight = wide
         return (
-            None if grad_pixels is None else grad_pixels.permute(0, 3, 1, 2).contiguous(),
-            grad_weight,
+            None if by_x is None else by_x.to(x.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
         )
+    if _tap_by_tap(x, weight, stride):
+        return _tap_gradients(grad, x, weight, wanted)
+    if weight.shape[-1] > 1 and max(x.shape[-2:]) <= HALF_SIDE:
+        return _transposed_gradients(grad, x, weight, stride, wanted)
+    return _gradients(grad, x, weight, stride, wanted)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]) -> Gradients:
+    """torch's own gradients of a convolution by input and weight, where ``wanted``."""
+    padding = [weight.shape[-1] // 2] * 2
+    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, [*wanted, False]
+    )
+    return by_x, by_weight
+
+
+def _transposed_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
+) -> Gradients:
+    """That of the weights as a convolution of images with gradients, batch and channels exchanged."""
+    kernel = weight.shape[-1]
+    by_x = by_weight = None
+    if wanted[0]:
+        by_x, _ = _gradients(grad, x, weight, stride, [True, False])
+    if wanted[1]:
+        sums = F.conv2d(x.transpose(0, 1), grad.transpose(0, 1), padding=kernel // 2, dilation=stride)
+        by_weight = sums[..., :kernel, :kernel].transpose(0, 1).contiguous()
+    return by_x, by_weight
+
+
+def _tap_by_tap(x: Tensor, weight: Tensor, stride: int) -> bool:
+    return weight.shape[-1] > 1 and stride == 1 and max(x.shape[-2:]) <= SMALL_SIDE
+
+
+def _tap_values(x: Tensor, weight: Tensor) -> Tensor:
+    """Each tap as one product of the pixels that meet."""
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    out = pixels.new_zeros(*pixels.shape[:3], weight.shape[0])
+    for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
+        # Flat, since products of four dimensions take a way many times slower in half precision.
+        product_of = pixels[of].flatten(0, 2) @ weight[:, :, i, j].contiguous().t()
+        out[to] += product_of.view(out[to].shape)
+    return out.permute(0, 3, 1, 2).contiguous()
+
+
+def _tap_gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
+    grad = grad.permute(0, 2, 3, 1).contiguous()
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    by_pixels = torch.zeros_like(pixels) if wanted[0] else None
+    by_weight = torch.zeros_like(weight) if wanted[1] else None
+    for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
+        there = grad[to].flatten(0, 2)
+        if by_pixels is not None:
+            by_pixels[of] += (there @ weight[:, :, i, j].contiguous()).view(pixels[of].shape)
+        if by_weight is not None:
+            by_weight[:, :, i, j] = there.t() @ pixels[of].flatten(0, 2)
+    return None if by_pixels is None else by_pixels.permute(0, 3, 1, 2).contiguous(), by_weight

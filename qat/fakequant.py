@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.integers import saturate
-from qat.nativepasses import GridNumbers
+from qat.nativecalls import GridNumbers
 from qat.observers import MOVING, Observer, channel_scales, observed_grid
 from qat.rounding import Extremes, fake_quantize, step_of
 

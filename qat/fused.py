@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qat import nativefused
 from qat.binary import ACTIVATION_CLIP
 from qat.distributed import world
-from qat.nativepasses import GridNumbers, fits, usable
+from qat.nativecalls import GridNumbers, usable
+from qat.nativepasses import fits
 from qat.passes import HALF, apply, channel_sums, dot, multiply_add, portions, spread, without_autocast
 from qat.syncednorm import correction, global_moments, synced_batch_norm
 
@@ -44,10 +45,10 @@ def can_fuse(norm: nn.BatchNorm2d) -> bool:
 
 def norm_prelu(x: Tensor, norm: nn.BatchNorm2d, activation: nn.PReLU) -> Tensor:
     """``PReLU(BN(x))`` with batch statistics, for which :func:`can_fuse` must hold; (N, C, H, W)."""
-    if world().size > 1:
-        return prelu(synced_batch_norm(x, norm), activation.weight)
     if can_norm(x):
         return native_norm_prelu(x, norm, activation.weight)
+    if world().size > 1:
+        return prelu(synced_batch_norm(x, norm), activation.weight)
     _count(norm)
     return apply(
         _NormPReLU,
@@ -72,7 +73,7 @@ def native_norm_prelu(
 ) -> Tensor:
     """:func:`norm_prelu` by the native library, for which :func:`can_norm` must hold.
 
-    A normalization in training is that of one process.
+    In training the batch is that of all processes.
 
     Args:
         x: (N, C, H, W).
@@ -84,10 +85,10 @@ def native_norm_prelu(
         return apply(nativefused.AffinePReLU, x, *fold_batch_norm(norm), slope, grid)
     _count(norm)
     with torch.no_grad():
-        mean, variance = nativefused.batch_moments(x)
-        _update(norm, mean, variance, len(x) * x.shape[2:].numel())
+        mean, variance, count = global_moments(*nativefused.batch_moments(x), len(x) * x.shape[2:].numel())
+        _update(norm, mean, variance, count)
         invstd = torch.rsqrt(variance + norm.eps)
-    return apply(nativefused.NormPReLU, x, norm.weight, norm.bias, slope, mean, invstd, grid)
+    return apply(nativefused.NormPReLU, x, norm.weight, norm.bias, slope, mean, invstd, count, grid)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from brevitas.core.restrict_val import LogFloatRestrictValue, PowerOfTwoRestrict
 from torch import Tensor, nn
 
 from qat.fakequant import ActivationQuantizer, WeightQuantizer
-from qat.nativepasses import GridNumbers
+from qat.nativecalls import GridNumbers
 from qat.observers import channel_scales
 from qat.rounding import Extremes
 

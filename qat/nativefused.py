@@ -1,6 +1,6 @@
 """The steps of :mod:`qat.fused`, :mod:`qat.pooling` and :mod:`qat.rounding` by passes of the native library.
 
-For tensors of which :func:`qat.nativepasses.usable` holds. Formulas and gradients are theirs, but for what is
+For tensors of which :func:`qat.nativecalls.usable` holds. Formulas and gradients are theirs, but for what is
 no number: its sign is none, too. Gradients have no gradients of their own.
 """
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat import nativepasses
-from qat.nativepasses import Affine, GridNumbers
+from qat.distributed import summed
+from qat.nativecalls import GridNumbers
+from qat.nativepasses import Affine
 
 
 class ShiftedSign(torch.autograd.Function):
@@ -54,9 +56,10 @@ class PReLU(torch.autograd.Function):
 
 
 class NormPReLU(torch.autograd.Function):
-    """``PReLU((x - mean) · invstd · weight + bias)`` with the moments of the batch ``x``, all (C,).
+    """``PReLU((x - mean) · invstd · weight + bias)`` with the moments of the batch, all (C,).
 
-    The gradient knows where the moments come from. With a grid, what PReLU is given and gives is put on it.
+    The batch is ``x`` with what the other processes have of it, ``count`` values a channel. The gradient
+    knows that the moments come from all of them. With a grid, what PReLU is given and gives is put on it.
     """
 
     @staticmethod
@@ -68,13 +71,14 @@ class NormPReLU(torch.autograd.Function):
         slope: Tensor,
         mean: Tensor,
         invstd: Tensor,
+        count: float | Tensor,
         grid: GridNumbers | None = None,
     ) -> Tensor:
         """See :func:`qat.fused.norm_prelu`."""
         gain = weight * invstd
         offset = bias - mean * gain
         ctx.save_for_backward(x, weight, slope, mean, invstd, gain, offset)
-        ctx.grid = grid
+        ctx.grid, ctx.count = grid, count
         return nativepasses.norm_prelu(x, Affine(gain, offset, slope), grid)
 
     @staticmethod
@@ -85,12 +89,12 @@ class NormPReLU(torch.autograd.Function):
         by = Affine(gain, offset, slope)
         found = nativepasses.norm_prelu_sums(grads[0], x, by, mean, ctx.grid)
         by_bias, product, by_slope = (sums.sum(0) for sums in found)
-        count = x.numel() / x.shape[1]
-        shift, tilt = -gain * by_bias / count, -gain * invstd.square() * product / count
-        grad = nativepasses.norm_prelu_gradient(grads[0], x, by, mean, shift, tilt, ctx.grid)
+        by_weight = product * invstd
+        of_all = summed(torch.cat([by_bias, by_weight])) / ctx.count
+        shift, tilt = (-gain * one for one in of_all.chunk(2))
+        grad = nativepasses.norm_prelu_gradient(grads[0], x, by, mean, shift, tilt * invstd, ctx.grid)
         kind = weight.dtype
-        vectors = (product * invstd).to(kind), by_bias.to(kind), by_slope.to(slope.dtype)
-        return grad, *vectors, None, None, None
+        return grad, by_weight.to(kind), by_bias.to(kind), by_slope.to(slope.dtype), None, None, None, None
 
 
 class AffinePReLU(torch.autograd.Function):

@@ -1,136 +1,24 @@
 """Passes over images by the native library (``export/native/passes_impl.h``), in which memory is read once.
 
 torch's operators take two to five times as many passes for the same formulas. Sums are taken plane by plane,
-so that nothing depends on the number of threads. Where :func:`usable` says no, callers use torch's operators.
+so that nothing depends on the number of threads. Where :func:`qat.nativecalls.usable` says no, callers use
+torch's operators.
 
 Images are (N, C, H, W) here, vectors are (C,) of a channel or (N, C) of an image's channel.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.binary import ACTIVATION_CLIP
-from qat.errors import NativeLibraryError
-from qat.nativelibrary import has_library, kernels_in_use, library_function, native_library_path
+from qat.nativecalls import TYPES, GridNumbers, Pass, library, usable
 
-#: In the order of the library's own list.
-_TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-_WITH_GRID: Final = (
-    *("prelu", "prelu_gradient", "norm_prelu", "norm_prelu_sums", "norm_prelu_gradient"),
-    *("add", "add_gradient"),
-)
-#: What a library must have.
-PASSES: Final = frozenset(
-    (
-        *("sign", "sign_gradient", "moments", "scale", "fake_quantize", "fake_quantize_gradient"),
-        *(prefix + name for prefix in ("", "grid_") for name in _WITH_GRID),
-        *("product_add", "product_add_gradient"),
-    )
-)
 #: Values that make up a plane of a tensor without images.
 _FLAT: Final = 4096
-
-
-class GridNumbers(ctypes.Structure):
-    """``bnext::Grid``: integers from ``low`` to ``high``, the step and its reciprocal."""
-
-    _fields_ = tuple((name, ctypes.c_double) for name in ("low", "high", "scale", "inverse"))
-
-
-class _Pass(ctypes.Structure):
-    """``bnext::Pass``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("planes", "channels", "pixels")),
-        *((name, ctypes.c_void_p) for name in ("x", "other", "grad", "out", "other_out", "inside")),
-        *((name, ctypes.c_void_p) for name in ("gain", "offset", "slope", "center", "tilt", "shift")),
-        ("factor", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("sums", "products", "slopes")),
-        ("grid", GridNumbers),
-        ("inner", GridNumbers),
-        ("clip", ctypes.c_double),
-        ("last", ctypes.c_int64),
-        ("positive_zero", ctypes.c_int32),
-        ("outside", ctypes.c_int32),
-    )
-
-
-class _Library(NamedTuple):
-    run: Any
-    numbers: dict[str, int]
-    parallel: Any
-
-
-@lru_cache(maxsize=1)
-def _library() -> _Library | None:
-    if not has_library():
-        return None
-    kernels_in_use()  # says so where a variable names none that run here
-    old = f"{native_library_path()}: not of this version of the package; build it again: make native"
-    try:
-        size = library_function("bnext_qat_pass_bytes")
-    except NativeLibraryError as error:
-        raise NativeLibraryError(old) from error
-    size.restype = ctypes.c_int64
-    if size() != ctypes.sizeof(_Pass):
-        raise NativeLibraryError(old)
-    name = library_function("bnext_qat_pass_name")
-    name.argtypes = [ctypes.c_int]
-    numbers: dict[str, int] = {}
-    while (found := name(len(numbers))) is not None:
-        numbers[found.decode()] = len(numbers)
-    if not numbers.keys() >= PASSES:
-        raise NativeLibraryError(old)
-    run = library_function("bnext_qat_run_pass")
-    run.restype = None
-    run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Pass), ctypes.c_void_p, ctypes.c_uint]
-    return _Library(run, numbers, _parallel())
-
-
-def _parallel() -> Any:
-    """Address of the OpenMP function by which torch starts its threads, ``None`` where it is not found."""
-    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        try:  # of torch's library or of one that it was linked with
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
-_switched_off = False
-
-
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    """Let :func:`usable` say no meanwhile, to compare with torch's operators."""
-    global _switched_off
-    before, _switched_off = _switched_off, True
-    try:
-        yield
-    finally:
-        _switched_off = before
-
-
-def usable(x: Tensor) -> bool:
-    """Whether the passes here can work on tensors like ``x``, and with as many threads as torch.
-
-    Raises `NativeLibraryError` where the environment names a library or kernels that are not there.
-    """
-    if _switched_off or type(x) not in (Tensor, nn.Parameter) or x.dtype not in _TYPES:
-        return False
-    if x.device.type != "cpu" or not x.is_contiguous() or not x.numel():
-        return False
-    library = _library()
-    return library is not None and (library.parallel is not None or torch.get_num_threads() == 1)
 
 
 def fits(x: Tensor, other: Tensor) -> bool:
@@ -138,17 +26,17 @@ def fits(x: Tensor, other: Tensor) -> bool:
     return usable(x) and usable(other) and other.dtype == x.dtype and other.shape == x.shape
 
 
-def _run(name: str, like: Tensor, planes: int, channels: int, pixels: int, **fields: Any) -> _Pass:
+def _run(name: str, like: Tensor, planes: int, channels: int, pixels: int, **fields: Any) -> Pass:
     """Run a pass. Tensors among the fields are contiguous, and of the size and type that it takes."""
-    library = _library()
-    assert library is not None
+    native = library()
+    assert native is not None
     values: dict[str, Any] = {}
     for key, one in fields.items():
         if isinstance(one, Tensor) and one.device.type != "cpu":
             raise ValueError(f"{key} lies on {one.device}, the images on the CPU")
         values[key] = one.data_ptr() if isinstance(one, Tensor) else one
-    work = _Pass(planes=planes, channels=channels, pixels=pixels, **values)
-    library.run(library.numbers[name], _TYPES[like.dtype], work, library.parallel, torch.get_num_threads())
+    work = Pass(planes=planes, channels=channels, pixels=pixels, **values)
+    native.run_pass(native.numbers[name], TYPES[like.dtype], work, native.parallel, torch.get_num_threads())
     return work
 
 
@@ -292,7 +180,7 @@ def scale(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
     return out
 
 
-def _over_values(name: str, like: Tensor, **fields: Any) -> _Pass:
+def _over_values(name: str, like: Tensor, **fields: Any) -> Pass:
     planes = -(-like.numel() // _FLAT)
     return _run(name, like, planes, 1, _FLAT, last=like.numel() - (planes - 1) * _FLAT, **fields)
 

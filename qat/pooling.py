@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat import nativefused
-from qat.nativepasses import usable
+from qat.nativecalls import usable
 from qat.passes import apply, multiply_add, spread, without_autocast
 from qat.widened import widens
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qat import nativefused
-from qat.nativepasses import GridNumbers, usable
+from qat.nativecalls import GridNumbers, usable
 from qat.passes import apply
 
 #: Smallest and largest value of a tensor, scalars.

@@ -12,7 +12,7 @@ from qat import nativefused
 from qat.backends import Backend
 from qat.binary import sign
 from qat.binaryconv import binary_conv2d
-from qat.distributed import greatest, world
+from qat.distributed import greatest
 from qat.dyadic import ACCUMULATOR_UNIT, PRODUCT_BITS, Dyadic, SumMultipliers, dyadic, sum_multipliers
 from qat.fakequant import ActivationQuantizer, Quantizer, fake_quantize_symmetric
 from qat.folding import (
@@ -40,7 +40,8 @@ from qat.fused import (
 )
 from qat.integers import mean_steps, prelu_steps, requantization, saturate
 from qat.layers import SubBlock, pad_to_even, pool2x2
-from qat.nativepasses import fits, usable
+from qat.nativecalls import usable
+from qat.nativepasses import fits
 from qat.passes import apply
 from qat.pooling import moments
 from qat.recipe import TrunkGroup
@@ -277,8 +278,7 @@ class FakeQuantSubBlock(SubBlock):
             # Autocast leaves sums in half precision, whose steps are wider than the grid's.
             accumulated = accumulated.to(torch.promote_types(accumulated.dtype, norm.weight.dtype))
         grid = self.y.settled()
-        alone = (world().size == 1 and can_fuse(norm)) or not norm.training
-        if grid is not None and alone and can_norm(accumulated):
+        if grid is not None and (can_fuse(norm) or not norm.training) and can_norm(accumulated):
             return native_norm_prelu(accumulated, norm, slope, grid)
         if self.training:
             normed: Tensor = norm(accumulated)

@@ -14,6 +14,7 @@ matrices transposed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -115,28 +116,43 @@ class _TinyConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, kept = ctx.saved_tensors
-        by_x, by_weight = ctx.needs_input_grad
-        wide = _wide(x)
-        matrices = transforms(*x.shape[2:], wide)
-        by_product = _products(matrices.result.t(), grads[0].to(wide))
-        data = _products(matrices.data, x.to(wide)) if by_weight else None
-        by_data = x.new_zeros(len(by_product), len(x), x.shape[1], dtype=wide) if by_x else None
-        grad_weight = _empty(weight, wide) if by_weight else None
-        for some in _chunks(weight, matrices):
-            part = by_product[..., some]
-            if by_data is not None:
-                weights = _products(matrices.weights, weight[some].to(wide)) if kept is None else kept
-                by_data.baddbmm_(part, weights)
-            if data is not None and grad_weight is not None:
-                _pixels(matrices.weights.t(), torch.bmm(part.mT, data), grad_weight[some])
-        grad_x = None
+        return tiny_gradients(grads[0], x, weight, ctx.needs_input_grad, kept)
+
+
+def tiny_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], kept: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`tiny_conv3x3` by images and weights, where ``wanted``.
+
+    Args:
+        grad: (N, O, H, W).
+        x: (N, C, H, W); without its values where the weights' gradient is not wanted.
+        weight: (O, C, 3, 3).
+        wanted: of each.
+        kept: all weights transformed, if they are still there.
+    """
+    by_x, by_weight = wanted
+    wide = _wide(x)
+    matrices = transforms(*x.shape[2:], wide)
+    by_product = _products(matrices.result.t(), grad.to(wide))
+    data = _products(matrices.data, x.to(wide)) if by_weight else None
+    by_data = x.new_zeros(len(by_product), len(x), x.shape[1], dtype=wide) if by_x else None
+    grad_weight = _empty(weight, wide) if by_weight else None
+    for some in _chunks(weight, matrices):
+        part = by_product[..., some]
         if by_data is not None:
-            grad_x = _empty(x, wide)
-            _pixels(matrices.data.t(), by_data, grad_x)
-        return (
-            None if grad_x is None else grad_x.to(x.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-        )
+            weights = _products(matrices.weights, weight[some].to(wide)) if kept is None else kept
+            by_data.baddbmm_(part, weights)
+        if data is not None and grad_weight is not None:
+            _pixels(matrices.weights.t(), torch.bmm(part.mT, data), grad_weight[some])
+    grad_x = None
+    if by_data is not None:
+        grad_x = _empty(x, wide)
+        _pixels(matrices.data.t(), by_data, grad_x)
+    return (
+        None if grad_x is None else grad_x.to(x.dtype),
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from toyruns import finetune_arguments, pretrain_toy, succeed, tuned
 
 from qat.bnext import BNext, set_temperature
 from qat.layers import BinaryConv2d, SqueezeExcitation, SubBlock
-from qat.nativepasses import torch_alone, usable
+from qat.nativecalls import torch_alone, usable
 from qat.prepare import calibrate
 from qat.recipe import Quantization, TrunkGroup
 

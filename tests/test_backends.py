@@ -21,7 +21,7 @@ from qat.checkpoint import load_checkpoint, save_checkpoint
 from qat.errors import QuantizationError
 from qat.fakequant import activation_quantizers, freeze_observers, power_of_two_above
 from qat.loading import build
-from qat.nativepasses import torch_alone
+from qat.nativecalls import torch_alone
 from qat.prepare import prepare
 from qat.recipe import Quantization
 

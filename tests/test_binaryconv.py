@@ -1,11 +1,28 @@
 """Convolutions of training and of signs equal torch's, whatever way they take."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import need_passes
+from torch import Tensor
 
-from qat.binaryconv import SMALL_SIDE, binary_conv2d, training_conv2d
+from qat.binaryconv import binary_conv2d, training_conv2d
+from qat.nativecalls import torch_alone
 from qat.winograd import tiny_conv3x3
+
+Convolve = Callable[..., Tensor]
+
+
+def plus_or_minus(*shape: int) -> Tensor:
+    return (torch.randint(0, 2, shape) * 2 - 1).double()
+
+
+@pytest.fixture(params=["bfloat16", "widened"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of processors that compute in bfloat16, and that of others."""
+    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: request.param == "widened")
 
 
 @pytest.mark.parametrize(
@@ -41,12 +58,16 @@ def test_sums_of_signs_are_exact_integers() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.usefixtures("passes")
 def test_signs_are_convolved_exactly(
-    height: int, width: int, kernel: int, stride: int, dtype: torch.dtype, count: int
+    height: int, width: int, kernel: int, stride: int, dtype: torch.dtype, count: int, zeros: bool
 ) -> None:
     random = torch.Generator().manual_seed(0)
-    # 0 is a sign, too.
     signs = torch.randint(-1, 2, (count, 70, height, width), generator=random)
+    if not zeros:  # though 0 is a sign, too
+        signs = signs * 2 + 1
+        signs = signs.sign()
     weight = torch.randint(0, 2, (5, 70, kernel, kernel), generator=random) * 2 - 1
     exact = F.conv2d(signs.double(), weight.double(), stride=stride, padding=kernel // 2)
     ours = binary_conv2d(signs.to(dtype), weight.to(dtype), stride)
@@ -62,12 +83,6 @@ def test_autocast_rounds_sums_of_signs_only_once() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = binary_conv2d(signs, weight, 1)
     assert torch.equal(found, exact.bfloat16())
-
-
-@pytest.fixture(params=["bfloat16", "widened"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the way of processors that compute in bfloat16, and that of others."""
-    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: request.param == "widened")
 
 
 @pytest.mark.usefixtures("instructions")
@@ -91,28 +106,48 @@ def test_in_bfloat16_small_sums_of_signs_and_their_gradients_are_exact(
         assert torch.equal(one.double(), other)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (3, 3), (4, 4), (6, 7)])
+@pytest.mark.usefixtures("passes", "instructions")
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (6, 7)])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_products_of_bytes_give_the_sums_and_gradients_of_float32(
-    height: int, width: int, kernel: int, stride: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("convolve", [training_conv2d, binary_conv2d])
+def test_sums_of_signs_have_the_gradients_of_any_convolution(
+    height: int, width: int, kernel: int, stride: int, dtype: torch.dtype, convolve: Convolve
 ) -> None:
-    monkeypatch.setattr("qat.binaryconv._bytes_are_fast", lambda x, weight: True)
     torch.manual_seed(0)
-    x = torch.randint(-1, 2, (3, 20, height, width)).float().requires_grad_()
-    weight = torch.randn(12, 20, kernel, kernel).sign().requires_grad_()
-    ours, torchs = training_conv2d(x, weight, stride, signs=True), training_conv2d(x, weight, stride)
-    assert torch.equal(ours, torchs)
+    x = plus_or_minus(3, 20, height, width).requires_grad_()
+    weight = plus_or_minus(12, 20, kernel, kernel).requires_grad_()
+    torchs = F.conv2d(x, weight, stride=stride, padding=kernel // 2)
+    grad = torch.randint(-2, 3, torchs.shape).double()
+    given = [one.detach().to(dtype).requires_grad_() for one in (x, weight)]
+    signs = {"signs": True} if convolve is training_conv2d else {}
+    ours = convolve(*given, stride, **signs)
+    assert torch.equal(ours.double(), torchs)
     assert ours.is_contiguous()
-    if kernel != 3 or max(height, width) > SMALL_SIDE or stride == 2:  # else both take fewer products
-        assert type(ours.grad_fn) is not type(torchs.grad_fn)
-    grad = torch.randn_like(ours)
     for one, other in zip(
-        torch.autograd.grad(ours, (x, weight), grad),
+        torch.autograd.grad(ours, given, grad.to(dtype)),
         torch.autograd.grad(torchs, (x, weight), grad),
         strict=True,
     ):
-        assert torch.equal(one, other)
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_signs_are_kept_only_for_weights_that_learn(frozen: bool) -> None:
+    need_passes()
+    x = plus_or_minus(2, 8, 4, 4).requires_grad_()
+    weight = plus_or_minus(8, 8, 3, 3).requires_grad_(not frozen)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        out = training_conv2d(x, weight, 1, signs=True)
+    assert any(one.untyped_storage().nbytes() == x.nbytes for one in kept) != frozen
+    out.sum().backward()
+    exact = torch.ones_like(x).requires_grad_()
+    F.conv2d(exact, weight.detach(), padding=1).sum().backward()
+    assert torch.equal(x.grad, exact.grad)
+    assert (weight.grad is None) == frozen
 
 
 @pytest.mark.parametrize(
@@ -137,7 +172,8 @@ def test_images_of_some_sizes_take_fewer_products(
     monkeypatch.setattr("qat.binaryconv.tiny_conv3x3", lambda x, w: calls.append(x) or tiny_conv3x3(x, w))
     torch.manual_seed(0)
     x, weight = torch.randn(count, channels, side, side).sign(), torch.randn(channels, channels, 3, 3).sign()
-    found = training_conv2d(x, weight, 1, signs)
+    with torch_alone():
+        found = training_conv2d(x, weight, 1, signs)
     assert bool(calls) == fewer
     expected = F.conv2d(x, weight, padding=1)
     if signs or not fewer:

@@ -24,7 +24,7 @@ from qat.distributed import (
     world,
 )
 from qat.fakequant import ActivationQuantizer, freeze_observers
-from qat.fused import affine_form, scaled
+from qat.fused import affine_form, norm_prelu, scaled
 from qat.launch import Share, World, launched
 from qat.observers import MOVING, OBSERVERS, observed_grid
 from qat.pooling import moments
@@ -217,6 +217,18 @@ def _gradients_of_affine_form(share: Share) -> list[Tensor]:
     return [value for value in found if value is not None] + [norm.running_mean, norm.running_var]
 
 
+def _gradients_of_norm_prelu(share: Share, images: int) -> list[Tensor]:
+    """Of a batch through normalization and PReLU, by the native library where there are images."""
+    generator = torch.Generator().manual_seed(5)
+    x, weights = (torch.randn(images, 4, 3, 5, generator=generator).double()[share.of(images)] for _ in "xw")
+    x.requires_grad_()
+    norm, activation = BatchNorm2d(4).double(), nn.PReLU(4).double()
+    out = norm_prelu(x, norm, activation)
+    (out * weights).sum().backward()
+    found = [out.detach(), x.grad, activation.weight.grad, norm.weight.grad, norm.bias.grad]
+    return [value for value in found if value is not None] + [norm.running_mean, norm.running_var]
+
+
 def _trained_twin(toy: BNext, share: Share, frozen: bool) -> dict[str, Tensor]:
     """Statistics and ranges of a quantized network after a batch of training.
 
@@ -245,25 +257,31 @@ def _moved_ranges(share: Share) -> list[Tensor]:
     return found
 
 
-def _shared_training(toy: BNext) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Tensor]]:
+def _each_gradients(share: Share) -> list[list[Tensor]]:
+    # One image leaves a process none.
+    return [_gradients_of_affine_form(share), *(_gradients_of_norm_prelu(share, images) for images in (7, 1))]
+
+
+def _shared_training(toy: BNext) -> tuple[list[list[Tensor]], list[dict[str, Tensor]], list[Tensor]]:
     share = world().share
     twins = [_trained_twin(toy, share, frozen) for frozen in (False, True)]
-    return _gradients_of_affine_form(share), twins, _moved_ranges(share)
+    return _each_gradients(share), twins, _moved_ranges(share)
 
 
-def test_fake_quantized_training_knows_statistics_and_extremes_of_all_images(toy: BNext) -> None:
+def test_training_knows_statistics_and_extremes_of_all_images(toy: BNext) -> None:
     """Bit for bit where nothing is added up; see above for the bound of a whole network."""
     results = call(_shared_training, toy)
-    alone = _gradients_of_affine_form(Share())
-    for number, (expected, first, second) in enumerate(zip(alone, results[0][0], results[1][0], strict=True)):
-        if number < 3:
-            found = torch.cat([first, second])
-        elif number < 5:  # of parameters, which are added up behind it
-            found = first + second
-        else:
-            found = first
-            assert torch.equal(first, second)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    for alone, *parts in zip(_each_gradients(Share()), *(result[0] for result in results), strict=True):
+        assert len(alone) == 7
+        for number, (expected, first, second) in enumerate(zip(alone, *parts, strict=True)):
+            if expected.ndim == 4 or expected.shape[0] == 7:  # of images
+                found = torch.cat([first, second])
+            elif number < 5:  # of parameters, which are added up behind it
+                found = first + second
+            else:
+                found = first
+                assert torch.equal(first, second)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     for frozen in (False, True):
         first, second = (result[1][frozen] for result in results)
         for name, value in _trained_twin(toy, Share(), frozen).items():

@@ -13,10 +13,11 @@ from conftest import need_passes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat import nativepasses
+from qat import nativecalls, nativepasses
 from qat.errors import NativeLibraryError
 from qat.fused import scaled, scaled_norm
-from qat.nativepasses import PASSES, Affine, GridNumbers, torch_alone, usable
+from qat.nativecalls import PASSES, GridNumbers, torch_alone, usable
+from qat.nativepasses import Affine
 
 GRID = GridNumbers(-128, 127, 0.02, 50.0)
 
@@ -39,9 +40,9 @@ def _library() -> None:
 @pytest.fixture
 def looked_for_anew() -> Iterator[None]:
     """The library is looked for in the test, and again behind it."""
-    nativepasses._library.cache_clear()
+    nativecalls.library.cache_clear()
     yield
-    nativepasses._library.cache_clear()
+    nativecalls.library.cache_clear()
 
 
 def every_pass(x: Tensor) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind: torch.dtype) -> None:
 
 def test_what_threads_share_is_done_by_more_than_one() -> None:
     """The library calls what torch starts its threads with, where there is more than one portion."""
-    library = nativepasses._library()
+    library = nativecalls.library()
     assert library is not None
     if library.parallel is None:
         pytest.skip("torch's threads are not found here")
@@ -123,7 +124,7 @@ def test_what_threads_share_is_done_by_more_than_one() -> None:
     torch.set_num_threads(2)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nativepasses, "_library", lambda: watched)
+            patch.setattr(nativepasses, "library", lambda: watched)
             found = nativepasses.prelu(large, torch.full((16,), 0.5))
             nativepasses.prelu(small, torch.full((3,), 0.5))
     finally:
@@ -192,13 +193,13 @@ def test_it_can_be_switched_off_and_the_switch_returns() -> None:
 
 @pytest.mark.usefixtures("looked_for_anew")
 def test_without_a_library_torch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nativepasses, "has_library", lambda: False)
+    monkeypatch.setattr(nativecalls, "has_library", lambda: False)
     assert not usable(torch.ones(2))
 
 
 @pytest.mark.usefixtures("looked_for_anew")
 def test_without_torchs_threads_it_works_alone_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nativepasses, "_parallel", lambda: None)
+    monkeypatch.setattr(nativecalls, "_parallel", lambda: None)
     assert usable(torch.ones(2))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not usable(torch.ones(2))
@@ -221,7 +222,7 @@ def test_a_library_of_another_version_is_refused_in_words(
 
     for function in (lambda name: Function(), none_of_these):
         with monkeypatch.context() as patch:
-            patch.setattr(nativepasses, "library_function", function)
+            patch.setattr(nativecalls, "library_function", function)
             with pytest.raises(NativeLibraryError, match=r"not of this version of the package.*make native"):
                 usable(torch.ones(2))
     assert usable(torch.ones(2))

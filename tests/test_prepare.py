@@ -19,7 +19,7 @@ from qat.fakequant import (
     freeze_observers,
 )
 from qat.layers import SubBlock
-from qat.nativepasses import torch_alone
+from qat.nativecalls import torch_alone
 from qat.prepare import calibrate, model_is_prepared, prepare, quantization_map
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.nativepasses import torch_alone
+from qat.nativecalls import torch_alone
 from qat.rounding import fake_quantize
 
 RANGES = [(-128, 127), (0, 255), (-2, 1), (-32768, 32767)]

@@ -1,6 +1,9 @@
 // bnext_qat.BinaryConv: threshold, binary convolution, requantization, PReLU, and the sums of input and result.
 #pragma once
 
+#include <optional>
+
+#include "binarylayout.h"
 #include "operator.h"
 
 namespace bnext {
@@ -21,16 +24,14 @@ class BinaryConv {
   void compute(const Run& run) const;
 
  private:
-  void pack_weight(const Tensor<uint8_t>& weight);
-  void sum_constants(const Tensor<uint8_t>& weight, const std::vector<int32_t>& bias);
+  void pack_weight(const Tensor<uint8_t>& weight, const std::vector<int32_t>& bias);
 
   const Kernels& kernels_;
-  int64_t stride_, kernel_ = 0, channels_ = 0, inputs_ = 0, words_ = 0, padded_ = 0;
-  int groups_ = 1;
+  int64_t stride_;
   float low_, high_;
-  std::vector<uint32_t> weight_, live_;
+  std::optional<BinaryWeights> weights_;
+  std::vector<uint32_t> live_;
   std::vector<int8_t> threshold_;
-  std::vector<int32_t> totals_;
   std::vector<float> multiplier_, slopes_;
 };
 

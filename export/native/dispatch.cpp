@@ -56,4 +56,15 @@ const Kernels& kernels() {
   throw std::runtime_error("BNEXT_QAT_KERNELS is '" + std::string(wanted) + "', this processor runs " + names);
 }
 
+const Kernels& training_kernels() noexcept {
+  static const Kernels& chosen = []() -> const Kernels& {
+    try {
+      return kernels();
+    } catch (...) {
+      return kernels_portable;
+    }
+  }();
+  return chosen;
+}
+
 }  // namespace bnext

@@ -40,6 +40,8 @@ struct Convolution {
   int64_t words, kernel, stride, padded_width;
   int64_t height, width;          // of the input
   int64_t out_width, channels;    // of the output
+  // Where several images lie one behind the other, output pixels are counted on: words of one, output pixels.
+  int64_t image_words, image_pixels;
   int64_t padded_channels;        // of `totals`
   // [16][padded channels]: bias and constant part of the sum, one row for each set of edges that a window
   // crosses (1 top, 2 bottom, 4 left, 8 right).
@@ -110,6 +112,8 @@ struct Kernels {
   // One tile of `groups` vectors of output channels over a range of output pixels (row by row); adds the sums
   // of y to `sums` [tile channels] unless it is nullptr.
   void (*convolve)(const Convolution&, int groups, int64_t tile, int64_t first, int64_t last, int32_t* sums);
+  // The same pixels' sums as they are: [last - first][tile channels].
+  void (*sums)(const Convolution&, int groups, int64_t tile, int64_t first, int64_t last, int32_t* to);
   void (*update)(const Update&, int64_t first_row, int64_t last_row);
   void (*stem)(const StemRows&, int64_t first_row, int64_t last_row);
   // Sums of PReLU(x) over rows of a channels-last tensor: [padded channels], added.
@@ -120,6 +124,10 @@ struct Kernels {
 // The best set this processor runs, or the one that the environment variable BNEXT_QAT_KERNELS names.
 // Throws std::runtime_error where that names none that runs here.
 const Kernels& kernels();
+
+// Chosen at the first call, for training. Never throws, since what calls has no word for it: Python looks at
+// BNEXT_QAT_KERNELS before.
+const Kernels& training_kernels() noexcept;
 
 // Sets built into this library; nullptr ends the list, best first. `supported` asks the processor.
 struct Choice {

@@ -131,39 +131,24 @@ inline void count(const Convolution& c, const uint32_t* weight, const uint32_t* 
   }
 }
 
-template <int G, int P>
-void convolve_tile(const Convolution& c, int64_t tile, int64_t first, int64_t last, int32_t* sums) {
-  const int64_t first_channel = tile * G * V::lanes;
-  const uint32_t* weight = c.weight + tile * c.kernel * c.kernel * c.words * G * V::lanes;
-  const int64_t pad = c.kernel / 2;
-  const F low = V::set(c.prelu.low), high = V::set(c.prelu.high);
+// Requantizes sums, and adds y's up.
+template <int G>
+struct Requantize {
+  const Convolution& c;
+  const int64_t first_channel;
+  const F low, high;
   I channel_sums[G];
-  for (int g = 0; g < G; ++g) channel_sums[g] = V::zero();
-  int64_t row = first / c.out_width, column = first % c.out_width;
-  for (int64_t pixel = first; pixel < last; pixel += P) {
-    const uint32_t* base[P];
-    const int32_t* totals[P];
-    const int64_t used = least(P, last - pixel);
-    for (int p = 0; p < P; ++p) {
-      if (p >= used) {  // computed again, and not stored
-        base[p] = base[p - 1];
-        totals[p] = totals[p - 1];
-        continue;
-      }
-      const int64_t y = row * c.stride, x = column * c.stride;
-      base[p] = c.bits + (y * c.padded_width + x) * c.words;
-      int64_t edges = 0;
-      if (pad != 0) {
-        edges = (y == 0 ? 1 : 0) | (y + 1 == c.height ? 2 : 0) | (x == 0 ? 4 : 0) | (x + 1 == c.width ? 8 : 0);
-      }
-      totals[p] = c.totals + edges * c.padded_channels + first_channel;
-      if (++column == c.out_width) {
-        column = 0;
-        ++row;
-      }
-    }
-    I counts[P][G];
-    count<G, P>(c, weight, base, counts);
+
+  Requantize(const Convolution& convolution, int64_t tile)
+      : c(convolution),
+        first_channel(tile * G * V::lanes),
+        low(V::set(convolution.prelu.low)),
+        high(V::set(convolution.prelu.high)) {
+    for (int g = 0; g < G; ++g) channel_sums[g] = V::zero();
+  }
+
+  template <int P>
+  inline void take(int64_t pixel, int64_t used, const int32_t* const (&totals)[P], const I (&counts)[P][G]) {
     for (int g = 0; g < G; ++g) {
       const int64_t channel = first_channel + g * V::lanes;
       const int64_t width = c.channels - channel;
@@ -181,11 +166,83 @@ void convolve_tile(const Convolution& c, int64_t tile, int64_t first, int64_t la
       }
     }
   }
+};
+
+// Writes sums down as they are.
+template <int G>
+struct WriteSums {
+  int32_t* to;
+
+  template <int P>
+  inline void take(int64_t, int64_t used, const int32_t* const (&totals)[P], const I (&counts)[P][G]) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      if (p >= used) break;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g, to += V::lanes) {
+        V::store_i32(to, V::minus_128_times(V::load_i32(totals[p] + g * V::lanes), counts[p][g]));
+      }
+    }
+  }
+};
+
+// Gives the popcounts of one tile to `end`, P pixels at a time.
+template <int G, int P, typename End>
+inline void over_tile(const Convolution& c, int64_t tile, int64_t first, int64_t last, End& end) {
+  const int64_t first_channel = tile * G * V::lanes;
+  const uint32_t* weight = c.weight + tile * c.kernel * c.kernel * c.words * G * V::lanes;
+  const int64_t pad = c.kernel / 2;
+  const int64_t image = first / c.image_pixels, in_image = first % c.image_pixels;
+  const uint32_t* bits = c.bits + image * c.image_words;
+  int64_t left = c.image_pixels - in_image, row = in_image / c.out_width, column = in_image % c.out_width;
+  for (int64_t pixel = first; pixel < last; pixel += P) {
+    const uint32_t* base[P];
+    const int32_t* totals[P];
+    const int64_t used = least(P, last - pixel);
+    for (int p = 0; p < P; ++p) {
+      if (p >= used) {  // computed again, and not stored
+        base[p] = base[p - 1];
+        totals[p] = totals[p - 1];
+        continue;
+      }
+      const int64_t y = row * c.stride, x = column * c.stride;
+      base[p] = bits + (y * c.padded_width + x) * c.words;
+      int64_t edges = 0;
+      if (pad != 0) {
+        edges = (y == 0 ? 1 : 0) | (y + 1 == c.height ? 2 : 0) | (x == 0 ? 4 : 0) | (x + 1 == c.width ? 8 : 0);
+      }
+      totals[p] = c.totals + edges * c.padded_channels + first_channel;
+      if (++column == c.out_width) {
+        column = 0;
+        ++row;
+      }
+      if (--left == 0) {
+        left = c.image_pixels;
+        row = 0;
+        bits += c.image_words;
+      }
+    }
+    I counts[P][G];
+    count<G, P>(c, weight, base, counts);
+    end.template take<P>(pixel, used, totals, counts);
+  }
+}
+
+template <int G, int P>
+void convolve_tile(const Convolution& c, int64_t tile, int64_t first, int64_t last, int32_t* sums) {
+  Requantize<G> end(c, tile);
+  over_tile<G, P>(c, tile, first, last, end);
   if (sums == nullptr) return;
   for (int g = 0; g < G; ++g) {
     int32_t* to = sums + g * V::lanes;
-    V::store_i32(to, V::add(V::load_i32(to), channel_sums[g]));
+    V::store_i32(to, V::add(V::load_i32(to), end.channel_sums[g]));
   }
+}
+
+template <int G, int P>
+void sum_tile(const Convolution& c, int64_t tile, int64_t first, int64_t last, int32_t* to) {
+  WriteSums<G> end{to};
+  over_tile<G, P>(c, tile, first, last, end);
 }
 
 void convolve(const Convolution& c, int groups, int64_t tile, int64_t first, int64_t last, int32_t* sums) {
@@ -198,6 +255,19 @@ void convolve(const Convolution& c, int groups, int64_t tile, int64_t first, int
       break;
     default:
       return convolve_tile<1, V::pixels_of_1>(c, tile, first, last, sums);
+  }
+}
+
+void sums(const Convolution& c, int groups, int64_t tile, int64_t first, int64_t last, int32_t* to) {
+  switch (groups) {
+    case 4:
+      if constexpr (V::most_groups >= 4) return sum_tile<4, V::pixels_of_4>(c, tile, first, last, to);
+      break;
+    case 2:
+      if constexpr (V::most_groups >= 2) return sum_tile<2, V::pixels_of_2>(c, tile, first, last, to);
+      break;
+    default:
+      return sum_tile<1, V::pixels_of_1>(c, tile, first, last, to);
   }
 }
 
@@ -281,7 +351,7 @@ namespace bnext {
 namespace {
 
 constexpr Kernels table(const char* name) {
-  return {name, V::lanes, V::most_groups, pack, convolve, update, stem, sum, attention};
+  return {name, V::lanes, V::most_groups, pack, convolve, sums, update, stem, sum, attention};
 }
 
 }  // namespace

@@ -1,6 +1,10 @@
 #include "passes_impl.h"
+// Uses what stands above.
+#include "signs_impl.h"
 
 namespace bnext {
 extern const NamedPass* const passes_portable;
+extern const SignWork* const signs_portable;
 const NamedPass* const passes_portable = kPasses;
+const SignWork* const signs_portable = kSigns;
 }  // namespace bnext

@@ -113,8 +113,13 @@ void compare_convolve(const Kernels& kernels) {
   const auto multiplier = factors(channels, 0.003f), slopes = whole_floats(channels, -128, 127, 0.125f);
   const Grid grid = some_grid();
   const int64_t cut = between(0, pixels);
+  // The images of a batch, which share their signs, lie behind each other for kernels that give sums.
+  const int64_t images = between(1, 3), image_words = static_cast<int64_t>(bits.size()), all = images * pixels;
+  std::vector<uint32_t> batch;
+  for (int64_t image = 0; image < images; ++image) batch.insert(batch.end(), bits.begin(), bits.end());
+  const int64_t first = between(0, all), last = between(first, all);
   std::vector<int8_t> y[2];
-  std::vector<int32_t> sums[2];
+  std::vector<int32_t> sums[2], plain[2];
   place += " convolve " + std::to_string(kernel) + "×" + std::to_string(kernel) + " stride " +
            std::to_string(stride) + ", " + std::to_string(height) + "×" + std::to_string(width) + "×" +
            std::to_string(inputs) + " to " + std::to_string(channels);
@@ -135,16 +140,29 @@ void compare_convolve(const Kernels& kernels) {
       y[i].assign(static_cast<size_t>(pixels * channels), 99);
       sums[i].assign(static_cast<size_t>(tiles * wide), 7);
       const Convolution convolution{bits.data(), tiled.data(), words, kernel, stride, padded_width, height, width,
-                                    out_width, channels, padded(channels), totals.data(), multiplier.data(),
-                                    Prelu{slopes.data(), grid.low, grid.high}, y[i].data()};
+                                    out_width, channels, 0, pixels, padded(channels), totals.data(),
+                                    multiplier.data(), Prelu{slopes.data(), grid.low, grid.high}, y[i].data()};
       for (int64_t tile = 0; tile < tiles; ++tile) {
         used.convolve(convolution, of, tile, 0, cut, sums[i].data() + tile * wide);
         used.convolve(convolution, of, tile, cut, pixels, sums[i].data() + tile * wide);
       }
       sums[i].resize(static_cast<size_t>(channels));
+
+      Convolution of_batch = convolution;
+      of_batch.bits = batch.data(), of_batch.image_words = image_words;
+      plain[i].assign(static_cast<size_t>((last - first) * channels), 7);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        std::vector<int32_t> to(static_cast<size_t>((last - first) * wide));
+        used.sums(of_batch, of, tile, first, last, to.data());
+        for (int64_t k = 0; k < last - first; ++k) {
+          const int64_t here = std::min(wide, channels - tile * wide);
+          std::copy_n(to.begin() + k * wide, here, plain[i].begin() + k * channels + tile * wide);
+        }
+      }
     }
     equal(y[0], y[1], "y");
     equal(sums[0], sums[1], "sums");
+    equal(plain[0], plain[1], "sums of a batch");
   }
 }
 
@@ -294,6 +312,7 @@ int main(int count, char** arguments) {
         compare(*choice->kernels);
       }
       compare_passes(choice->kernels->name);
+      compare_signs(choice->kernels->name);
     }
     std::printf("%s: equal in %d rounds\n", choice->kernels->name, rounds);
   }

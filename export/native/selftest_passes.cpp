@@ -1,4 +1,4 @@
-// Compares the passes of a training step: elementwise results exactly, sums to rounding, since each instruction
+// Compares the passes of a training step and what surrounds its convolutions of signs: elementwise results exactly, sums to rounding, since each instruction
 // set adds them up in an order of its own.
 
 #include <cmath>
@@ -9,6 +9,7 @@
 
 #include "passes.h"
 #include "selftest.h"
+#include "signs.h"
 
 namespace bnext {
 namespace {
@@ -17,24 +18,29 @@ using Bytes = std::vector<unsigned char>;  // of their own, so that a sanitizer 
 
 size_t size_of(int type) { return type == kFloat ? 4 : type == kDouble ? 8 : 2; }
 
+// Number i of a type, bfloat16 without its last bits.
+void put_number(Bytes& bytes, int64_t i, int type, double number) {
+  const float single = static_cast<float>(number);
+  unsigned char* to = bytes.data() + static_cast<size_t>(i) * size_of(type);
+  if (type == kDouble) {
+    std::memcpy(to, &number, 8);
+  } else if (type == kFloat) {
+    std::memcpy(to, &single, 4);
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    const uint16_t half = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(to, &half, 2);
+  }
+}
+
 // Random numbers of a type, zeros and repetitions among them.
 Bytes values(int64_t count, int type, bool is_coefficient) {
   if (is_coefficient && type == kBfloat16) type = kFloat;
   Bytes bytes(static_cast<size_t>(count) * size_of(type));
   for (int64_t i = 0; i < count; ++i) {
-    const double number = chance(0.1) ? static_cast<double>(between(-2, 2)) : std::normal_distribution<double>()(generator);
-    const float single = static_cast<float>(number);
-    unsigned char* to = bytes.data() + static_cast<size_t>(i) * size_of(type);
-    if (type == kDouble) {
-      std::memcpy(to, &number, 8);
-    } else if (type == kFloat) {
-      std::memcpy(to, &single, 4);
-    } else {
-      uint32_t bits;
-      std::memcpy(&bits, &single, 4);
-      const uint16_t half = static_cast<uint16_t>(bits >> 16);
-      std::memcpy(to, &half, 2);
-    }
+    put_number(bytes, i, type,
+               chance(0.1) ? static_cast<double>(between(-2, 2)) : std::normal_distribution<double>()(generator));
   }
   return bytes;
 }
@@ -117,6 +123,49 @@ void compare_passes(const char* kernels) {
       if (!(std::fabs(found - right) <= rounding * (static_cast<double>(pixels) + std::fabs(right)))) fail("sums", k);
     }
   }
+}
+
+void compare_signs(const char* kernels) {
+  const int type = static_cast<int>(between(0, kTypes - 1));
+  const SignWork &tried = sign_work_of(kernels)[type], &portable = sign_work_of("portable")[type];
+  const int64_t channels = between(1, 100), height = between(1, 12), width = between(1, 12), pad = between(0, 1);
+  const int64_t taps = chance(0.5) ? 1 : 9, words = (channels + 31) / 32, step = between(1, 20);
+  place = std::string(kernels) + " signs of type " + std::to_string(type) + ", " + std::to_string(channels) +
+          " channels of " + std::to_string(height) + "×" + std::to_string(width);
+  const auto signs = [type](int64_t count) {
+    const double wrong[] = {0.0, -0.0, 0.5, 2.0, HUGE_VAL, std::nan("")};
+    const bool all_right = chance(0.7);
+    Bytes bytes(static_cast<size_t>(count) * size_of(type));
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_wrong = !all_right && chance(0.01);
+      put_number(bytes, i, type, is_wrong ? wrong[between(0, 5)] : chance(0.5) ? 1.0 : -1.0);
+    }
+    return bytes;
+  };
+  const Bytes x = signs(channels * height * width), weight = signs(channels * taps);
+  const int64_t count = between(1, 70), wide = between(1, 64), planes = between(1, wide), pixels = count + between(0, 9);
+  std::vector<int32_t> sums(static_cast<size_t>(count * wide));
+  for (int32_t& sum : sums) sum = static_cast<int32_t>(64 * between(-9216, 9216));
+  bool answers[2][3];
+  std::vector<uint32_t> bits[2], words_of[2];
+  Bytes out[2];
+  for (int i = 0; i < 2; ++i) {
+    const SignWork& used = i == 0 ? tried : portable;
+    bits[i].resize(static_cast<size_t>((height + 2 * pad) * (width + 2 * pad) * words));
+    words_of[i].resize(static_cast<size_t>(taps * words * step));
+    out[i].resize(static_cast<size_t>(planes * pixels) * size_of(type));
+    const int64_t half = height / 2;
+    answers[i][0] = used.pack(x.data(), channels, height, width, words, pad, 0, half, bits[i].data());
+    answers[i][1] = used.pack(x.data(), channels, height, width, words, pad, half, height, bits[i].data());
+    answers[i][2] = used.weigh(weight.data(), channels, taps, words, step, words_of[i].data());
+    used.write(sums.data(), count, wide, planes, pixels, out[i].data());
+  }
+  for (int k = 0; k < 3; ++k) {
+    if (answers[0][k] != answers[1][k]) fail("answer", k);
+  }
+  if (bits[0] != bits[1]) fail("bits", 0);
+  if (words_of[0] != words_of[1]) fail("words", 0);
+  if (out[0] != out[1]) fail("out", 0);
 }
 
 }  // namespace bnext

@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "ort.h"
+#include "share.h"
 
 namespace bnext {
 
@@ -229,17 +230,5 @@ class Run {
   ort::Api api_;
   ort::KernelContext* context_;
 };
-
-// Into how many parts to cut work: of about `unit` each, at most `most`, and in fours, so that two threads and
-// four get equal shares.
-inline int64_t parts_of(int64_t work, int64_t unit, int64_t most) {
-  const int64_t parts = work / unit;
-  if (parts <= 1) return 1;
-  const int64_t even = (parts + 3) / 4 * 4;
-  return even < most ? even : most;
-}
-
-// Begin and end of part `index` when `total` items are cut into `parts`.
-inline int64_t cut(int64_t total, int64_t parts, int64_t index) { return total * index / parts; }
 
 }  // namespace bnext
