@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qat.data import Split, normalize
 from qat.distributed import rows_of_all
+from qat.heldconstants import unchanged
 from qat.launch import WHOLE
 from qat.recipe import Data
 
@@ -93,14 +94,19 @@ def collect_logits(
     """Logits (N, classes) float32 of every image of ``split`` in its fixed order, on the CPU.
 
     Where processes have a ``share`` of the split each, each computes its images, every one of them once, and
-    is sent the others' answers. ``before_batch`` is called by all of them alike.
+    is sent the others' answers. ``before_batch`` is called by all of them alike; neither it nor ``predict``
+    changes a network.
     """
     rows = []
-    for images, _ in split.batches(data.eval_batch_size):
-        before_batch()
-        # Without an image of its own it has nothing to say, whatever the number of classes.
-        logits = predict(input_for(predict, images.to(device), data)) if len(images) else torch.empty(0, 0)
-        rows.append(logits.float().cpu() if split.share == WHOLE else rows_of_all(logits.float().cpu()))
+    with unchanged():
+        for images, _ in split.batches(data.eval_batch_size):
+            before_batch()
+            # Without an image of its own it has nothing to say, whatever the number of classes.
+            logits = (
+                predict(input_for(predict, images.to(device), data)) if len(images) else torch.empty(0, 0)
+            )
+            logits = logits.float().cpu()
+            rows.append(logits if split.share == WHOLE else rows_of_all(logits))
     return torch.cat(rows)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qat.backends import Backend
 from qat.fakequant import ActivationQuantizer, FixedQuantizer
 from qat.folding import LayerIntegers
+from qat.heldconstants import held_integers
 from qat.integers import requantization, sigmoid_table
 from qat.layers import SqueezeExcitation
 from qat.recipe import Group
@@ -68,7 +69,7 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
 
     def attention_steps(self, pooled: Tensor) -> Tensor:
         """Pooled vector (N, C, 1, 1), in steps before rounding → attention in steps, by integers alone."""
-        constants = self.integers()
+        constants = held_integers(self)
         q = cast(ActivationQuantizer, self.pooled).saturate(pooled)
         for layer, point in ((constants.reduce, self.hidden), (constants.expand, self.logits)):
             # float64: a sum of thousands of products can pass 2**24.

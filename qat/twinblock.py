@@ -38,6 +38,7 @@ from qat.fused import (
     scaled,
     shifted_sign,
 )
+from qat.heldconstants import held_integers
 from qat.integers import mean_steps, prelu_steps, requantization, saturate
 from qat.layers import SubBlock, pad_to_even, pool2x2
 from qat.nativecalls import usable
@@ -194,7 +195,7 @@ class FakeQuantSubBlock(SubBlock):
         )
 
     def _forward_integers(self, x: Tensor) -> Tensor:
-        constants = self.integers()
+        constants = held_integers(self)
         source, target, y_point = (
             cast(ActivationQuantizer, point)
             for point in (self.source.quantizer, self.target.quantizer, self.y)

@@ -45,6 +45,7 @@ from qat.folding import (
     scale_of,
 )
 from qat.fused import prelu
+from qat.heldconstants import held_integers
 from qat.integers import Requantization, mean_steps, prelu_steps, requantization
 from qat.layers import GlobalAveragePool, Stem
 from qat.recipe import Group
@@ -90,7 +91,7 @@ class FakeQuantStem(Stem):
         """(N, 3, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
         stride, padding = self.conv1.stride, self.conv1.padding
         if is_ready(self, cast(Quantizer, self.trunk)):
-            layer, trunk = self.integers(), cast(ActivationQuantizer, self.trunk)
+            layer, trunk = held_integers(self), cast(ActivationQuantizer, self.trunk)
             # Rounded for the same reason as in a sub-block: an accumulator is an integer.
             out = F.conv2d(self.image.steps(x), layer.weight, stride=stride, padding=padding).round()
             return trunk.values(layer.requantization(out)).to(x.dtype)
@@ -164,7 +165,7 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C) → logits (N, num_classes)."""
         if is_ready(self, self.input):
-            layer = self.integers()
+            layer = held_integers(self)
             q = cast(ActivationQuantizer, self.input).steps(input)
             return layer.requantization(F.linear(q.double(), layer.weight.double())).to(input.dtype)
         return F.linear(self.input(input), self.weight_quantizer(self.weight), self.bias)
