@@ -20,7 +20,7 @@ LATENT_CLIP: Final = 1.5
 
 
 def sign(x: Tensor) -> Tensor:
-    """``+1`` where ``x >= 0``, else ``-1``: the sign that one bit can hold. Same shape and dtype.
+    """``+1`` where ``x >= 0``, else ``-1``: the sign that one bit can hold. Float, same shape and dtype.
 
     Without a gradient. What is no number has either sign.
     """

@@ -77,8 +77,9 @@ def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
     sums = _popcounts(signs, weight, stride)
-    if sums is not None:
-        return sums.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else sums
+    if sums is not None:  # as autocast has it, which leaves float64 alone
+        rounds = torch.is_autocast_enabled("cpu") and sums.dtype != torch.float64
+        return sums.to(torch.get_autocast_dtype("cpu")) if rounds else sums
     on_cpu = signs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if on_cpu and _has_transforms(signs, weight, stride) and are_exact(*signs.shape[2:]):
         return tiny_conv3x3(signs, weight)

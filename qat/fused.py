@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat import nativefused
-from qat.binary import ACTIVATION_CLIP
+from qat.binary import ACTIVATION_CLIP, sign
 from qat.distributed import world
 from qat.nativecalls import GridNumbers, usable
 from qat.nativepasses import fits
@@ -195,9 +195,7 @@ class _ShiftedSign(torch.autograd.Function):
         shifted = x + spread(bias.flatten(), x)
         ctx.save_for_backward(shifted)
         ctx.bias_type = bias.dtype
-        if zero_is_positive:  # in passes that torch vectorizes, which `where` is not
-            return torch.sign(shifted).add_(0.5).sign_()
-        return torch.sign(shifted)
+        return sign(shifted) if zero_is_positive else torch.sign(shifted)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from qat.nativecalls import TYPES, SignSums, library, usable
 
-#: Side of a kernel that the library knows.
-KERNELS = (1, 3)
+#: Sides of a kernel that the library knows.
+KERNELS: Final = (1, 3)
+#: Products whose sum it holds, in 1/64 and in int32.
+MOST_PRODUCTS: Final = 2**31 // 64 - 1
 
 
 def can_sum(signs: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether :func:`sign_sums` takes tensors of these sizes, types and devices."""
     fits = weight.ndim == 4 == signs.ndim and weight.shape[1] == signs.shape[1] and stride > 0
     square = weight.shape[-1] in KERNELS and weight.shape[-1] == weight.shape[-2]
-    return fits and square and usable(signs) and usable(weight)
+    holds = weight.shape[1:].numel() <= MOST_PRODUCTS
+    return fits and square and holds and usable(signs) and usable(weight)
 
 
 def sign_sums(signs: Tensor, weight: Tensor, stride: int) -> Tensor | None:

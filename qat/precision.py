@@ -47,10 +47,10 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def saves_no_time(precision: Precision, device: torch.device) -> str | None:
-    """A warning where ``device`` has no instructions for ``precision``, so that it saves memory alone."""
+    """A warning where ``device`` has no instructions for ``precision``, so that it saves no time."""
     if precision == "float32" or not widens(device, _TYPES[precision]):
         return None
     return (
         "precision: this processor has no instructions for 'bfloat16', whose products are computed in "
-        "float32: it saves memory, but no time; --set precision=float32 is more precise"
+        "float32: it saves some memory, but no time; --set precision=float32 is more precise"
     )

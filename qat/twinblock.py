@@ -43,7 +43,7 @@ from qat.integers import mean_steps, prelu_steps, requantization, saturate
 from qat.layers import SubBlock, pad_to_even, pool2x2
 from qat.nativecalls import usable
 from qat.nativepasses import fits
-from qat.passes import apply
+from qat.passes import apply, without_autocast
 from qat.pooling import moments
 from qat.recipe import TrunkGroup
 from qat.twinattention import FakeQuantSqueezeExcitation
@@ -235,7 +235,8 @@ class FakeQuantSubBlock(SubBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉); the trunk's quantizer follows."""
         if self._computes_integers():
-            return self._forward_integers(x)
+            with without_autocast(x):  # which would round the sums
+                return self._forward_integers(x)
         y = self._activated(self.binary_conv(shifted_sign(x, self.move.bias, zero_is_positive=True)))
         residual = self._residual(x)
         if not self.has_branch:

@@ -48,6 +48,7 @@ from qat.fused import prelu
 from qat.heldconstants import held_integers
 from qat.integers import Requantization, mean_steps, prelu_steps, requantization
 from qat.layers import GlobalAveragePool, Stem
+from qat.passes import without_autocast
 from qat.recipe import Group
 from qat.twinattention import FakeQuantSqueezeExcitation
 from qat.twinblock import FakeQuantSubBlock
@@ -93,7 +94,8 @@ class FakeQuantStem(Stem):
         if is_ready(self, cast(Quantizer, self.trunk)):
             layer, trunk = held_integers(self), cast(ActivationQuantizer, self.trunk)
             # Rounded for the same reason as in a sub-block: an accumulator is an integer.
-            out = F.conv2d(self.image.steps(x), layer.weight, stride=stride, padding=padding).round()
+            with without_autocast(x):
+                out = F.conv2d(self.image.steps(x), layer.weight, stride=stride, padding=padding).round()
             return trunk.values(layer.requantization(out)).to(x.dtype)
         weight = self.weight_quantizer(self.conv1.weight)
         out = F.conv2d(self.image(x), weight, stride=stride, padding=padding)

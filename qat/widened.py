@@ -1,8 +1,8 @@
 """Autocast to bfloat16 on processors that have no instructions for it.
 
-torch takes such products apart, one by one: a convolution takes 14 to 40 times as long as in float32. Here
-factors are rounded to bfloat16, as autocast does, multiplied and summed in float32, and the sum is rounded
-once: no less precise than with the instructions, which sum in float32, too.
+torch takes such products apart, one by one: a convolution takes 14 to 40 times as long as in float32
+(docs/LOG.md, 2026-11-29). Here factors are rounded to bfloat16, as autocast does, multiplied and summed in
+float32, and the sum is rounded once: no less precise than with the instructions, which sum in float32, too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _X86: Final = ("x86_64", "amd64", "i386", "i686")
-#: What the networks here, and teachers of other kinds, multiply with; their first arguments are the factors.
-_PRODUCTS: Final = (F.conv2d, F.linear)
+#: What autocast rounds the factors of. More exist, which networks of images hardly use: they stay emulated.
+_PRODUCTS: Final = frozenset(
+    (
+        *(F.conv1d, F.conv2d, F.linear, F.scaled_dot_product_attention),
+        *(torch.matmul, torch.mm, torch.bmm),
+        *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
+    )
+)
+#: Autocast leaves float64 alone.
+_ROUNDED: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def lacks_bfloat16() -> bool:
@@ -34,7 +42,7 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def widened_autocast() -> Iterator[None]:
-    """``torch.autocast("cpu", torch.bfloat16)`` that computes convolutions and linear layers in float32."""
+    """``torch.autocast("cpu", torch.bfloat16)`` that multiplies and sums in float32."""
     with torch.autocast("cpu", torch.bfloat16), _Widened():
         yield
 
@@ -47,14 +55,21 @@ class _Widened(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Compute ``func`` with wide factors if it is a product of tensors on the CPU."""
+        """Compute ``func`` with wide factors if it is a product whose factors autocast would round."""
         named = dict(kwargs or {})
-        if func in _PRODUCTS and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                wide = func(*map(_widened, args), **{name: _widened(one) for name, one in named.items()})
-            return wide.to(torch.bfloat16)
-        return func(*args, **named)
+        if func not in _PRODUCTS or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **named)
+        factors = [one for one in (*args, *named.values()) if _is_factor(one)]
+        if not factors or any(one.device.type != "cpu" or one.dtype not in _ROUNDED for one in factors):
+            return func(*args, **named)
+        with torch.autocast("cpu", enabled=False):
+            wide = func(*map(_widened, args), **{name: _widened(one) for name, one in named.items()})
+        return wide.to(torch.bfloat16)
+
+
+def _is_factor(one: Any) -> bool:
+    return isinstance(one, Tensor) and one.is_floating_point()
 
 
 def _widened(one: Any) -> Any:
-    return one.to(torch.bfloat16).float() if isinstance(one, Tensor) else one
+    return one.to(torch.bfloat16).float() if _is_factor(one) else one

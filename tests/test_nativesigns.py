@@ -104,6 +104,12 @@ def test_what_is_no_sign_is_noticed_anywhere(wrong: float, kind: torch.dtype, ke
         (signs(2, 8, 5, 5).half(), signs(8, 8, 3, 3), 1, "half precision"),
         (signs(2, 8, 5, 5), signs(8, 8, 3, 3).to("meta"), 1, "another device"),
         (signs(8, 5, 5), signs(8, 8, 3, 3), 1, "an image alone"),
+        (
+            torch.empty(1, 3_728_271, 1, 1, dtype=torch.bfloat16),
+            torch.empty(1, 3_728_271, 3, 3, dtype=torch.bfloat16),
+            1,
+            "more than int32 holds",
+        ),
     ],
 )
 def test_what_it_can_not_sum_it_says(x: Tensor, weight: Tensor, stride: int, why: str | None) -> None:

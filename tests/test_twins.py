@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import toy_images
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import (
@@ -42,6 +43,7 @@ from qat.folding import (
 )
 from qat.fused import fold_batch_norm
 from qat.layers import pool2x2
+from qat.precision import autocast
 from qat.prepare import prepare
 from qat.recipe import Group, Quantization, StemGroup, TrunkGroup
 from qat.twins import FakeQuantSubBlock
@@ -403,6 +405,19 @@ def test_a_training_step_after_evaluating_sees_no_constant_of_before(toy: BNext,
 
 
 # --- types -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_an_integer_network_gives_the_same_logits_within_autocast(
+    toy: BNext, lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a teacher that was quantized, in a training in bfloat16."""
+    monkeypatch.setattr("qat.widened.lacks_bfloat16", lambda: lacks)
+    images = toy_images(2)
+    with torch.no_grad():
+        alone = toy(images)
+        with autocast("bfloat16", torch.device("cpu")):
+            assert torch.equal(toy(images), alone)
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ void BinaryConv::compute(const Run& run) const {
   const BinaryWeights& w = *weights_;
   const Tensor<int8_t> x = run.activations<int8_t>(0, "x");
   const int64_t images = x.shape[0], height = x.shape[1], width = x.shape[2];
-  require(x.shape[3] == w.inputs, "x has shape " + text_of(x.shape) + ", need " + std::to_string(w.inputs) + " channels");
+  require(x.shape[3] == w.inputs,
+          "x has shape " + text_of(x.shape) + ", need " + std::to_string(w.inputs) + " channels");
   const int64_t out_height = (height + stride_ - 1) / stride_, out_width = (width + stride_ - 1) / stride_;
   int8_t* y = run.output<int8_t>(0, {images, out_height, out_width, w.channels});
   int32_t* y_sum = run.output<int32_t>(1, {images, w.channels});

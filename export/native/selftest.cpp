@@ -316,5 +316,6 @@ int main(int count, char** arguments) {
     }
     std::printf("%s: equal in %d rounds\n", choice->kernels->name, rounds);
   }
+  for (int round = 0; round < rounds; ++round) check_sign_sums();
   return 0;
 }

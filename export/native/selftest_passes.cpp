@@ -1,5 +1,5 @@
-// Compares the passes of a training step and what surrounds its convolutions of signs: elementwise results exactly, sums to rounding, since each instruction
-// set adds them up in an order of its own.
+// Compares the passes of a training step and what surrounds its convolutions of signs: elementwise results
+// exactly, sums to rounding, since each instruction set adds them up in an order of its own.
 
 #include <cmath>
 #include <cstdio>
@@ -143,7 +143,8 @@ void compare_signs(const char* kernels) {
     return bytes;
   };
   const Bytes x = signs(channels * height * width), weight = signs(channels * taps);
-  const int64_t count = between(1, 70), wide = between(1, 64), planes = between(1, wide), pixels = count + between(0, 9);
+  const int64_t count = between(1, 70), wide = between(1, 64), planes = between(1, wide);
+  const int64_t pixels = count + between(0, 9);
   std::vector<int32_t> sums(static_cast<size_t>(count * wide));
   for (int32_t& sum : sums) sum = static_cast<int32_t>(64 * between(-9216, 9216));
   bool answers[2][3];
@@ -166,6 +167,57 @@ void compare_signs(const char* kernels) {
   if (bits[0] != bits[1]) fail("bits", 0);
   if (words_of[0] != words_of[1]) fail("words", 0);
   if (out[0] != out[1]) fail("out", 0);
+}
+
+// A whole convolution against its definition; by the kernels that training would take.
+void check_sign_sums() {
+  const int x_type = static_cast<int>(between(0, kTypes - 1)), weight_type = static_cast<int>(between(0, kTypes - 1));
+  const int64_t images = between(1, 5), inputs = chance(0.1) ? between(200, 600) : between(1, 70);
+  const int64_t height = between(1, 11), width = between(1, 11), channels = between(1, 70);
+  const int64_t kernel = chance(0.5) ? 1 : 3, stride = between(1, 3), pad = kernel / 2;
+  const int64_t out_height = (height + stride - 1) / stride, out_width = (width + stride - 1) / stride;
+  place = "sums of signs, " + std::to_string(images) + " images of " + std::to_string(height) + "×" +
+          std::to_string(width) + "×" + std::to_string(inputs) + " to " + std::to_string(channels) + ", kernel " +
+          std::to_string(kernel) + " stride " + std::to_string(stride);
+  const auto signs = [](int64_t count, int type, std::vector<int>& as_integers) {
+    Bytes bytes(static_cast<size_t>(count) * size_of(type));
+    for (int64_t i = 0; i < count; ++i) {
+      as_integers.push_back(chance(0.5) ? 1 : -1);
+      put_number(bytes, i, type, as_integers.back());
+    }
+    return bytes;
+  };
+  std::vector<int> x_signs, weight_signs;
+  const Bytes x = signs(images * inputs * height * width, x_type, x_signs);
+  const Bytes weight = signs(channels * inputs * kernel * kernel, weight_type, weight_signs);
+  const int64_t count = images * channels * out_height * out_width;
+  Bytes out(static_cast<size_t>(count) * size_of(x_type)), expected(out.size());
+  const SignSums sums{images, inputs, height,        width,      channels,   kernel,
+                      stride, x.data(), weight.data(), out.data(), x_type, weight_type};
+  if (!sign_sums(sums, nullptr, 1)) fail("answer", 0);
+  int64_t at = 0;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      for (int64_t row = 0; row < out_height * stride; row += stride) {
+        for (int64_t column = 0; column < out_width * stride; column += stride) {
+          int total = 0;
+          for (int64_t input = 0; input < inputs; ++input) {
+            for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+              const int64_t y = row + tap / kernel - pad, from = column + tap % kernel - pad;
+              if (y < 0 || y >= height || from < 0 || from >= width) continue;
+              const int64_t of_x = ((image * inputs + input) * height + y) * width + from;
+              const int64_t of_weight = (channel * inputs + input) * kernel * kernel + tap;
+              total += x_signs[static_cast<size_t>(of_x)] * weight_signs[static_cast<size_t>(of_weight)];
+            }
+          }
+          put_number(expected, at++, x_type, total);
+        }
+      }
+    }
+  }
+  // Bfloat16 holds these whole numbers up to 256, which larger ones are left out of.
+  if (x_type == kBfloat16 && inputs * kernel * kernel > 256) return;
+  if (out != expected) fail("out", 0);
 }
 
 }  // namespace bnext

@@ -28,15 +28,6 @@ const SignWork* sign_work_of(const char* kernels) {
   return signs_portable;
 }
 
-// Convolution with zero padding of half the kernel, 1 or 3; contiguous, of a type.
-struct SignSums {
-  int64_t images, inputs, height, width, channels, kernel, stride;
-  const void* x;       // [images][inputs][height][width]
-  const void* weight;  // [channels][inputs][kernel][kernel]
-  void* out;           // [images][channels][⌈height / stride⌉][⌈width / stride⌉]
-  int32_t x_type, weight_type;
-};
-
 namespace {
 
 constexpr int64_t kSizes[kTypes] = {4, 8, 2};
@@ -47,16 +38,36 @@ constexpr int64_t kPixels = 64;
 // What it costs to write a sum, in words of 32 products.
 constexpr int64_t kWordsOfWriting = 8;
 
+}  // namespace
+
 bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
   const Kernels& used = training_kernels();
   const SignWork *work = sign_work_of(used.name), &of_x = work[s.x_type], &of_weight = work[s.weight_type];
   const int64_t taps = s.kernel * s.kernel, pad = s.kernel / 2;
   std::atomic<bool> are_signs{true};
 
+  // The signs first: if they hold a 0, as those of a network in float may, the weights are never looked at.
+  const int64_t words = (s.inputs + 31) / 32;
+  const int64_t padded_width = s.width + 2 * pad, image_words = (s.height + 2 * pad) * padded_width * words;
+  const std::unique_ptr<uint32_t[]> bits(new uint32_t[static_cast<size_t>(s.images * image_words)]);
+  const int64_t image_bytes = s.inputs * s.height * s.width * kSizes[s.x_type];
+  const int64_t strips = parts_of(s.inputs * s.height * s.width, kTaskInputs, s.height);
+  share(parallel, threads, s.images * strips, [&](int64_t task) {
+    if (!are_signs) return;
+    const int64_t image = task / strips, strip = task % strips;
+    const int64_t first = cut(s.height, strips, strip), last = cut(s.height, strips, strip + 1);
+    uint32_t* const to = bits.get() + image * image_words;
+    if (pad != 0) clear_edges(to, s.height, s.width, words, first, last);
+    const char* from = static_cast<const char*>(s.x) + image * image_bytes;
+    if (!of_x.pack(from, s.inputs, s.height, s.width, words, pad, first, last, to)) are_signs = false;
+  });
+  if (!are_signs) return false;
+
   BinaryWeights weights(used, s.inputs, s.channels, s.kernel);
   const int64_t channel_bytes = s.inputs * taps * kSizes[s.weight_type];
   const int64_t parts = parts_of(s.channels * s.inputs * taps, kTaskInputs, s.channels);
   share(parallel, threads, parts, [&](int64_t part) {
+    if (!are_signs) return;
     bool fine = true;
     for (int64_t channel = cut(s.channels, parts, part); channel < cut(s.channels, parts, part + 1); ++channel) {
       const char* from = static_cast<const char*>(s.weight) + channel * channel_bytes;
@@ -64,20 +75,6 @@ bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
       weights.sum_constants(channel, 0);
     }
     if (!fine) are_signs = false;
-  });
-  if (!are_signs) return false;
-
-  const int64_t padded_width = s.width + 2 * pad, image_words = (s.height + 2 * pad) * padded_width * weights.words;
-  const std::unique_ptr<uint32_t[]> bits(new uint32_t[static_cast<size_t>(s.images * image_words)]);
-  const int64_t image_bytes = s.inputs * s.height * s.width * kSizes[s.x_type];
-  const int64_t strips = parts_of(s.inputs * s.height * s.width, kTaskInputs, s.height);
-  share(parallel, threads, s.images * strips, [&](int64_t task) {
-    const int64_t image = task / strips, strip = task % strips;
-    const int64_t first = cut(s.height, strips, strip), last = cut(s.height, strips, strip + 1);
-    uint32_t* const to = bits.get() + image * image_words;
-    if (pad != 0) clear_edges(to, s.height, s.width, weights.words, first, last);
-    const char* from = static_cast<const char*>(s.x) + image * image_bytes;
-    if (!of_x.pack(from, s.inputs, s.height, s.width, weights.words, pad, first, last, to)) are_signs = false;
   });
   if (!are_signs) return false;
 
@@ -110,7 +107,6 @@ bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
   return true;
 }
 
-}  // namespace
 }  // namespace bnext
 
 BNEXT_EXPORT int64_t bnext_qat_sign_sums_bytes() { return sizeof(bnext::SignSums); }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "passes.h"
+#include "share.h"
 
 namespace bnext {
 
@@ -22,5 +23,17 @@ struct SignWork {
 
 // By the type of the tensors. Those compiled for a set of kernels, by its name.
 const SignWork* sign_work_of(const char* kernels);
+
+// Convolution with zero padding of half the kernel, 1 or 3; contiguous, types are `Type`.
+struct SignSums {
+  int64_t images, inputs, height, width, channels, kernel, stride;
+  const void* x;       // [images][inputs][height][width]
+  const void* weight;  // [channels][inputs][kernel][kernel]
+  void* out;           // [images][channels][⌈height / stride⌉][⌈width / stride⌉], of the type of x
+  int32_t x_type, weight_type;
+};
+
+// False where a value is neither +1 nor -1; then `out` means nothing.
+bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads);
 
 }  // namespace bnext
