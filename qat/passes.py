@@ -52,11 +52,11 @@ def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 
 
 def portions(x: Tensor) -> list[slice]:
-    """Slices of the batch of about :data:`PORTION` bytes each; on accelerators all of it."""
+    """Slices of the batch of about :data:`PORTION` bytes each, at least one; on accelerators all of it."""
     count = len(x)
     if x.device.type == "cpu":
         count = max(1, PORTION * count // max(x.nbytes, 1))
-    return [slice(start, start + count) for start in range(0, len(x), count)]
+    return [slice(start, start + count) for start in range(0, max(len(x), 1), max(count, 1))]
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

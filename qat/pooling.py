@@ -109,6 +109,6 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, mean = ctx.saved_tensors
-        by_mean, by_variance = (grad / x[0, 0].numel() for grad in grads)
+        by_mean, by_variance = (grad / x.shape[2:].numel() for grad in grads)
         slope = 2.0 * by_variance
         return multiply_add(spread(by_mean - slope * mean, x), x, spread(slope, x))
