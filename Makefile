@@ -40,7 +40,7 @@ native: $(VENV)/.user
 	BNEXT_QAT_NATIVE=require $(BIN)/python -m pip install --quiet --no-deps --editable .
 
 sanitize: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/test_nativesanitized.py
+	$(BIN)/python -m pytest -q -m slow tests/test_nativesanitized.py
 
 baseline: $(VENV)/.user
 	$(BIN)/qat export --onnx runs/baseline.onnx
