@@ -2,7 +2,7 @@
 # make test       set everything up, run linters, type checker, import contract and all tests
 # make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline (EPOCHS=2: shorter)
 # make bench-train  training speed against a plain implementation, in one run
-# make native     build the native operators again, after a change of export/native
+# make native     build the native operators again, after a change of qat/native/src
 # make sanitize   the native operators' tests with a library that sanitizers watch
 # make baseline   record that baseline from the newest run under runs/
 VENV ?= .venv
@@ -40,7 +40,7 @@ native: $(VENV)/.user
 	BNEXT_QAT_NATIVE=require $(BIN)/python -m pip install --quiet --no-deps --editable .
 
 sanitize: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow tests/test_nativesanitized.py
+	$(BIN)/python -m pytest -q -m slow tests/native/test_sanitized.py
 
 baseline: $(VENV)/.user
 	$(BIN)/qat export --onnx runs/baseline.onnx

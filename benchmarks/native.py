@@ -23,12 +23,12 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from qat_export.bench.measure import alternate
+from qat_export.graphs.native import DOMAIN_VERSION
+from qat_export.nativelibrary import DOMAIN, kernels_in_use
+from qat_export.verify.sessions import create_session
 
-from export.benchmark import alternate
-from export.nativegraph import DOMAIN_VERSION
-from export.nativelibrary import DOMAIN, kernels_in_use
-from export.sessions import create_session
-from qat.bnext import WIDTHS
+from qat.models.bnext import WIDTHS
 
 Array = NDArray[Any]
 

@@ -2,7 +2,7 @@
 
 Every binarization is a chain of `detach`, every tensor of the paper's formulas (arXiv 2211.12933) exists, and
 the optimizer is torch's AdamW without fusion. Parameters carry the published names, so that it loads
-the state dict of :class:`qat.bnext.BNext` as it is and both can be compared step by step.
+the state dict of :class:`qat.models.bnext.BNext` as it is and both can be compared step by step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.bnext import WIDTHS
+from qat.models.bnext import WIDTHS
 
 
 class Bias(nn.Module):

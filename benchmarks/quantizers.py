@@ -28,15 +28,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from qat.checkpoint import Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.cli.progress import ConsoleReporter
 from qat.commands.lowering import build_and_lower
-from qat.datafiles import cifar10_folder, found_root, parquet_files
+from qat.data.paths import cifar10_folder, found_root, parquet_files
 from qat.errors import QatError, QuantizationError
-from qat.files import write_atomically
-from qat.operations import operations
-from qat.progress import ConsoleReporter
-from qat.recipe import Data, load_recipe
-from qat.train import finetune
+from qat.models.operation_count import operations
+from qat.recipe.loading import Data, load_recipe
+from qat.system.files import write_atomically
+from qat.train.finetuning import finetune
 
 RESULTS: Final = "results.jsonl"
 #: Choices by name; the first is the recipe as it is.

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from qat_export.bench.peak_memory import own_peak_rss_bytes
 
-from export.peakmemory import own_peak_rss_bytes
-from qat.bnext import WIDTHS, BNext
-from qat.distributed import joined, rows_of_all
-from qat.evaluate import predictor
-from qat.optimization import make_optimizer
-from qat.parallel import Parallel
-from qat.recipe import Optimizer
-from qat.resume import Parts, capture
-from qat.sharding import own_part, shard, whole_network
+from qat.evaluation import predictor
+from qat.models.bnext import WIDTHS, BNext
+from qat.recipe.loading import Optimizer
+from qat.system.collectives import joined, rows_of_all
+from qat.train.optimizer import make_optimizer
+from qat.train.parallel import Parallel
+from qat.train.resume import Parts, capture
+from qat.train.sharding import own_part, shard, whole_network
 
 GIGABYTE = 1e9
 

@@ -21,18 +21,18 @@ from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
+from qat_export.bench.peak_memory import own_peak_rss_bytes
 from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
-from export.peakmemory import own_peak_rss_bytes
-from qat.allocator import keep_pages
-from qat.batchnorm import reestimate_batch_norm
-from qat.bnext import BNext, binary_convolutions, set_temperature
-from qat.data import image_grid
-from qat.loop import make_optimizer
-from qat.precision import autocast
-from qat.prepare import calibrate, prepare
-from qat.recipe import Optimizer, Quantization
+from qat.data.loading import image_grid
+from qat.models.bnext import BNext, binary_convolutions, set_temperature
+from qat.quantize.preparation import calibrate, prepare
+from qat.recipe.loading import Optimizer, Quantization
+from qat.system.memory import keep_pages
+from qat.train.batch_norm_reestimation import reestimate_batch_norm
+from qat.train.loop import make_optimizer
+from qat.train.precision import autocast
 
 LEARNING_RATE = 1e-4
 PLAIN, FAKE_QUANTIZED = "plain", "fake-quantized"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
-from toyruns import finetune_arguments, pretrain_toy, succeed, tuned
 
-from qat.bnext import BNext, set_temperature
-from qat.layers import BinaryConv2d, SqueezeExcitation, SubBlock
-from qat.nativecalls import torch_alone, usable
-from qat.prepare import calibrate
-from qat.recipe import Quantization, TrunkGroup
+from qat.models.bnext import BNext, set_temperature
+from qat.native.bindings import torch_alone, usable
+from qat.nn.layers import BinaryConv2d, SqueezeExcitation, SubBlock
+from qat.quantize.preparation import calibrate
+from qat.recipe.loading import Quantization, TrunkGroup
+from tests.helpers.toy_runs import finetune_arguments, pretrain_toy, succeed, tuned
 
 # The first call into torch, and any call on a busy machine, can outlast a deadline.
 settings.register_profile("qat", derandomize=True, deadline=None, max_examples=60)

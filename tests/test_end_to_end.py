@@ -8,17 +8,17 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from cifar10 import cifar10
-from toyruns import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed
 
-from qat.bnext import binary_convolutions
-from qat.checkpoint import load_checkpoint
-from qat.data import load_split
-from qat.evaluate import evaluate, predictor
-from qat.loading import build
-from qat.recipe import load_recipe, recipes_dir, resolve_checkpoint
-from qat.rundir import newest_run
-from qat.train import pretrain, pretrained
+from qat.checkpoints.format import load_checkpoint
+from qat.checkpoints.loading import build
+from qat.data.loading import load_split
+from qat.evaluation import evaluate, predictor
+from qat.models.bnext import binary_convolutions
+from qat.recipe.loading import load_recipe, recipes_dir, resolve_checkpoint
+from qat.runs import newest_run
+from qat.train.finetuning import pretrain, pretrained
+from tests.helpers.cifar10 import cifar10
+from tests.helpers.toy_runs import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed
 
 DIGITS, CIFAR10 = (
     recipes_dir() / "checkpoints" / f"bnext_tiny_{name}.safetensors" for name in ("digits", "cifar10")
@@ -71,7 +71,7 @@ def test_the_default_recipe_gives_a_model_that_answers_as_its_network_does(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # The interpreter takes half a second per image; its equality has tests of its own.
-    monkeypatch.setattr("export.verify.REFERENCE_IMAGES", 2)
+    monkeypatch.setattr("qat_export.verify.agreement.REFERENCE_IMAGES", 2)
     short = ["schedule.epochs=0", "schedule.calibration_batches=4", "threads=1", "device=cpu"]
     succeed("finetune", "--recipe", "tiny_int8", *settings(short))
     printed = succeed("export", "--onnx")

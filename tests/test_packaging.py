@@ -8,13 +8,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from nativebuilds import ROOT, need, run
+
+from tests.helpers.native_builds import ROOT, need, run
 
 pytestmark = pytest.mark.slow
 
 #: What the library can do is tested with the installed one: this one is compiled quickly.
 QUICKLY = {"SKBUILD_CMAKE_BUILD_TYPE": "Debug", "CMAKE_ARGS": "-DCMAKE_UNITY_BUILD=ON"}
-LIBRARY = "export/native/libbnext_qat_native.so"
+LIBRARY = "qat/native/src/libbnext_qat_native.so"
 
 
 def wheel(folder: Path, **environment: str) -> tuple[str, set[str]]:
@@ -32,9 +33,11 @@ def wheel(folder: Path, **environment: str) -> tuple[str, set[str]]:
 
 
 def expected() -> set[str]:
-    packages = [path for package in ("qat", "export") for path in (ROOT / package).rglob("*")]
+    packages = [path for package in ("qat", "export/qat_export") for path in (ROOT / package).rglob("*")]
     data = {".py", ".html", ".css"}
-    files = {str(path.relative_to(ROOT)) for path in packages if path.suffix in data}
+    files = {
+        path.relative_to(ROOT).as_posix().removeprefix("export/") for path in packages if path.suffix in data
+    }
     recipes = [path for path in (ROOT / "recipes").rglob("*") if path.is_file()]
     return files | {f"qat/_recipes/{path.relative_to(ROOT / 'recipes')}" for path in recipes}
 

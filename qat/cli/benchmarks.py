@@ -53,9 +53,10 @@ def bench(
     ]
     if models and given:
         raise click.UsageError(f"--{given[0]} is of a random network: give it or MODELS, not both")
-    from export.bench import bench_files, bench_random, default_targets
-    from export.benchmark import Conditions
-    from qat.bnext import Architecture
+    from qat_export.bench.comparison import bench_files, bench_random, default_targets
+    from qat_export.bench.measure import Conditions
+
+    from qat.models.bnext import Architecture
 
     with spinner("measuring") as say:
         if models:

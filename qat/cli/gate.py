@@ -149,9 +149,9 @@ def gate(
         if junit_path is not None and junit_path.resolve() == taken.resolve():
             raise click.UsageError(f"--junit would overwrite {name}, {taken}; name another file")
     from qat.commands.gate import judge_model
-    from qat.files import write_atomically
     from qat.gate.decision import Rules
     from qat.gate.output import junit, junit_of_error, markdown, markdown_of_error
+    from qat.system.files import write_atomically
 
     rules = Rules(max_drop, confidence, floor, on_inconclusive)
     started = time.monotonic()

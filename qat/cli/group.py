@@ -14,7 +14,7 @@ import click
 
 from qat import __version__
 from qat.errors import QatError
-from qat.launch import launched
+from qat.system.launch import launched
 
 # GNU OpenMP threads spin while they wait, by default so long that a second process on the same cores makes
 # training five to eight times slower. It reads these when torch is loaded, which commands do later.
@@ -100,7 +100,7 @@ class _Group(click.Group):
 
 def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
     """End this one of several processes; one of those that end for the same reason says it."""
-    from qat.distributed import speaks
+    from qat.system.collectives import speaks
 
     code, said = speaks(code, message, error)
     if said is not None:
@@ -114,7 +114,7 @@ def _leave_together(code: int) -> None:
     A thread of gloo may still hold a tensor of the last message; if it lets go of it while Python shuts down,
     the process is aborted, though its work is done.
     """
-    from qat.distributed import were_connected
+    from qat.system.collectives import were_connected
 
     if were_connected():
         _leave(code)

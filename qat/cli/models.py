@@ -12,8 +12,8 @@ from qat.cli.options import NonEmptyPath, recipe_options, set_option
 from qat.cli.terminal import print_table, spinner, warn
 
 if TYPE_CHECKING:
-    from export.exactness import Exactness
-    from export.verify import Comparison
+    from qat_export.verify.agreement import Comparison
+    from qat_export.verify.exactness import Exactness
 
 #: What --onnx is without a path; no name of a model, which ends in .onnx.
 _BESIDE: Final = "beside the checkpoint"
@@ -125,8 +125,9 @@ def export(
             raise click.UsageError(f"--float32 and {option} exclude each other")
     if strict and target == "native":
         raise click.UsageError("--strict-onnx and --target native exclude each other")
-    from export.describe import describe
-    from export.portable import kind_of_input
+    from qat_export.graphs.portable import kind_of_input
+    from qat_export.integer.describe import describe
+
     from qat.commands.export import Form, Target, export_float32, export_onnx
     from qat.commands.lowering import Source
 
@@ -207,7 +208,7 @@ def _print_comparison(comparison: Comparison) -> None:
 
 
 def _print_exactness(exactness: Exactness) -> None:
-    from export.exactfigures import HEADINGS
+    from qat_export.verify.figures import HEADINGS
 
     print_table(exactness.title, HEADINGS, exactness.rows())
     for line in exactness.worst():
@@ -225,7 +226,7 @@ def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_jso
     of --recipe.
     """
     from qat.commands.evaluate import evaluate_model
-    from qat.distributed import joined
+    from qat.system.collectives import joined
 
     with joined() as world:
         accuracy = evaluate_model(model, recipe, overrides, warn if world.rank == 0 else lambda _: None)

@@ -21,7 +21,7 @@ def recipe() -> None:
 @recipe.command("list")
 def recipe_list() -> None:
     """The packaged recipes, one per line."""
-    from qat.recipe import load_recipe, recipe_names
+    from qat.recipe.loading import load_recipe, recipe_names
 
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "task", "network", "data"):
@@ -38,7 +38,7 @@ def recipe_list() -> None:
 @set_option("Override one key; implies --resolved.")
 def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
     """Print a recipe."""
-    from qat.recipe import load_recipe, recipe_yaml
+    from qat.recipe.loading import load_recipe, recipe_yaml
 
     loaded = load_recipe(name, overrides)
     if resolved or overrides:
@@ -53,7 +53,7 @@ def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def recipe_copy(name: str, destination: Path, force: bool) -> None:
     """Copy a packaged recipe to DESTINATION (a folder or a file) as a start for your own."""
-    from qat.recipe import copy_recipe
+    from qat.recipe.loading import copy_recipe
 
     click.echo(copy_recipe(name, destination, force))
 
@@ -61,6 +61,6 @@ def recipe_copy(name: str, destination: Path, force: bool) -> None:
 @recipe.command("schema")
 def recipe_schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    from qat.recipe import recipe_schema as schema
+    from qat.recipe.loading import recipe_schema as schema
 
     click.echo(json.dumps(schema(), indent=2))

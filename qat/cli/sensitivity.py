@@ -17,7 +17,7 @@ from qat.cli.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qat.overrides import GroupName
+    from qat.quantize.overrides import GroupName
     from qat.sensitivity.findings import Findings
 
 
@@ -120,12 +120,12 @@ def sensitivity(
     """
     from rich.console import Console
 
+    from qat.cli.progress import ConsoleReporter
     from qat.commands.sensitivity import measure_recipe, require_new, write_recipe
-    from qat.files import require_writable, write_atomically
-    from qat.progress import ConsoleReporter
-    from qat.recipe import load_recipe
+    from qat.recipe.loading import load_recipe
     from qat.sensitivity.bitwidths import Limits
     from qat.sensitivity.findings import Questions
+    from qat.system.files import require_writable, write_atomically
 
     loaded = load_recipe(recipe, overrides)
     # Before the minutes that the measuring takes.
@@ -144,7 +144,7 @@ def sensitivity(
         _print(findings)
     written = []
     if output is not None:
-        from qat.commands.sensitivitypage import page
+        from qat.commands.sensitivity_page import page
 
         write_atomically(output, page(findings))
         written.append(output)
@@ -156,7 +156,7 @@ def sensitivity(
 
 
 def _print(findings: Findings) -> None:
-    from qat.commands.sensitivitypage import MOST_SENSITIVE, network_table, sensitivity_table, width_table
+    from qat.commands.sensitivity_page import MOST_SENSITIVE, network_table, sensitivity_table, width_table
 
     tables = [network_table(findings)]
     if findings.groups:

@@ -9,14 +9,14 @@ import click
 
 from qat.cli.group import main
 from qat.cli.options import NonEmptyPath, recipe_options
+from qat.cli.progress import ConsoleReporter
 from qat.cli.terminal import StandardOutput, spinner, warn
 from qat.errors import QatError, first_line
-from qat.launch import launched
-from qat.progress import ConsoleReporter
+from qat.system.launch import launched
 
 if TYPE_CHECKING:
-    from qat.recipe import LoadedRecipe
-    from qat.resume import Resumed
+    from qat.recipe.loading import LoadedRecipe
+    from qat.train.resume import Resumed
 
 
 _resume_option = click.option(
@@ -36,12 +36,12 @@ def _opened(
     reporter: ConsoleReporter,
 ) -> tuple[LoadedRecipe, Resumed | None]:
     """The recipe to run and, with --resume, the run that goes on; a finished one ends the command."""
-    from qat.recipe import load_recipe
+    from qat.recipe.loading import load_recipe
 
     if resume is None:
         return load_recipe(recipe, overrides), None
-    from qat.resume import is_finished, open_run
-    from qat.statefile import remove_states
+    from qat.train.resume import is_finished, open_run
+    from qat.train.state_file import remove_states
 
     context = click.get_current_context()
     if context.get_parameter_source("recipe") is not click.core.ParameterSource.DEFAULT:
@@ -64,8 +64,8 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     Calibrates, fine-tunes and writes a run directory with checkpoints, metrics, a summary and a report.
     SIGTERM saves the training's state and exits with 143.
     """
-    from qat.distributed import joined
-    from qat.train import finetune as run_finetune
+    from qat.system.collectives import joined
+    from qat.train.finetuning import finetune as run_finetune
 
     with joined() as world:
         reporter = ConsoleReporter(StandardOutput(quiet=world.rank > 0))
@@ -101,8 +101,8 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     The weight temperature is annealed until every binary weight is exactly ±1. SIGTERM saves the training's
     state and exits with 143.
     """
-    from qat.distributed import joined
-    from qat.train import pretrain as run_pretrain
+    from qat.system.collectives import joined
+    from qat.train.finetuning import pretrain as run_pretrain
 
     with joined() as world:
         reporter = ConsoleReporter(StandardOutput(quiet=world.rank > 0))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qat.commands.opening import open_model
 from qat.commands.sources import load_test_split
-from qat.distributed import world
-from qat.evaluate import Accuracy, evaluate
+from qat.evaluation import Accuracy, evaluate
+from qat.system.collectives import world
 
 
 def evaluate_model(

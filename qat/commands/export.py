@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import onnx
+from qat_export.graphs.float32 import emit_float
+from qat_export.graphs.native import emit_native
+from qat_export.graphs.portable import InputKind, emit
+from qat_export.integer.file import load_network, save_network
+from qat_export.integer.network import IntegerNetwork
+from qat_export.nativelibrary import native_library_path
+from qat_export.verify.agreement import Comparison, OnnxModel, compare
+from qat_export.verify.exactness import Exactness, exactness, sample
 
-from export.exactness import Exactness, exactness, sample
-from export.floatgraph import emit_float
-from export.integer import IntegerNetwork
-from export.nativegraph import emit_native
-from export.nativelibrary import native_library_path
-from export.networkfile import load_network, save_network
-from export.portable import InputKind, emit
-from export.verify import Comparison, OnnxModel, compare
-from qat.bnext import is_binary
+from qat.checkpoints.loading import build, float_network, highest_temperature
 from qat.commands.lowering import Source, build_and_lower, class_names, facts, load
 from qat.commands.sources import load_test_split
 from qat.errors import CheckpointError, OutputError
-from qat.evaluate import predictor
-from qat.files import write_atomically
-from qat.loading import build, float_network, highest_temperature
+from qat.evaluation import predictor
+from qat.models.bnext import is_binary
+from qat.system.files import write_atomically
 
 
 class Form(Enum):

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat.checkpoint import file_hash
+from qat.checkpoints.format import file_hash
 from qat.commands.opening import Opened, open_model
 from qat.commands.sources import load_test_split
-from qat.data import Split
-from qat.evaluate import collect_logits
+from qat.data.loading import Split
+from qat.evaluation import collect_logits
 from qat.gate.baseline import Baseline, DataFacts, ModelFacts, describe_data, file_name, observe
-from qat.gate.baselinefile import check_replaceable, read_baseline, write_baseline
+from qat.gate.baseline_file import check_replaceable, read_baseline, write_baseline
 from qat.gate.comparable import check_comparable, check_preprocessing
 from qat.gate.decision import Decision, Rules, judge
 

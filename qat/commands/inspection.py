@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Final
 
 import safetensors
+from qat_export.inspection.file import inspect_network, inspect_onnx
+from qat_export.integer.file import FORMAT as NETWORK_FORMAT
 
-from export.inspection import inspect_network, inspect_onnx
-from export.networkfile import FORMAT as NETWORK_FORMAT
+from qat.checkpoints.loading import build
+from qat.checkpoints.published import is_safetensors
 from qat.errors import CheckpointError
 from qat.inspection.checkpoint import inspect_checkpoint, open_checkpoint
 from qat.inspection.facts import Inspection
-from qat.loading import build
-from qat.published import is_safetensors
-from qat.rundir import find_run
+from qat.runs import find_run
 
 #: How files begin: those of torch.save, zip and older, and ONNX models (their first field is the IR version).
 _TORCH: Final = (b"PK\x03\x04", b"\x80")

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.integer import IntegerNetwork
-from export.lower import lower
+from qat_export.integer.network import IntegerNetwork
+from qat_export.lowering.network import lower
+
 from qat import __version__
-from qat.bnext import BNext
-from qat.checkpoint import Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.checkpoints.loading import build
 from qat.commands.sources import only_data, own_recipe
 from qat.errors import QuantizationError, RecipeError
-from qat.loading import build
-from qat.recipe import Data
-from qat.rundir import find_run, newest_run
+from qat.models.bnext import BNext
+from qat.recipe.loading import Data
+from qat.runs import find_run, newest_run
 
 
 @dataclass(frozen=True)

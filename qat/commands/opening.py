@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from qat_export.verify.agreement import OnnxModel
 
-from export.verify import OnnxModel
-from qat.bnext import is_binary
-from qat.checkpoint import Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.checkpoints.loading import architecture_of, build, highest_temperature
 from qat.commands.sources import only_data, own_recipe, recipe_of_onnx
 from qat.errors import DataError, QatError
-from qat.evaluate import Predict, predictor
-from qat.loading import architecture_of, build, highest_temperature
-from qat.recipe import Data, LoadedRecipe, Recipe, load_recipe
-from qat.rundir import find_run
+from qat.evaluation import Predict, predictor
+from qat.models.bnext import is_binary
+from qat.recipe.loading import Data, LoadedRecipe, Recipe, load_recipe
+from qat.runs import find_run
 
 
 @dataclass(frozen=True)

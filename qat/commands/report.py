@@ -10,21 +10,21 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qat.bnext import BNext
-from qat.checkpoint import Checkpoint, file_hash, load_checkpoint
+from qat.checkpoints.format import Checkpoint, file_hash, load_checkpoint
+from qat.checkpoints.loading import build, without_quantizers
 from qat.commands.sources import load_test_split, only_data
-from qat.data import Split, normalize
-from qat.devices import choose_device
+from qat.data.loading import Split, normalize
 from qat.errors import CheckpointError, QatError, RecipeError
-from qat.evaluate import predictor
-from qat.files import require_writable, write_atomically
-from qat.layerstats import measure
-from qat.loading import build, without_quantizers
-from qat.recipe import Data, LoadedRecipe, load_recipe, resolve_checkpoint
+from qat.evaluation import predictor
+from qat.models.bnext import BNext
+from qat.recipe.loading import Data, LoadedRecipe, load_recipe, resolve_checkpoint
 from qat.report.answers import compare
 from qat.report.content import Measured, report_page
 from qat.report.files import RunFiles, read_run
-from qat.rundir import find_run, newest_run
+from qat.report.layer_statistics import measure
+from qat.runs import find_run, newest_run
+from qat.system.files import require_writable, write_atomically
+from qat.train.device import choose_device
 
 REPORT: Final = "report.html"
 #: Images that layers are measured on: their statistics settle long before.

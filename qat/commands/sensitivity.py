@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from qat.devices import begin
 from qat.errors import DataError, OutputError, QuantizationError, RecipeError
-from qat.files import write_atomically
-from qat.loop import Reporter
-from qat.overrides import GroupName
-from qat.prepare import quantized_layers
-from qat.recipe import LoadedRecipe, Quantization, recipe_yaml, resolve_checkpoint
+from qat.quantize.overrides import GroupName
+from qat.quantize.preparation import quantized_layers
+from qat.recipe.loading import LoadedRecipe, Quantization, recipe_yaml, resolve_checkpoint
 from qat.sensitivity.bitwidths import measure_widths, settings_of
 from qat.sensitivity.findings import IMAGES, LAYER_IMAGES, Findings, Questions
 from qat.sensitivity.parts import GROUPS, Sensitivity, measure_parts, parts_of, ranks_of
 from qat.sensitivity.suggestion import find_candidates, suggest
 from qat.sensitivity.variants import Variants, Watcher, grids_of
-from qat.train import for_task, pretrained, splits_of
+from qat.system.files import write_atomically
+from qat.train.device import begin
+from qat.train.finetuning import for_task, pretrained, splits_of
+from qat.train.loop import Reporter
 
 
 def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter, watch: Watcher) -> Findings:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from export.verify import OnnxModel
-from qat.checkpoint import Checkpoint
-from qat.data import Split, check_fits, load_split
+from qat_export.verify.agreement import OnnxModel
+
+from qat.checkpoints.format import Checkpoint
+from qat.data.loading import Split, check_fits, load_split
 from qat.errors import CheckpointError, RecipeError
-from qat.recipe import Data, Recipe, parse_recipe
+from qat.recipe.loading import Data, Recipe, parse_recipe
 
 
 def only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:

@@ -6,15 +6,16 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from export.exactness import Exactness, exactness, sample
-from export.networkfile import load_network
-from export.onnxmodel import OnnxModel, require_integers
-from export.verify import Comparison, compare
+from qat_export.integer.file import load_network
+from qat_export.verify.agreement import Comparison, compare
+from qat_export.verify.exactness import Exactness, exactness, sample
+from qat_export.verify.model import OnnxModel, require_integers
+
 from qat.commands.lowering import Source, build_and_lower, load
 from qat.commands.sources import load_test_split, only_data, recipe_of_onnx
 from qat.errors import CheckpointError, QatError
-from qat.evaluate import predictor
-from qat.rundir import find_run
+from qat.evaluation import predictor
+from qat.runs import find_run
 
 
 @dataclass(frozen=True)

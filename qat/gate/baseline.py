@@ -3,7 +3,7 @@
 A baseline is a JSON file that is kept in a repository. ``correct`` holds one bit per image, 1 where top-1 is
 right, in the order of the data set: 64 hexadecimal digits are 256 images, the first in the most significant
 bit (``numpy.packbits``); the last line is filled up with zeros to whole bytes. A diff shows where answers
-changed. :mod:`qat.gate.baselinefile` reads and writes such files.
+changed. :mod:`qat.gate.baseline_file` reads and writes such files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from qat.data import Split
-from qat.evaluate import ranks
-from qat.machine import machine
-from qat.recipe import Data, Recipe
+from qat.data.loading import Split
+from qat.evaluation import ranks
+from qat.recipe.loading import Data, Recipe
+from qat.system.machine import machine
 
 FORMAT: Final = "bnext-qat baseline"
 FORMAT_VERSION: Final = 1
@@ -69,7 +69,7 @@ class DataFacts(_Strict):
 
 
 class Processor(_Strict):
-    """What the predictions were computed on, as :func:`qat.machine.machine` finds it."""
+    """What the predictions were computed on, as :func:`qat.system.machine.machine` finds it."""
 
     name: str | None
     architecture: str | None

@@ -1,7 +1,7 @@
 """The accuracy gate: did a model get worse than its baseline, and can the data tell?
 
 Both models answered the same images, so they are compared in pairs: only images that one has right and the
-other wrong say something about the change in top-1. :mod:`qat.stats` has the arithmetic.
+other wrong say something about the change in top-1. :mod:`qat.gate.paired_statistics` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from qat.errors import GateError
-from qat.evaluate import percent, points
+from qat.evaluation import percent, points
 from qat.gate.baseline import Baseline
 from qat.gate.comparable import check_comparable, differences
-from qat.stats import Pairs, detectable_drop, images_needed, lower_bound, mcnemar_p, upper_bound
+from qat.gate.paired_statistics import (
+    Pairs,
+    detectable_drop,
+    images_needed,
+    lower_bound,
+    mcnemar_p,
+    upper_bound,
+)
 
 Verdict = Literal["pass", "improved", "fail", "inconclusive"]
 #: Chance with which ``images_needed`` images pass a model as good as the baseline, and with which a

@@ -11,16 +11,16 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.bnext import BNext
-from qat.checkpoint import FORMAT, Checkpoint, load_checkpoint
+from qat.checkpoints.format import FORMAT, Checkpoint, load_checkpoint
+from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
+from qat.checkpoints.tensor_checks import dtype_name, listed
 from qat.errors import CheckpointError
-from qat.fakequant import Quantizer, WeightQuantizer
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS, InspectedLayer, Inspection, Range, Total, facts_of
-from qat.layers import Stem, SubBlock
-from qat.published import is_safetensors, read_published, read_safetensors
-from qat.tensorchecks import dtype_name, listed
+from qat.models.bnext import BNext
+from qat.nn.layers import Stem, SubBlock
+from qat.quantize.quantizers import Quantizer, WeightQuantizer
 
-#: What the formats of :class:`qat.checkpoint.Checkpoint` are, in words.
+#: What the formats of :class:`qat.checkpoints.format.Checkpoint` are, in words.
 _FORMATS: Final = {
     "published weights": "weights in the format of BNext's authors (a bare state dict)",
     "published training checkpoint": "training checkpoint in the format of BNext's authors",
@@ -46,7 +46,7 @@ class StoredTensor:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """:func:`qat.checkpoint.load_checkpoint`, where a refusal of another network says what is in the file.
+    """`load_checkpoint`, where a refusal of another network says what is in the file.
 
     Raises:
         CheckpointError: the file is absent, damaged, or no BNext.

@@ -1,6 +1,7 @@
 """What an inspection finds in a file: facts about each layer with weights, and totals.
 
-Checkpoints (:mod:`qat.inspection.checkpoint`) and exports (:mod:`export.inspection`) are described alike.
+Checkpoints (:mod:`qat.inspection.checkpoint`) and exports (:mod:`qat_export.inspection.file`)
+are described alike.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from qat.binary import BINARY_TEMPERATURE
 from qat.inspection.facts import SIGN_BITS, InspectedLayer, Inspection
+from qat.ops.binary import BINARY_TEMPERATURE
 
 #: Factor by which the authors' training script changes the temperature after each epoch.
 THEIR_FACTOR: Final = 0.9

@@ -9,10 +9,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qat.data import Split
-from qat.evaluate import Predict, input_for
-from qat.recipe import Data
-from qat.stats import Pairs
+from qat.data.loading import Split
+from qat.evaluation import Predict, input_for
+from qat.gate.paired_statistics import Pairs
+from qat.recipe.loading import Data
 
 #: Images kept of each kind of change.
 KEPT: Final = 48

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 
 from qat import __version__
-from qat.checkpoint import Checkpoint
-from qat.evaluate import percent, points
-from qat.layerstats import LayerStatistics
-from qat.operations import operations
-from qat.recipe import Recipe
+from qat.checkpoints.format import Checkpoint
+from qat.evaluation import percent, points
+from qat.models.operation_count import operations
+from qat.recipe.loading import Recipe
 from qat.report.answers import Answers
 from qat.report.costs import (
     Costs,
@@ -27,6 +26,7 @@ from qat.report.costs import (
     weight_bits,
 )
 from qat.report.files import BENCH, RunFiles, mapping
+from qat.report.layer_statistics import LayerStatistics
 from qat.report.layers import group_table, layer_figures, layer_table
 from qat.report.page import Tile, number, render
 from qat.report.sections import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qat.operations import BINARY_PER_OPERATION, INT8_PER_OPERATION, LayerOperations, Operations
+from qat.models.operation_count import BINARY_PER_OPERATION, INT8_PER_OPERATION, LayerOperations, Operations
 from qat.report.charts import Bar, bar_chart
 from qat.report.page import ABSENT, Figure, Table, number
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qat.errors import QatError, first_line
-from qat.rundir import RunDirectory
+from qat.runs import RunDirectory
 
 #: What `qat bench --json` printed, if the user put it there.
 BENCH: Final = "bench.json"

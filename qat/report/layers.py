@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
-from qat.layerstats import LayerStatistics
 from qat.report.charts import Bar, Series, bar_chart, line_chart
+from qat.report.layer_statistics import LayerStatistics
 from qat.report.page import ABSENT, Figure, Table, number
 
 #: Kinds of quantization points in the order of the charts' colours.

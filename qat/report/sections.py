@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from qat.evaluate import percent, points
+from qat.evaluation import percent, points
+from qat.gate.paired_statistics import Pairs, accuracy_interval, lower_bound, mcnemar_p, upper_bound
 from qat.report.answers import Answers, ChangedImage
 from qat.report.charts import Bar, Series, bar_chart, heat_map, line_chart
 from qat.report.page import Figure, Table, number
 from qat.report.svg import shortened
 from qat.report.thumbnails import Thumbnail, thumbnails
-from qat.stats import Pairs, accuracy_interval, lower_bound, mcnemar_p, upper_bound
 
 #: Classes up to which the confusion matrix is drawn.
 _DRAWN: Final = 40

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
-from qat.evaluate import percent
-from qat.overrides import GroupName
-from qat.recipe import LoadedRecipe
-from qat.recipefiles import write_yaml
+from qat.evaluation import percent
+from qat.quantize.overrides import GroupName
+from qat.recipe.files import write_yaml
+from qat.recipe.loading import LoadedRecipe
 from qat.sensitivity.bitwidths import Limits, Width
 from qat.sensitivity.parts import Sensitivity, ranks_of
 from qat.sensitivity.suggestion import Candidate, Suggestion

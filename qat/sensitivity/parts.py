@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from qat.bnext import BNext
-from qat.overrides import GroupName
-from qat.prepare import quantized_layers
-from qat.recipe import Quantization
+from qat.models.bnext import BNext
+from qat.quantize.overrides import GroupName
+from qat.quantize.preparation import quantized_layers
+from qat.recipe.loading import Quantization
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference
 
 GROUPS: Final[tuple[GroupName, ...]] = ("stem", "se", "classifier", "trunk")

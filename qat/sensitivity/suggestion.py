@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qat.overrides import GroupName, group_of
-from qat.recipe import Quantization
+from qat.quantize.overrides import GroupName, group_of
+from qat.recipe.loading import Quantization
 from qat.sensitivity.bitwidths import Limits, Setting, Width, settings_of, weight_bytes, with_bits
 from qat.sensitivity.parts import GROUPS, Sensitivity, without
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference

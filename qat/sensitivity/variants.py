@@ -15,15 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qat.augment import image_grid
-from qat.bnext import BNext
-from qat.data import Split, normalize
+from qat.data.augment import image_grid
+from qat.data.loading import Split, normalize
 from qat.errors import CheckpointError
-from qat.evaluate import accuracy_of, predictor
-from qat.fakequant import activation_quantizers
-from qat.prepare import calibrate, prepare
-from qat.recipe import Quantization, Recipe
-from qat.train import calibration_pass
+from qat.evaluation import accuracy_of, predictor
+from qat.models.bnext import BNext
+from qat.quantize.preparation import calibrate, prepare
+from qat.quantize.quantizers import activation_quantizers
+from qat.recipe.loading import Quantization, Recipe
+from qat.train.finetuning import calibration_pass
 
 #: State of the quantizers of a calibrated network, by key of its state dict.
 Grids = Mapping[str, Tensor]

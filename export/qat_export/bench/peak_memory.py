@@ -1,0 +1,77 @@
+"""The most memory that loading and running a model takes, measured in a process that does nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from qat.errors import CheckpointError
+from qat.system.child_process import ChildFailedError, run_isolated
+from qat_export.bench.any_model import AnyModel
+
+#: Runs in the child: the first one allocates, the others may still grow the arena.
+_RUNS: Final = 3
+_STATUS: Final = Path("/proc/self/status")
+
+
+def peak_rss_bytes(
+    path: Path, *, threads: int = 1, batch: int = 1, resolution: int | None = None, seed: int = 0
+) -> int | None:
+    """Peak resident memory of a fresh process that loads the model with onnxruntime and runs it.
+
+    Python, NumPy and onnxruntime are part of it, about 70 MB. ``None`` where the system doesn't tell.
+
+    Args:
+        path, threads, batch, resolution: see :class:`qat_export.bench.any_model.AnyModel`.
+        seed: of the random images.
+
+    Raises:
+        CheckpointError: the process failed, for want of memory perhaps.
+    """
+    request = {
+        "path": str(path.resolve()),
+        "threads": threads,
+        "batch": batch,
+        "resolution": resolution,
+        "seed": seed,
+    }
+    try:
+        peak = run_isolated(__name__, request)["peak_rss_bytes"]
+    except ChildFailedError as error:
+        raise CheckpointError(f"{path}: running it in a process of its own failed: {error}") from error
+    return None if peak is None else int(peak)
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """The child: load, run, look. Also tells which packages were loaded."""
+    model = AnyModel(
+        Path(request["path"]),
+        threads=request["threads"],
+        batch=request["batch"],
+        resolution=request["resolution"],
+    )
+    images = model.input.random(request["seed"])
+    for _ in range(_RUNS):
+        model.run(images)
+    packages = sorted({name.partition(".")[0] for name in sys.modules})
+    return {"peak_rss_bytes": own_peak_rss_bytes(), "packages": packages}
+
+
+def own_peak_rss_bytes() -> int | None:
+    """Peak resident memory of this process so far; ``None`` where the system doesn't tell.
+
+    On Linux it is VmHWM, which starts anew with each program: the number of ``getrusage`` is handed down from
+    the process that started this one.
+    """
+    try:
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

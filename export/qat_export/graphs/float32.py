@@ -1,0 +1,237 @@
+"""The float32 target: an ONNX graph of the network without quantization, the baseline of the integer ones.
+
+It is made of the operators that torch's own exporter writes, in forms that onnxruntime runs as fast or
+faster, so that a comparison with it is fair:
+
+- Batch normalizations stand by themselves. onnxruntime folds them into convolutions when it loads the file,
+  and the stored weights of a binary convolution stay what they are, ±1.
+- The sign is ``Sign``, 0 at 0, as in the float network; in a network that was prepared for quantization it is
+  a selection by ``x >= -bias``, +1 at 0 (in IEEE arithmetic that is the sign of ``x + bias``).
+- The mean of 2×2 pixels leaves out what lies beyond an odd side: the same as replicating the edge.
+
+Tensors of the trunk carry the names that they have in the integer targets, and initializers those of the
+state dict where the values are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, cast
+
+import numpy as np
+import onnx
+from torch import Tensor, nn
+
+from qat import __version__
+from qat.checkpoints.format import float_shapes
+from qat.checkpoints.tensor_checks import not_finite
+from qat.errors import QuantizationError
+from qat.models.bnext import BNext
+from qat.nn.layers import Block, Stem, SubBlock
+from qat_export.graphs.builder import FLOAT, GraphBuilder, tensor_info
+from qat_export.graphs.metadata import INPUT, OUTPUT, model_metadata
+
+OPSET: Final = 13
+FORMAT: Final = "bnext-qat float32 1"
+
+
+def emit_float(
+    model: BNext,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> onnx.ModelProto:
+    """The ONNX model of ``model`` in float32: normalized images (batch, 3, S, S) → logits (batch, classes).
+
+    Of a prepared network it is the float network with the same parameters and the same sign of 0: every
+    quantizer is left out. Weights are those in use at the temperature the network has, ±1 or not yet.
+
+    Args:
+        model: float-rest or prepared, in either mode; it is not changed.
+        image_size: side ``S`` of the images in pixels.
+        mean, std: the normalization its inputs went through.
+        class_names: in the order of the logits; numbers where empty.
+        metadata: facts to carry along.
+
+    Raises:
+        QuantizationError: a tensor of the network holds a value that is not finite, or a negative variance.
+    """
+    _refuse_values(model)
+    emitter = _Emitter(model, image_size)
+    classes = model.architecture.num_classes
+    return emitter.builder.model(
+        "bnext",
+        [tensor_info(INPUT, FLOAT, ["batch", 3, image_size, image_size])],
+        [tensor_info(OUTPUT, FLOAT, ["batch", classes])],
+        opset=OPSET,
+        metadata=model_metadata(
+            FORMAT,
+            architecture=str(model.architecture),
+            class_names=tuple(class_names) or tuple(str(i) for i in range(classes)),
+            mean=mean,
+            std=std,
+            image_size=image_size,
+            facts=dict(metadata or {}) | {"input": "float32 NCHW"},
+        ),
+        description=f"{model.architecture}\nfloat32 throughout, signs and binary weights too",
+        producer_version=__version__,
+    )
+
+
+def _refuse_values(model: BNext) -> None:
+    """Only the float network's tensors: a prepared network may still have ranges that saw nothing."""
+    state: dict[str, Tensor] = model.state_dict()
+    for key in float_shapes(model.architecture):
+        value = state[key].float()
+        if problem := not_finite(key, value, in_float_network=True):
+            raise QuantizationError(f"{key}: {problem}")
+        if key.endswith("running_var") and bool((value < 0).any()):
+            raise QuantizationError(f"{key}: a variance is negative")
+
+
+class _Emitter:
+    """Walks the network once, in forward order."""
+
+    def __init__(self, model: BNext, size: int) -> None:
+        self.builder = GraphBuilder()
+        self._means: dict[str, str] = {}
+        stem = cast(Stem, model.feature[0])
+        products = self.convolution(INPUT, stem.conv1, "feature.0.conv1", "feature.0/products")
+        x = self.batch_norm(products, stem.bn1, "feature.0.bn1", "feature.0/trunk")
+        side = -(-size // int(stem.conv1.stride[0]))
+        for index, block in enumerate(list(model.feature)[1:], start=1):
+            x, side = self.block(cast(Block, block), f"feature.{index}", x, side)
+        x = self.prelu(x, model.prelu, "prelu", "head/prelu")
+        flat = self.builder.node("Flatten", [self.mean(x)], "head/input")
+        layer = [self.tensor(model.fc.weight, "fc.weight"), self.tensor(model.fc.bias, "fc.bias")]
+        self.builder.node("Gemm", [flat, *layer], OUTPUT, transB=1)
+
+    def tensor(self, values: Tensor, name: str) -> str:
+        """An initializer of this name."""
+        return self.builder.constant(values.detach().float().cpu().numpy(), name)
+
+    # Layers.
+
+    def convolution(self, x: str, layer: nn.Conv2d, key: str, output: str) -> str:
+        """A convolution with the layer's own weights, and its bias where it has one."""
+        parameters = [self.tensor(layer.weight, f"{key}.weight")]
+        if layer.bias is not None:
+            parameters.append(self.tensor(layer.bias, f"{key}.bias"))
+        return self.conv(x, parameters, output, layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
+
+    def conv(self, x: str, parameters: list[str], output: str, kernel: int, stride: int, padding: int) -> str:
+        """Square kernels, padding alike on all sides."""
+        return self.builder.node(
+            "Conv",
+            [x, *parameters],
+            output,
+            kernel_shape=[kernel] * 2,
+            strides=[stride] * 2,
+            pads=[padding] * 4,
+        )
+
+    def batch_norm(self, x: str, norm: nn.BatchNorm2d, key: str, output: str) -> str:
+        """With the running statistics."""
+        parameters = [
+            self.tensor(cast(Tensor, getattr(norm, leaf)), f"{key}.{leaf}")
+            for leaf in ("weight", "bias", "running_mean", "running_var")
+        ]
+        return self.builder.node("BatchNormalization", [x, *parameters], output, epsilon=norm.eps)
+
+    def prelu(self, x: str, module: nn.PReLU, key: str, output: str) -> str:
+        """One slope per channel; stored as (C, 1, 1), which broadcasts over the image."""
+        slopes = self.tensor(module.weight.view(-1, 1, 1), f"{key}.weight")
+        return self.builder.node("PRelu", [x, slopes], output)
+
+    def sign(self, x: str, module: SubBlock, name: str) -> str:
+        """Sign of ``x`` plus the channel's bias; see above for the sign of 0."""
+        if not module.binary_activation.zero_is_positive:
+            moved = self.builder.node(
+                "Add", [x, self.tensor(module.move.bias, f"{name}.move.bias")], f"{name}/moved"
+            )
+            return self.builder.node("Sign", [moved], f"{name}/sign")
+        threshold = self.tensor(-module.move.bias, f"{name}.move.threshold")
+        positive = self.builder.node("GreaterOrEqual", [x, threshold], f"{name}/positive")
+        signs = [self.builder.constant(np.float32(value)) for value in (1, -1)]
+        return self.builder.node("Where", [positive, *signs], f"{name}/sign")
+
+    # Means.
+
+    def mean(self, x: str) -> str:
+        """Mean over the image, (N, C, 1, 1); sub-blocks that share their input share it."""
+        if x not in self._means:
+            self._means[x] = self.builder.node("ReduceMean", [x], f"{x}.mean", axes=[2, 3], keepdims=1)
+        return self._means[x]
+
+    def pool(self, x: str, side: int, output: str) -> str:
+        """2×2 means; at the end of an odd side, of the pixels there are."""
+        end = side % 2
+        return self.builder.node(
+            "AveragePool", [x], output, kernel_shape=[2, 2], strides=[2, 2], pads=[0, 0, end, end]
+        )
+
+    # Blocks.
+
+    def block(self, block: Block, name: str, x: str, side: int) -> tuple[str, int]:
+        """The trunk behind a block, and the side of its images."""
+        spatial = cast(SubBlock, block.get_submodule(block.spatial_name))
+        x = self.sub_block(spatial, f"{name}.{block.spatial_name}", x, side, f"{name}/trunk_mid")
+        side = -(-side // spatial.stride)
+        single = len(block.pointwise_names) == 1
+        parts = [
+            self.sub_block(
+                cast(SubBlock, block.get_submodule(leaf)),
+                f"{name}.{leaf}",
+                x,
+                side,
+                f"{name}/trunk_out" if single else f"{name}.{leaf}/out",
+            )
+            for leaf in block.pointwise_names
+        ]
+        return parts[0] if single else self.builder.node("Concat", parts, f"{name}/trunk_out", axis=1), side
+
+    def sub_block(self, module: SubBlock, name: str, x: str, side: int, output: str) -> str:
+        """One sub-block; see :class:`qat.nn.layers.SubBlock`."""
+        conv = module.binary_conv
+        weight = self.tensor(conv.effective_weight(), f"{name}.binary_conv.effective_weight")
+        signs = self.sign(x, module, name)
+        products = self.conv(signs, [weight], f"{name}/products", conv.kernel_size, conv.stride, conv.padding)
+        normalized = self.batch_norm(products, module.norm1, f"{name}.norm1", f"{name}/conv")
+        y = self.prelu(normalized, module.activation2, f"{name}.activation2", f"{name}/y")
+
+        scale_kind, residual = module.kind == "scale", x
+        if scale_kind:
+            residual = self.prelu(x, module.activation1, f"{name}.activation1", f"{name}/prelu1")
+        if module.stride == 2:
+            residual = self.pool(residual, side, f"{name}/residual")
+        branch = y
+        if module.infor_recoupling:
+            pooled = x
+            if module.stride == 2 and side % 2:  # the mean counts a replicated edge twice, as pooling does
+                pooled = self.pool(x, side, f"{name}/even") if scale_kind else residual
+            attention = self.attention(module, name, pooled, y)
+            branch = self.builder.node("Mul", [y, attention], f"{name}/attended")
+        if scale_kind:
+            branch = self.builder.node("Mul", [branch, residual], f"{name}/product")
+        if scale_kind or module.infor_recoupling:
+            branch = self.batch_norm(branch, module.norm2, f"{name}.norm2", f"{name}/normalized")
+        return self.builder.node("Add", [branch, residual], output)
+
+    def attention(self, module: SubBlock, name: str, x: str, y: str) -> str:
+        """Channel attention (N, C, 1, 1) of the mixed means of ``x`` and ``y``."""
+        share = module.scale.detach().clamp(0.0, 1.0)  # not mix_scale(), which changes a network in training
+        means = [
+            self.builder.node(
+                "Mul", [self.mean(source), self.tensor(values, f"{name}.{leaf}_share")], f"{name}/{leaf}_mean"
+            )
+            for source, values, leaf in ((x, share, "input"), (y, 1 - share, "y"))
+        ]
+        mix = self.builder.node("Add", means, f"{name}/pooled")
+        layers = (cast(nn.Conv2d, module.se.se[index]) for index in (1, 3))
+        hidden = self.convolution(mix, next(layers), f"{name}.se.se.1", f"{name}/hidden.products")
+        hidden = self.builder.node("Relu", [hidden], f"{name}/hidden")
+        logits = self.convolution(hidden, next(layers), f"{name}.se.se.3", f"{name}/logits")
+        return self.builder.node("Sigmoid", [logits], f"{name}/attention")

@@ -1,0 +1,163 @@
+"""The portable target's operations for runtimes that misread quantized operators.
+
+Integers are stored as float32, themselves, without a zero point; rounding is Round, saturation is Clip.
+OpenVINO 2026.4 refuses QLinearConv with one scale per channel, and moves the zero point of a
+DequantizeLinear through a ReduceSum without scaling it; there is nothing here that it could rewrite.
+onnxruntime computes the same numbers, about five times slower than :mod:`qat_export.graphs.operators`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from qat.errors import QuantizationError
+from qat.quantize.dyadic import ACCUMULATOR_UNIT
+from qat_export.graphs.builder import FLOAT, INT32, UINT8, GraphBuilder
+from qat_export.graphs.metadata import INPUT
+from qat_export.graphs.operators import TO_FIRST, TO_LAST, ZERO, Array, Factor, IntegerOperators, per_pixel
+from qat_export.integer.network import Affine, BinaryConv, Grid
+
+#: Integers up to here are float32 numbers.
+_EXACT: Final = 2**24
+
+
+class StrictOperators(IntegerOperators):
+    """Integers in float32, where sums up to 2²⁴ are exact; what can exceed that is refused.
+
+    The largest sum of a binary convolution is 64 · 9 · 2048. Larger biases are rounded, as the sum is before
+    it is multiplied; a channel with such a bias saturates.
+
+    Raises:
+        QuantizationError: from :meth:`mean` for images beyond 362×362 pixels of the trunk, and from
+            :meth:`affine_conv` for layers whose weights are too many and too large.
+    """
+
+    def __init__(self, builder: GraphBuilder) -> None:
+        """Append to ``builder``."""
+        super().__init__(builder)
+        self.zero = builder.constant(np.float32(0))
+
+    def real(self, x: str, multiplier: Factor, output: str) -> str:
+        """See the base class."""
+        if multiplier == 1:
+            return x
+        return self.builder.node("Mul", [x, self.builder.constant(np.float32(multiplier))], output)
+
+    def integer(self, x: str, grid: Grid, output: str) -> str:
+        """See the base class."""
+        bounds = [self.builder.constant(np.float32(bound)) for bound in (grid.low, grid.high)]
+        rounded = self.builder.node("Round", [x], f"{output}.rounded")
+        return self.builder.node("Clip", [rounded, *bounds], output)
+
+    def index(self, x: str, output: str) -> str:
+        """See the base class."""
+        return self.builder.node("Cast", [self.shifted(x, f"{output}.shifted")], output, to=INT32)
+
+    def as_uint8(self, x: str, output: str) -> str:
+        """See the base class."""
+        return self.builder.node("Cast", [self.shifted(x, f"{output}.shifted")], output, to=UINT8)
+
+    def shifted(self, x: str, output: str) -> str:
+        """``x + 128``."""
+        return self.builder.node("Add", [x, self.builder.constant(np.float32(ZERO))], output)
+
+    def image(self, grid: Grid, output: str) -> str:
+        """See the base class."""
+        scale = self.builder.constant(np.float32(grid.scale), "image_scale")
+        return self.rounded_image(self.builder.node("Div", [INPUT, scale], f"{output}.real"), grid, output)
+
+    def raw_image(self, grid: Grid, gain: Array, offset: Array, output: str, *, channels_last: bool) -> str:
+        """See the base class."""
+        pixels = INPUT
+        if channels_last:
+            pixels = self.builder.node("Transpose", [INPUT], f"{output}.first", perm=TO_FIRST)
+        real = self.builder.node("Cast", [pixels], f"{output}.pixels", to=FLOAT)
+        factor = self.builder.constant(gain.reshape(1, 3, 1, 1), "image_gain")
+        scaled = self.builder.node("Mul", [real, factor], f"{output}.scaled")
+        shift = self.builder.constant(offset.reshape(1, 3, 1, 1), "image_offset")
+        return self.rounded_image(
+            self.builder.node("Add", [scaled, shift], f"{output}.shifted"), grid, output
+        )
+
+    def rounded_image(self, x: str, grid: Grid, output: str) -> str:
+        """See the base class; relative to the zero point."""
+        bounds = [
+            self.builder.constant(np.float32(bound - grid.zero_point)) for bound in (grid.low, grid.high)
+        ]
+        rounded = self.builder.node("Round", [x], f"{output}.rounded")
+        return self.builder.node("Clip", [rounded, *bounds], output)
+
+    def vector(self, values: Array, width: int, output: str) -> str:
+        """See the base class."""
+        return self.builder.constant(values.astype(np.float32).reshape(1, -1, 1, 1), output)
+
+    def image_vector(self, x: str, channels: int, width: int, output: str) -> str:
+        """See the base class."""
+        return self.builder.node("Transpose", [x], output, perm=TO_FIRST)
+
+    def sign(self, x: str, conv: BinaryConv, width: int, output: str) -> str:
+        """See the base class."""
+        low, high = (self.builder.constant(np.float32(sign * ACCUMULATOR_UNIT)) for sign in (-1, 1))
+        return self.builder.node("Where", [self.positive(x, conv, width, output), high, low], output)
+
+    def convolution(
+        self,
+        x: str,
+        x_zero: int,
+        weight: str,
+        weight_zero: Array,
+        layer: Affine | BinaryConv,
+        grid: Grid,
+        output: str,
+        strides: int,
+        pads: int,
+    ) -> str:
+        """See the base class."""
+        weights = self.builder.node("Cast", [weight], f"{output}.weight_real", to=FLOAT)
+        if weight_zero.any():
+            zero = self.builder.constant(np.float32(ZERO))
+            weights = self.builder.node("Sub", [weights, zero], f"{output}.weights")
+        products = self.builder.node(
+            "Conv", [x, weights], f"{output}.products", strides=[strides] * 2, pads=[pads] * 4
+        )
+        bias = layer.bias.astype(np.float32).reshape(1, -1, 1, 1)
+        total = self.builder.node(
+            "Add", [products, self.builder.constant(bias, f"{output}.bias")], f"{output}.total"
+        )
+        # Rounding changes no integer; without it, runtimes fold the multiplier into the weights.
+        total = self.builder.node("Round", [total], f"{output}.accumulator")
+        factor = self.builder.constant(layer.multiplier.reshape(1, -1, 1, 1), f"{output}.multiplier")
+        return self.integer(self.builder.node("Mul", [total, factor], f"{output}.real"), grid, output)
+
+    def affine_conv(
+        self, x: str, layer: Affine, source: Grid, grid: Grid, output: str, *, strides: int = 1, pads: int = 0
+    ) -> str:
+        """See the base class."""
+        weights = np.abs(layer.weight.astype(np.int64)).reshape(len(layer.weight), -1).sum(1)
+        reach = max(source.high - source.zero_point, source.zero_point - source.low)
+        _require_exact(int(weights.max()) * reach, output)
+        return super().affine_conv(x, layer, source, grid, output, strides=strides, pads=pads)
+
+    def mean(self, x: str, channels: int, pixels: int, multiplier: Array, output: str) -> str:
+        """See the base class."""
+        _require_exact(ZERO * pixels, output)
+        last = self.builder.node("Transpose", [x], f"{output}.last", perm=TO_LAST)
+        axes = self.builder.constant(np.array([1, 2]))
+        total = self.builder.node("ReduceSum", [last, axes], f"{output}.sum")
+        factor = self.builder.constant(per_pixel(multiplier, pixels), f"{output}.multiplier")
+        return self.builder.node("Mul", [total, factor], output)
+
+    def pool2x2(self, x: str, channels: int, output: str) -> str:
+        """See the base class."""
+        mean = self.builder.node("AveragePool", [x], f"{output}.real", kernel_shape=[2, 2], strides=[2, 2])
+        return self.integer(mean, Grid(1.0, 8, signed=True), output)
+
+
+def _require_exact(largest: int, output: str) -> None:
+    if largest > _EXACT:
+        raise QuantizationError(
+            f"{output}: sums up to {largest:,} don't fit float32, which holds integers up to {_EXACT:,}: "
+            "no strict form of this network and image size; the default form has no such limit"
+        )

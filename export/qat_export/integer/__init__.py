@@ -1,0 +1,1 @@
+"""The integer network: its description, its interpreter, its file."""

@@ -1,0 +1,1 @@
+"""From a fake-quantized network to an integer network."""

@@ -1,0 +1,115 @@
+"""What lowering refuses of a fake-quantized network before it takes its constants, each rule by module name.
+
+Expressed, and therefore not refused: gains of batch normalizations that are zero (their channel is constant)
+or negative (the signs of its weights flip), variances of zero, slopes that are zero, negative or above 1,
+rows of zeros in stem, channel attention and classifier.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import nn
+
+from qat.checkpoints.tensor_checks import not_finite
+from qat.errors import QuantizationError
+from qat.nn.layers import BinaryConv2d
+from qat.quantize.folding import folded_constants
+from qat.quantize.quantizers import LARGEST_BITS
+from qat.quantize.sub_block import FakeQuantSubBlock
+
+#: Steps of grids lie between the inverse of this and this: any ratio of two is a float32 number above 0.
+#: Calibration gives no step below 2**-23.
+LARGEST_STEP: Final = 2.0**60
+
+
+def refuse_values(model: nn.Module) -> None:
+    """Refuse a parameter or buffer that is not finite, and negative variances; observers may hold anything.
+
+    Raises:
+        QuantizationError: naming the state-dict key.
+    """
+    for name, tensor in model.state_dict().items():
+        if "activation_post_process" in name:
+            continue
+        if problem := not_finite(name, tensor, in_float_network=True):
+            raise QuantizationError(f"{name}: {problem}")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise QuantizationError(f"{name}: a variance is negative")
+
+
+def refuse_weights(conv: BinaryConv2d, name: str) -> None:
+    """Refuse a binary convolution that computes with anything but ±1.
+
+    Raises:
+        QuantizationError: its temperature has not annealed, or its weights have other magnitudes.
+    """
+    if not conv.is_binary():
+        raise QuantizationError(
+            f"{name}: temperature {float(conv.temperature):.3g} is not below 1e-7, so the weights in use are "
+            "not ±1: train on until the temperature has annealed"
+        )
+    low, high = (float(end) for end in torch.aminmax(conv.effective_weight().detach().abs()))
+    if not low == high == 1.0:
+        found = f"magnitudes from {low:.3g} to {high:.3g}"
+        raise QuantizationError(f"{name}: the weights in use are not ±1: found {found}")
+
+
+def refuse_branch(module: FakeQuantSubBlock, name: str) -> None:
+    """Refuse a branch whose constants are no float32 numbers: a huge gain of BN2, or grids too far apart.
+
+    Args:
+        module: a sub-block with a branch, all its grids known.
+        name: its module name.
+
+    Raises:
+        QuantizationError: naming BN2 or the sub-block.
+    """
+    gain, _ = folded_constants(module.norm2)
+    largest = float(gain.abs().max())
+    # BN1's gain ends in a multiplier, where it is looked at; this one is spread over several.
+    if not largest <= torch.finfo(torch.float32).max:
+        raise QuantizationError(f"{name}.norm2: a folded gain of {largest:.3g} is no float32 number")
+    steps = {"gain": float(module.gain_step(gain))}
+    if module.kind == "scale":
+        steps["product"] = float(module.product_step())
+    for what, step in steps.items():
+        if not 0 < step < math.inf:
+            raise QuantizationError(
+                f"{name}: the steps of its grids are too far apart: its {what} needs a step of {step:.3g}"
+            )
+
+
+def refuse_step(step: float, name: str) -> None:
+    """Refuse a grid whose step is zero, negative or beyond :data:`LARGEST_STEP` or its inverse.
+
+    Raises:
+        QuantizationError: naming the quantization point.
+    """
+    if not 1 / LARGEST_STEP <= step <= LARGEST_STEP:
+        raise QuantizationError(
+            f"{name}: a step of {step:.3g}, allowed: {1 / LARGEST_STEP:.3g} to {LARGEST_STEP:.3g}"
+        )
+
+
+def refuse_width(bits: int, name: str) -> None:
+    """Refuse a grid of more bits than integer networks have.
+
+    Raises:
+        QuantizationError: naming the quantization point.
+    """
+    if bits > LARGEST_BITS:
+        raise QuantizationError(
+            f"{name}: {bits} bits are simulated in float; an integer network needs {LARGEST_BITS} or fewer "
+            "(quantization.trunk.activation_bits, overrides)"
+        )
+
+
+def left_in_float(name: str) -> str:
+    """What is said of a module that the recipe left in float."""
+    return (
+        f"{name}: left in float by the recipe; an integer network needs stem, se, classifier and trunk "
+        "enabled everywhere (quantization.*.enabled, include, exclude)"
+    )

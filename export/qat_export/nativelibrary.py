@@ -1,0 +1,42 @@
+"""The native operators in onnxruntime: their library, registered. Where it is: :mod:`qat.native.library`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from qat.errors import NativeLibraryError
+from qat.native.library import (
+    KERNELS_VARIABLE,
+    LIBRARY_VARIABLE,
+    available_kernels,
+    has_library,
+    kernels_in_use,
+    native_library_path,
+)
+
+__all__ = [
+    "DOMAIN",
+    "KERNELS_VARIABLE",
+    "LIBRARY_VARIABLE",
+    "available_kernels",
+    "has_library",
+    "kernels_in_use",
+    "native_library_path",
+    "register",
+]
+
+#: Domain of the operators in a model, version 1.
+DOMAIN: Final = "bnext_qat"
+
+
+def register(options: Any) -> None:
+    """Make the operators known to sessions that are created with ``options`` (`onnxruntime.SessionOptions`).
+
+    Raises `NativeLibraryError` like `kernels_in_use`, and where onnxruntime refuses the library.
+    """
+    path = native_library_path()
+    kernels_in_use()
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # onnxruntime's exceptions share no class
+        raise NativeLibraryError(f"{path}: onnxruntime cannot register it: {error}") from error

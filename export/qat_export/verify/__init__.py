@@ -1,0 +1,1 @@
+"""Exported models against the network they came from."""

@@ -1,0 +1,177 @@
+"""From a checkpoint to a network: what must fit, and the network that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes
+from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
+from qat.data.loading import image_grid
+from qat.errors import CheckpointError, QuantizationError
+from qat.models.bnext import Architecture, BNext, binary_convolutions
+from qat.nn.layers import BinaryActivation
+from qat.quantize.preparation import prepare
+from qat.recipe.loading import Model, Quantization
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The architecture that a recipe's ``model`` section asks for."""
+    return Architecture.of(
+        model.size,
+        model.num_classes,
+        widths=model.widths,
+        stem_stride=model.stem_stride,
+        elm_attention=model.elm_attention,
+        infor_recoupling=model.infor_recoupling,
+    )
+
+
+def highest_temperature(model: BNext) -> float:
+    """The highest temperature of the binary convolutions; below 1e-7 the weights in use are exactly ±1."""
+    return max(float(conv.temperature) for conv in binary_convolutions(model).values())
+
+
+def load_state(model: BNext, checkpoint: Checkpoint) -> None:
+    """Load ``checkpoint`` into ``model``, all of it or, on an error, nothing.
+
+    A float checkpoint may go into a prepared network: quantizers then keep the state they have. The
+    classifier is part of the network, so a checkpoint of other classes does not fit.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or misshapen (all are reported), types differ, a value
+            is not finite, or the two were prepared differently.
+    """
+    network = model.architecture
+    problems = []
+    if _differ(checkpoint, network):
+        problems.append(f"the checkpoint is {checkpoint.architecture}; the network is {network}")
+    float_keys = float_shapes(network)
+    target: dict[str, Tensor] = model.state_dict()
+    state = checkpoint.state
+    quantizer_keys = {key for key in state if key not in float_shapes(checkpoint.architecture)}
+    quantized = bool(quantizer_keys) or checkpoint.quantization is not None
+    missing = [key for key in target if key not in state and (key in float_keys or quantized)]
+    unexpected = [key for key in state if key not in target]
+    # A prepared network that was saved by other means has no settings, but its zero points give it away.
+    of_quantized = checkpoint.quantization is not None or any(
+        key.endswith("zero_point") for key in unexpected
+    )
+    if of_quantized and target.keys() == float_keys.keys():
+        problems.append("the checkpoint is of a quantized network; the network is in float")
+    elif quantizer_keys and (difference := _prepared_differently(model, checkpoint)):
+        problems.append(difference)
+    shared = [(key, value, target[key]) for key, value in state.items() if key in target]
+    misshapen = [
+        f"{key} (checkpoint {list(value.shape)}, network {list(wanted.shape)})"
+        for key, value, wanted in shared
+        if value.shape != wanted.shape
+    ]
+    mistyped = [
+        f"{key} (checkpoint {dtype_name(value.dtype)}, network {dtype_name(wanted.dtype)})"
+        for key, value, wanted in shared
+        if value.dtype != wanted.dtype and not (value.is_floating_point() and wanted.is_floating_point())
+    ]
+    unusable = [
+        f"{key} ({problem})"
+        for key, value, wanted in shared
+        if (problem := not_finite(key, value, key in float_keys))
+        or (value.is_floating_point() and (problem := overflow(key, value, wanted.dtype, key in float_keys)))
+    ]
+    for what, keys in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", misshapen),
+        ("of another type", mistyped),
+        ("with values that are not finite", unusable),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {what}: {listed(keys)}")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{checkpoint.source}: does not fit the network:", *problems]))
+    try:
+        # Not strict: absent quantizer keys were judged above.
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.source}: does not fit the network: {error}") from error
+
+
+def build(checkpoint: Checkpoint) -> BNext:
+    """The network that ``checkpoint`` holds, loaded, on the CPU, in evaluation mode.
+
+    Uses no random numbers.
+
+    Args:
+        checkpoint: from :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError: the state does not fit the architecture.
+    """
+    with torch.device("meta"):
+        model = BNext.from_architecture(checkpoint.architecture)
+    model.to_empty(device="cpu")
+    # The float part first: preparing may look at the weights, which are uninitialized memory until then.
+    if checkpoint.quantization is None:
+        load_state(model, checkpoint)
+    else:
+        load_state(model, without_quantizers(checkpoint))
+        data = checkpoint.recipe.data if checkpoint.recipe else None
+        try:
+            prepare(model, checkpoint.quantization, image_grid(data.mean, data.std) if data else None)
+        except QuantizationError as error:
+            raise CheckpointError(f"{checkpoint.source}: cannot be prepared: {error}") from error
+        load_state(model, checkpoint)
+    return model.eval()
+
+
+def float_network(checkpoint: Checkpoint) -> BNext:
+    """The network of ``checkpoint`` without quantizers; of a quantized one it keeps that the sign of 0 is +1.
+
+    Raises:
+        CheckpointError: the state does not fit the architecture.
+    """
+    model = build(without_quantizers(checkpoint))
+    for module in model.modules():
+        if isinstance(module, BinaryActivation):
+            module.zero_is_positive = checkpoint.quantization is not None
+    return model
+
+
+def without_quantizers(checkpoint: Checkpoint) -> Checkpoint:
+    """The float network of ``checkpoint``: quantizer state and quantization left out."""
+    keys = float_shapes(checkpoint.architecture)
+    state = {key: value for key, value in checkpoint.state.items() if key in keys}
+    return replace(checkpoint, state=state, quantization=None)
+
+
+def _differ(checkpoint: Checkpoint, network: Architecture) -> bool:
+    known = checkpoint.architecture
+    if checkpoint.format != FORMAT:
+        # Published checkpoints don't tell the stem's stride, so what was assumed can't contradict.
+        known = replace(known, stem_stride=network.stem_stride)
+    return known != network
+
+
+def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
+    """In words, the first setting of the grids that differs. Equal keys can hold scales of other bits."""
+    network: Quantization | None = getattr(model, "quantization", None)
+    if network is None or checkpoint.quantization is None:
+        return ""
+    theirs, ours = (dict(_settings(q.model_dump(mode="json"))) for q in (checkpoint.quantization, network))
+    for key in theirs:
+        if theirs[key] != ours.get(key):
+            return f"the checkpoint was prepared with {key} {theirs[key]}; the network with {ours.get(key)}"
+    return ""
+
+
+def _settings(section: Mapping[str, Any], prefix: str = "quantization") -> Iterable[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}.{name}")
+        # How a range is followed may change between two runs; the grid stays what it is.
+        elif name != "averaging_constant":
+            yield f"{prefix}.{name}", value

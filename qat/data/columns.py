@@ -1,0 +1,213 @@
+"""Which columns of a table are the images and the labels, and what they hold."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from qat.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+__all__ = [
+    "Columns",
+    "TableImages",
+    "check_label",
+    "content_of",
+    "find_columns",
+    "integer_names",
+    "labels_of",
+]
+
+#: Wrong labels that an error shows.
+_SHOWN: Final = 3
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the image and the label column; ``class_names`` is ``None`` where labels are bare integers."""
+
+    image: str
+    label: str
+    class_names: tuple[str, ...] | None
+
+
+def find_columns(features: Mapping[str, Any], image: str | None, label: str | None, source: str) -> Columns:
+    """The columns that ``data.image_column`` and ``data.label_column`` name, or the only ones that fit.
+
+    Images are a column of `datasets.Image`, or of bytes; labels one of `datasets.ClassLabel`, or of integers.
+
+    Raises:
+        DataError: a column is missing, holds something else, or could be one of several; the message opens
+            with ``source`` and lists the columns.
+    """
+    import datasets  # imported here: it takes two seconds
+
+    def kind(name: str) -> str:
+        feature = features[name]
+        if isinstance(feature, datasets.Image) or _is_bytes(feature):
+            return "images"
+        if isinstance(feature, datasets.ClassLabel):
+            return "classes"
+        return "integers" if _is_integer(feature) else "other"
+
+    listed = ", ".join(f"{name} ({_shown(feature)})" for name, feature in features.items()) or "no columns"
+
+    def choose(key: str, given: str | None, kinds: Sequence[str], what: str) -> str:
+        if given is not None:
+            if given not in features:
+                raise DataError(
+                    f"data.{key}: {source} has no column {given!r}{nearest(given, features)}; it has {listed}"
+                )
+            if kind(given) not in kinds:
+                raise DataError(f"data.{key}: {source}: column {given!r} holds no {what}; it has {listed}")
+            return given
+        for wanted in kinds:
+            fitting = [name for name in features if kind(name) == wanted]
+            if len(fitting) == 1:
+                return fitting[0]
+            if fitting:
+                raise DataError(
+                    f"data.{key} is unset, and {source} has several columns of {what}: "
+                    f"{', '.join(fitting)}; choose one with --set data.{key}=NAME"
+                )
+        raise DataError(f"data.{key}: {source} has no column of {what}; it has {listed}")
+
+    found = choose("image_column", image, ["images"], "images")
+    classes = choose("label_column", label, ["classes", "integers"], "class labels")
+    feature = features[classes]
+    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
+    return Columns(found, classes, names)
+
+
+def _is_bytes(feature: object) -> bool:
+    if isinstance(feature, Mapping):  # what an image is stored as where nothing says that it is one
+        return set(feature) == {"bytes", "path"} and _is_bytes(feature["bytes"])
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _is_integer(feature: object) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+
+
+def _shown(feature: object) -> str:
+    dtype = getattr(feature, "dtype", None)
+    name = type(feature).__name__
+    return str(dtype) if name == "Value" else name if name in ("Image", "ClassLabel") else name.lower()
+
+
+def labels_of(column: pa.ChunkedArray, columns: Columns, source: str) -> Tensor:
+    """The labels (N,) int64 of a column.
+
+    Raises:
+        DataError: some are missing, negative, or beyond the class names.
+    """
+    values = column.combine_chunks().to_numpy(zero_copy_only=False)
+    if missing := column.null_count:
+        row = next(row for row, value in enumerate(column.to_pylist()) if value is None)
+        raise DataError(
+            f"{source}: {missing} labels are missing in column {columns.label!r}, first in row {row}"
+        )
+    labels = torch.from_numpy(values.astype("int64"))
+    most = len(columns.class_names) if columns.class_names is not None else None
+    wrong = (labels < 0) if most is None else (labels < 0) | (labels >= most)
+    if wrong.any():
+        rows = wrong.nonzero().flatten().tolist()
+        shown = ", ".join(f"{int(labels[row])} in row {row}" for row in rows[:_SHOWN])
+        allowed = "0 or more" if most is None else f"0 to {most - 1}"
+        raise DataError(
+            f"{source}: {len(rows)} labels in column {columns.label!r} are out of range: {shown}; allowed: "
+            f"{allowed}"
+        )
+    return labels
+
+
+def check_label(label: object, columns: Columns, source: str) -> int:
+    """A label of one row, checked as :func:`labels_of` does those of all.
+
+    Raises:
+        DataError: it is missing or out of range.
+    """
+    most = len(columns.class_names) if columns.class_names is not None else None
+    if not isinstance(label, int) or label < 0 or (most is not None and label >= most):
+        allowed = "0 or more" if most is None else f"0 to {most - 1}"
+        raise DataError(f"{source}: found {label!r} in column {columns.label!r}, allowed: {allowed}")
+    return label
+
+
+def integer_names(labels: Sequence[Tensor]) -> list[str]:
+    """Names for classes that have none: the numbers from 0 to the largest label of any split."""
+    return [str(label) for label in range(1 + max(int(found.max()) for found in labels if len(found)))]
+
+
+def content_of(value: object) -> Path | bytes | None:
+    """The bytes of a cell of an image column, or the file that it names instead."""
+    if isinstance(value, bytes) or value is None:
+        return value
+    assert isinstance(value, Mapping)
+    content, path = value["bytes"], value["path"]
+    if content is not None:
+        return bytes(content)
+    return Path(path) if path is not None and Path(path).is_absolute() else None
+
+
+class TableImages:
+    """The encoded images in a column of a `datasets.Dataset`: `qat.data.decode.Encoded`.
+
+    A copy for a worker process holds the files of a table that is mapped into memory, not their content.
+    """
+
+    def __init__(self, table: datasets.Dataset, column: str, parts: Sequence[tuple[str, int]]) -> None:
+        """Take a table, the column, and the name and number of rows of each file it was made of."""
+        self._table = table.select_columns(column).with_format("arrow")
+        self._column = column
+        self._names = [name for name, _ in parts]
+        self._starts = [0, *itertools.accumulate(rows for _, rows in parts)]
+        self._values: pa.ChunkedArray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the column itself, which is mapped anew."""
+        return self.__dict__ | {"_values": None}
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._table)
+
+    @property
+    def values(self) -> pa.ChunkedArray:
+        """The column: bytes, or structs of ``bytes`` and ``path``."""
+        if self._values is None:
+            self._values = self._table[:][self._column]
+        return self._values
+
+    def sizes(self) -> list[int | None]:
+        """Bytes of each encoded image; ``None`` for one that is a file of its own."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        content = self.values
+        if pa.types.is_struct(content.type):
+            content = pc.struct_field(content, "bytes")
+        sizes: list[int | None] = pc.binary_length(content).to_pylist()
+        return sizes
+
+    def image(self, index: int) -> Path | bytes:
+        """The bytes of an image, or the file that the table names instead."""
+        content = content_of(self.values[index].as_py())
+        if content is not None:
+            return content
+        raise DataError(f"{self.name(index)}: holds no image in column {self._column!r}")
+
+    def name(self, index: int) -> str:
+        """File or data set, and row."""
+        part = min(bisect.bisect_right(self._starts, index), len(self._names)) - 1
+        return f"{self._names[part]}: row {index - self._starts[part]}"

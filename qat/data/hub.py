@@ -1,0 +1,224 @@
+"""Image data sets of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from qat.data.columns import Columns, TableImages, find_columns, integer_names, labels_of
+from qat.data.paths import VARIABLE, split_of
+from qat.data.quiet_datasets import quiet_datasets
+from qat.data.split import Split, SplitName
+from qat.data.stream import StreamedSplit
+from qat.data.table import TableSplit
+from qat.errors import DataError
+from qat.recipe.loading import Data
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["load_hub_split"]
+
+CIFAR10: Final = "uoft-cs/cifar10"
+#: Seconds the Hub has to answer before its cache on this machine must do.
+_PATIENCE: Final = 10.0
+#: Characters of a reason.
+_LONGEST: Final = 300
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A data set of the Hub at one commit, which is ``None`` where the Hub could not be asked."""
+
+    name: str
+    config: str | None
+    revision: str | None
+    commit: str | None
+    #: Why the Hub could not be asked, and what else there is to do.
+    trouble: str = ""
+
+    def load(self, key: str, split: str, **options: Any) -> Any:
+        """`datasets.load_dataset` of one split.
+
+        Raises:
+            DataError: the Hub or its copy on this machine doesn't have it.
+        """
+        import datasets  # imported here: it takes two seconds
+
+        revision = self.commit or self.revision
+        try:
+            with quiet_datasets(offline=self.commit is None):
+                return datasets.load_dataset(
+                    self.name, self.config, split=split, revision=revision, **options
+                )
+        # Of `datasets`, its file systems, the HTTP library in use and Arrow: they have no common base.
+        except Exception as error:
+            if self.commit is None:
+                raise DataError(self.trouble) from error
+            raise DataError(f"data.{key}: {split!r} of {self.name} on the Hub: {_reason(error)}") from error
+
+
+def load_hub_split(data: Data, name: SplitName) -> Split:
+    """One split of the data set ``data.name``, or CIFAR-10; see `load_split` for sizes and errors.
+
+    With ``data.streaming`` the training split is not downloaded. The test split always is: its order is that
+    of the labels that answers are compared with.
+    """
+    repository = _find(data)
+    key, split = split_of(data, name)
+    if data.streaming and name == "train":
+        return _streamed(data, repository, key, split)
+    table = _stored(data, repository, key, split)
+    source = f"{repository.name} ({split})"
+    columns = find_columns(table.features, data.image_column, data.label_column, source)
+    labels = _labels(table, columns, source)
+    if not len(table):
+        raise DataError(f"{source}: holds no images")
+    names: Sequence[str]
+    if columns.class_names is not None:
+        names = columns.class_names
+    else:
+        if data.streaming:
+            raise DataError(_bare_integers(source, columns))
+        other_key, other = split_of(data, "test" if name == "train" else "train")
+        both = [
+            labels,
+            _labels(_stored(data, repository, other_key, other), columns, f"{repository.name} ({other})"),
+        ]
+        names = integer_names(both)
+    return TableSplit(
+        TableImages(table, columns.image, [(source, len(table))]),
+        names,
+        labels,
+        resize=data.shorter_side,
+        side=data.loaded_side(name),
+        workers=data.workers,
+        in_memory=data.in_memory,
+    )
+
+
+def _find(data: Data) -> _Repository:
+    """The repository, at the commit that ``data.revision`` means now.
+
+    Raises:
+        DataError: the Hub has no such repository or revision, or doesn't show it to this user.
+    """
+    from huggingface_hub import HfApi, errors
+
+    name = CIFAR10 if data.dataset == "cifar10" else data.name
+    assert name is not None  # the schema requires it
+    try:
+        found = HfApi().dataset_info(name, revision=data.revision, timeout=_PATIENCE)
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        if not _server_trouble(error):
+            raise DataError(f"data.name: {name!r} is not to be had from the Hub: {_reason(error)}") from error
+        return _unreachable(data, name, error)
+    except Exception as error:  # of the HTTP library in use: there is no network, or the Hub is down
+        return _unreachable(data, name, error)
+    return _Repository(name, data.config, data.revision, found.sha)
+
+
+def _server_trouble(error: Exception) -> bool:
+    """Whether the Hub answered that it is out of order; then this machine's copy may do."""
+    response = getattr(error, "response", None)
+    return bool(getattr(response, "status_code", 0) >= 500)
+
+
+def _unreachable(data: Data, name: str, error: Exception) -> _Repository:
+    if data.dataset == "cifar10":
+        what = (
+            f"data.root is unset, {VARIABLE} names no folder with a folder 'cifar10', and the Hugging Face "
+            f"Hub cannot be reached for {name}: {_reason(error)}; name the folder of train.parquet and "
+            f"test.parquet with --set data.root=DIR, or the one above 'cifar10' with {VARIABLE}=DIR"
+        )
+    else:
+        what = (
+            f"data.name: {name} is not on this machine, and the Hugging Face Hub cannot be reached: "
+            f"{_reason(error)}; Parquet files are read with --set data.dataset=parquet --set data.root=DIR, "
+            f"where DIR may lie in the folder that {VARIABLE} names"
+        )
+    return _Repository(name, data.config, data.revision, None, what)
+
+
+def _stored(data: Data, repository: _Repository, key: str, split: str) -> datasets.Dataset:
+    """A split on this machine's disk.
+
+    Without streaming, `datasets` downloads every split of a repository; with it, only what is read here.
+    """
+    if not data.streaming:
+        return repository.load(key, split)
+    import datasets
+
+    stream = _undecoded(data, repository, repository.load(key, split, streaming=True), split)[0]
+    with quiet_datasets():
+        try:
+            return datasets.Dataset.from_generator(
+                _rows, features=stream.features, gen_kwargs={"stream": stream}
+            )
+        except Exception as error:  # as in _Repository.load
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise DataError(f"data.{key}: {split!r} of {repository.name}: {_reason(cause)}") from error
+
+
+def _rows(stream: datasets.IterableDataset) -> Any:
+    yield from stream
+
+
+def _undecoded(
+    data: Data, repository: _Repository, stream: datasets.IterableDataset, split: str
+) -> tuple[datasets.IterableDataset, Columns]:
+    import datasets
+
+    source = f"{repository.name} ({split})"
+    if stream.features is None:
+        raise DataError(f"{source}: does not say what its columns hold; set data.streaming=false")
+    columns = find_columns(stream.features, data.image_column, data.label_column, source)
+    chosen = stream.select_columns([columns.image, columns.label])
+    if isinstance(stream.features[columns.image], datasets.Image):
+        chosen = chosen.cast_column(columns.image, datasets.Image(decode=False))
+    return chosen, columns
+
+
+def _streamed(data: Data, repository: _Repository, key: str, split: str) -> StreamedSplit:
+    stream, columns = _undecoded(data, repository, repository.load(key, split, streaming=True), split)
+    source = f"{repository.name} ({split})"
+    if columns.class_names is None:
+        raise DataError(_bare_integers(source, columns))
+    splits = stream.info.splits or {}
+    count = splits[split].num_examples if split in splits else None
+    if not count:
+        raise DataError(
+            f"{source}: does not say how many images it has, which a schedule needs; set data.streaming=false"
+        )
+    return StreamedSplit(
+        stream,
+        columns,
+        columns.class_names,
+        count,
+        source=source,
+        identity="\0".join(map(str, (repository.name, repository.commit, repository.config, split, columns))),
+        resize=data.shorter_side,
+        side=data.loaded_side("train"),
+        workers=data.workers,
+        shuffle_buffer=data.shuffle_buffer,
+    )
+
+
+def _labels(table: datasets.Dataset, columns: Columns, source: str) -> Any:
+    return labels_of(
+        table.select_columns(columns.label).with_format("arrow")[:][columns.label], columns, source
+    )
+
+
+def _bare_integers(source: str, columns: Columns) -> str:
+    return (
+        f"{source}: column {columns.label!r} holds integers without class names, whose number is only known "
+        "once all are read; set data.streaming=false"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """An error's message in one line, cut where it gets long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -1,0 +1,103 @@
+"""Data sets as batches of uint8 images.
+
+scikit-learn's digits, which need no download; folders ``ROOT/SPLIT/CLASS/image`` (`qat.data.folder`); Parquet
+files, CIFAR-10 among them (`qat.data.parquet`); data sets of the Hugging Face Hub (`qat.data.hub`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qat.data.augment import Augmenter, image_grid, normalize
+from qat.data.decode import decode
+from qat.data.folder import FolderSplit, load_folder_split
+from qat.data.hub import load_hub_split
+from qat.data.parquet import load_parquet_split
+from qat.data.paths import cifar10_folder, found_root
+from qat.data.split import MemorySplit, Split, SplitName
+from qat.errors import DataError
+from qat.recipe.loading import Data
+
+__all__ = [
+    "Augmenter",
+    "FolderSplit",
+    "MemorySplit",
+    "Split",
+    "SplitName",
+    "check_fits",
+    "decode",
+    "image_grid",
+    "load_split",
+    "load_splits",
+    "normalize",
+]
+
+DIGITS_TEST_IMAGES = 360
+DIGITS_SPLIT_SEED = 0  # fixed: accuracies on digits are comparable across runs and recipes
+
+
+def load_splits(data: Data) -> tuple[Split, Split]:
+    """Load the training and the test split. Raises ``DataError`` as ``load_split`` does."""
+    return load_split(data, "train"), load_split(data, "test")
+
+
+def load_split(data: Data, name: SplitName) -> Split:
+    """Load one split of ``data`` without reading the other.
+
+    Images are ``data.image_size`` square, except in a training split (but for digits) with
+    ``data.augment.crop``: there they are ``data.shorter_side`` square, so that a random crop has something to
+    cut from. To see training images as an evaluation does, load with ``augment.crop`` unset.
+
+    Raises ``DataError`` if the folder, the split or a class's images are missing, or if the classes of
+    ``data.train_split`` and ``data.evaluated_split`` differ.
+    """
+    if data.dataset == "digits":
+        train, test = _digits(data.image_size)
+        return train if name == "train" else test
+    if data.shorter_side < data.image_size:
+        raise DataError(f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}")
+    if data.dataset == "imagefolder":
+        return load_folder_split(data, name)
+    if data.dataset == "parquet":
+        return load_parquet_split(data, found_root(data), name)
+    folder = cifar10_folder(data) if data.dataset == "cifar10" else None
+    if folder is None:
+        return load_hub_split(data, name)
+    return load_parquet_split(data, folder, name)
+
+
+@functools.lru_cache(maxsize=4)
+def _digits(image_size: int) -> tuple[Split, Split]:
+    """The 1797 digits of scikit-learn, 8×8 in 0..16, scaled to 0..255 and ``image_size`` square."""
+    from sklearn.datasets import load_digits  # imported here: it takes a second
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    size = (image_size, image_size)
+    images = np.stack(
+        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in small]
+    )
+    train, test = train_test_split(
+        np.arange(len(images)),
+        test_size=DIGITS_TEST_IMAGES,
+        stratify=digits.target,
+        random_state=DIGITS_SPLIT_SEED,
+    )
+    names = [str(digit) for digit in digits.target_names]
+
+    def split(indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Split:
+        labels = torch.from_numpy(digits.target[indices]).long()
+        return MemorySplit(names, torch.from_numpy(images[indices]).unsqueeze(1), labels)
+
+    return split(train), split(test)
+
+
+def check_fits(split: Split, num_classes: int) -> None:
+    """Raise ``DataError`` unless the network's ``num_classes`` is the split's."""
+    if split.num_classes != num_classes:
+        raise DataError(f"the data has {split.num_classes} classes, the network {num_classes}")

@@ -1,0 +1,110 @@
+"""Where the files of a data set lie: ``data.root``, or the folder that ``QAT_DATA`` names."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from qat.data.split import SplitName
+from qat.errors import DataError, nearest
+from qat.recipe.loading import Data
+
+__all__ = ["VARIABLE", "cifar10_folder", "found_root", "parquet_files", "split_of"]
+
+#: Environment variable with the folder that has a folder for each data set.
+VARIABLE: Final = "QAT_DATA"
+
+_SHARD: Final = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)")
+
+
+def found_root(data: Data) -> Path:
+    """The folder ``data.root``, in the working directory or else in the folder that ``QAT_DATA`` names.
+
+    Raises:
+        DataError: it is unset, does not exist or is not a folder; or ``QAT_DATA`` is not one.
+    """
+    if data.root is None:
+        raise DataError("data.root is unset: name the folder of images with --set data.root=DIR")
+    given = Path(data.root).expanduser()
+    root, shared = given.absolute(), _shared_folder()
+    if not root.exists() and shared is not None and (shared / given).exists():
+        root = shared / given
+    if not root.is_dir():
+        found = "is not a folder" if root.exists() else "does not exist"
+        also = (
+            "" if shared is None or given.is_absolute() else f", nor is it in {VARIABLE}, which is {shared}"
+        )
+        raise DataError(f"data.root: {root} {found}{also}; name another with --set data.root=DIR")
+    return root
+
+
+def cifar10_folder(data: Data) -> Path | None:
+    """The folder of CIFAR-10's Parquet files; ``None`` where neither a setting nor ``QAT_DATA`` has one.
+
+    Raises:
+        DataError: as :func:`found_root` does for a ``data.root`` that is set.
+    """
+    if data.root is not None:
+        folder = found_root(data)
+    else:
+        shared = _shared_folder()
+        if shared is None or not (shared / "cifar10").is_dir():
+            return None
+        folder = shared / "cifar10"
+    # The Hub's copy keeps them in a folder named after its configuration.
+    inner = folder / "plain_text"
+    return inner if inner.is_dir() and not any(folder.glob("*.parquet")) else folder
+
+
+def _shared_folder() -> Path | None:
+    value = os.environ.get(VARIABLE)
+    if not value:
+        return None
+    folder = Path(value).expanduser().absolute()
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{VARIABLE}: {folder} {found}; it names the folder that has one for each data set")
+    return folder
+
+
+def split_of(data: Data, name: SplitName) -> tuple[str, str]:
+    """The key of the recipe that names the training or the test split, and what it names."""
+    return ("train_split", data.train_split) if name == "train" else ("test_split", data.evaluated_split)
+
+
+def parquet_files(folder: Path, split: str, key: str) -> list[Path]:
+    """The files ``SPLIT.parquet`` or ``SPLIT-*.parquet`` of ``folder``, by name.
+
+    Raises:
+        DataError: there are none (``key`` is the key of ``data`` to blame), there are both, or one of
+            ``SPLIT-I-of-N.parquet`` is missing.
+    """
+    try:
+        every = sorted(file for file in folder.iterdir() if file.suffix == ".parquet" and file.is_file())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    files = [file for file in every if file.stem == split or file.stem.startswith(f"{split}-")]
+    if not files:
+        present = sorted({_split_in(file.stem) for file in every})
+        listed = ", ".join(present) or "no *.parquet file"
+        raise DataError(
+            f"data.{key}: {folder} has no {split}.parquet and no {split}-*.parquet"
+            f"{nearest(split, present)}; it has {listed}"
+        )
+    if len(files) > 1 and any(file.stem == split for file in files):
+        other = next(file.name for file in files if file.stem != split)
+        raise DataError(f"{folder}: has both {split}.parquet and {other}; keep one kind")
+    counts = [int(match["count"]) for file in files if (match := _SHARD.fullmatch(file.stem))]
+    if counts and (len(counts) != len(files) or set(counts) != {len(files)}):
+        raise DataError(
+            f"{folder}: found {len(files)} files {split}-*.parquet, but {files[0].name} says that there are "
+            f"{max(counts)}"
+        )
+    return files
+
+
+def _split_in(stem: str) -> str:
+    match = _SHARD.fullmatch(stem)
+    return match["split"] if match else stem

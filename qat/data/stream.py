@@ -1,0 +1,180 @@
+"""Training images read in passing: files in shuffled order, through a shuffled buffer, nothing stored."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.data.columns import Columns, check_label, content_of
+from qat.data.decode import decode
+from qat.data.prefetch import prefetched
+from qat.data.split import Split
+from qat.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["StreamedSplit"]
+
+#: One row that is not decoded yet: what an error calls it, the image's bytes and the label.
+_Row = tuple[str, bytes, int]
+
+
+class StreamedSplit(Split):
+    """Images of a `datasets.IterableDataset`. Their labels are known batch by batch alone.
+
+    The order is a pure function of the shuffle seed: a permutation of the files, then a buffer that gives out
+    a random row for each row that comes in. Batches that are skipped are read, but not decoded, and so are
+    rows of another ``share``.
+    """
+
+    resize: int
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        columns: Columns,
+        class_names: Sequence[str],
+        count: int,
+        *,
+        source: str,
+        identity: str,
+        resize: int,
+        side: int,
+        workers: int = 0,
+        shuffle_buffer: int = 2048,
+    ) -> None:
+        """Take a stream of ``count`` rows.
+
+        Args:
+            stream: with undecoded images.
+            columns: of the images and labels.
+            class_names: in label order.
+            count: number of images.
+            source: what errors call the stream.
+            identity: a text that is another one where the images are; what the fingerprint is made of.
+            resize, side: see `qat.data.decode.decode`.
+            workers: threads that decode.
+            shuffle_buffer: rows of the buffer.
+        """
+        super().__init__(class_names, torch.empty(0, dtype=torch.int64))
+        self.resize = resize
+        self.side = side
+        self._stream, self._columns, self._count = stream, columns, count
+        self._source, self._identity = source, identity
+        self._threads, self._buffer = max(1, workers), shuffle_buffer
+
+    @property
+    def labels(self) -> Tensor:
+        """Not known.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(
+            f"{self._source}: is streamed, so its labels are not known beforehand; set data.streaming=false"
+        )
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self._count
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what pins the files down; the images are not read."""
+        return hashlib.sha256(f"{self._identity}\0{self._count}".encode()).hexdigest()
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        drop_last: bool = False,
+        skip: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Split.batches`, in the order that the class describes.
+
+        Raises:
+            DataError: the stream breaks off, or a row has no image or a wrong label.
+        """
+        sizes = [
+            min(batch_size, self._count - start * batch_size)
+            for start in range(self.batch_count(batch_size, drop_last))
+        ]
+        rows = self._rows(shuffle_seed)
+        return prefetched(self._decoded(rows, sum(sizes[:skip]), sizes[skip:]))
+
+    def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        raise DataError(f"{self._source}: is streamed: no image can be picked; set data.streaming=false")
+
+    def _decoded(
+        self, rows: Iterator[_Row], passed: int, sizes: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of ``sizes`` of the rows after the first ``passed``."""
+        next(itertools.islice(rows, passed, passed), None)
+        with ThreadPoolExecutor(self._threads) as pool:
+            for size in sizes:
+                chosen = list(itertools.islice(rows, size))
+                if len(chosen) < size:
+                    raise DataError(
+                        f"{self._source}: ended before the {self._count} images that it should have"
+                    )
+                part = chosen[self.share.of(size)]
+                # Without a row of its own, it has no image, but of the size that the others have.
+                decoded = part or chosen[:1]
+                images = pool.map(lambda row: decode(row[1], self.resize, self.side, row[0]).numpy(), decoded)
+                labels = torch.tensor([row[2] for row in part], dtype=torch.int64)
+                yield torch.from_numpy(np.stack(list(images)))[: len(part)], labels
+
+    def _rows(self, seed: int | None) -> Iterator[_Row]:
+        if seed is None:
+            yield from self._in_order(range(self._stream.num_shards))
+            return
+        # Not the shuffle of `datasets`, whose order may be another one in its next version: a resumed run
+        # has to see what it would have seen.
+        generator = random.Random(seed)
+        shards = list(range(self._stream.num_shards))
+        generator.shuffle(shards)
+        buffer: list[_Row] = []
+        for row in self._in_order(shards):
+            if len(buffer) < self._buffer:
+                buffer.append(row)
+                continue
+            place = generator.randrange(self._buffer)
+            yield buffer[place]
+            buffer[place] = row
+        generator.shuffle(buffer)
+        yield from buffer
+
+    def _in_order(self, shards: Sequence[int]) -> Iterator[_Row]:
+        count = self._stream.num_shards
+        several = count > 1
+        for shard in shards:
+            name = f"{self._source}, file {shard + 1} of {count}" if several else self._source
+            part = self._stream.shard(num_shards=count, index=shard) if several else self._stream
+            for number, row in enumerate(_guarded(iter(part), name)):
+                called = f"{name}: row {number}"
+                content = content_of(row[self._columns.image])
+                if not isinstance(content, bytes):
+                    raise DataError(f"{called}: holds no image in column {self._columns.image!r}")
+                yield called, content, check_label(row[self._columns.label], self._columns, called)
+
+
+def _guarded(rows: Iterator[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """``rows``, with whatever goes wrong on disk or in the network in words."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        # Of `datasets`, its file systems, the HTTP library in use and Arrow: they have no common base.
+        except Exception as error:
+            raise DataError(f"{name}: cannot be read on: {first_line(error)}") from error
+        yield row

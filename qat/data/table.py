@@ -1,0 +1,123 @@
+"""Encoded images in a table as a data set, decoded when a batch asks for them, and kept if they are few."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qat.data.columns import TableImages
+from qat.data.decode import content_hash, decoded_batches
+from qat.data.prefetch import prefetched
+from qat.data.split import Split
+from qat.errors import DataError
+
+__all__ = ["TableSplit"]
+
+#: Decoded bytes that are kept in memory unless a recipe says otherwise, and encoded bytes that a fingerprint
+#: reads.
+_SMALL: Final = 2**30
+
+
+class TableSplit(Split):
+    """Images of a table, in its order."""
+
+    resize: int
+
+    def __init__(
+        self,
+        images: TableImages,
+        class_names: Sequence[str],
+        labels: Tensor,
+        *,
+        resize: int,
+        side: int,
+        workers: int = 0,
+        in_memory: bool | None = None,
+    ) -> None:
+        """Take the images and labels (N,); ``in_memory=None`` keeps decoded images if they fit in 1 GiB."""
+        super().__init__(class_names, labels)
+        self.resize = resize
+        self.side = side
+        self.workers = workers
+        self._images = images
+        self._kept = len(labels) * 3 * side**2 <= _SMALL if in_memory is None else in_memory
+
+    def fingerprint(self) -> str:
+        """The content's where the encoded images take at most 1 GiB, else over their sizes and labels."""
+        return self._fingerprint
+
+    def content_fingerprint(self) -> str:
+        """That of the same files in folders: `qat.data.decode.content_hash`.
+
+        Raises:
+            DataError: an image is missing.
+        """
+        return self._content_fingerprint
+
+    @functools.cached_property
+    def _content_fingerprint(self) -> str:
+        return content_hash(self._images, self.labels)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        sizes = [
+            size if size is not None else self._size(row) for row, size in enumerate(self._images.sizes())
+        ]
+        if sum(sizes) <= _SMALL:
+            return self._content_fingerprint
+        digest = hashlib.sha256()
+        for size, label in zip(sizes, self.labels.tolist(), strict=True):
+            digest.update(f"{size}\0{label}\n".encode())
+        return digest.hexdigest()
+
+    def _size(self, row: int) -> int:
+        source = self._images.image(row)
+        try:
+            return source.stat().st_size if isinstance(source, Path) else len(source)
+        except OSError as error:
+            raise DataError(
+                f"{self._images.name(row)}: cannot be read: {error.strerror}: {error.filename}"
+            ) from error
+
+    def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self._kept:
+            return self._decoded(batches)
+        missing = [indices[~self._known[indices]] for indices in batches]
+        return self._completed(
+            batches, missing, self._decoded([indices for indices in missing if len(indices)])
+        )
+
+    def _decoded(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        loaded = decoded_batches(
+            self._images, self.labels, batches, resize=self.resize, side=self.side, workers=self.workers
+        )
+        return loaded if self.workers else prefetched(loaded)
+
+    def _completed(
+        self, batches: list[Tensor], missing: list[Tensor], decoded: Iterator[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images at ``batches``, of which those at ``missing`` come from ``decoded`` and are kept."""
+        for indices, absent in zip(batches, missing, strict=True):
+            if len(absent):
+                images, _ = next(decoded)
+                self._pixels[absent.numpy()] = images.numpy()
+                self._known[absent] = True
+            yield torch.from_numpy(self._pixels[indices.numpy()]), self.labels[indices]
+
+    @functools.cached_property
+    def _pixels(self) -> NDArray[np.uint8]:
+        """uint8 (N, 3, side, side), meaningful where an image is known."""
+        return np.empty((len(self), 3, self.side, self.side), np.uint8)
+
+    @functools.cached_property
+    def _known(self) -> Tensor:
+        """Bool (N,): the images decoded so far."""
+        return torch.zeros(len(self), dtype=torch.bool)

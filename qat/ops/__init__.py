@@ -1,0 +1,1 @@
+"""The operations of training and evaluation, each once."""

@@ -1,0 +1,72 @@
+"""Passes over images of any size: torch vectorizes runs of pixels, of which a tiny image has too few.
+
+What :mod:`qat.ops.norm_activation` and :mod:`qat.ops.pooling` are written with.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+#: A tensor of this many bytes stays in a core's reach, and its memory is used again where a larger one's is
+#: given back to the system and asked for anew, page by page.
+PORTION: Final = 2**21
+#: Bytes that the processor computes with at once.
+REGISTER: Final = 64
+HALF: Final = (torch.bfloat16, torch.float16)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """What ``function`` gives for ``arguments``, with its gradient."""
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    return result
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Operators leave the type of what they are given there, on the device of ``x``."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
+
+
+def spread(values: Tensor, x: Tensor) -> Tensor:
+    """Values (C,), (1, C) or (N, C) in the type of ``x``, and in a shape that goes with it (N, C, H, W).
+
+    One value for all pixels leaves torch runs of one image to vectorize. Images of a few pixels fill no
+    register, so that a value for each pixel is several times as fast, tensor of its own or not.
+    """
+    pixels = x.shape[2:].numel()
+    shaped = values.to(x.dtype)[..., None, None].view(-1, x.shape[1], 1, 1)
+    if x.device.type == "cpu" and pixels > 1 and pixels * x.itemsize < REGISTER:
+        return shaped.expand(-1, -1, *x.shape[2:]).contiguous()
+    return shaped
+
+
+def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``base + x · factor`` with a factor from :func:`spread`."""
+    if x.dtype in HALF and factor.shape[-1] != x.shape[-1]:  # whose fused form is slow then
+        return (x * factor).add_(base)
+    return torch.addcmul(base, x, factor)
+
+
+def portions(x: Tensor) -> list[slice]:
+    """Slices of the batch of about :data:`PORTION` bytes each, at least one; on accelerators all of it."""
+    count = len(x)
+    if x.device.type == "cpu":
+        count = max(1, PORTION * count // max(x.nbytes, 1))
+    return [slice(start, start + count) for start in range(0, max(len(x), 1), max(count, 1))]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over height and width, (N, C) in the type of sums."""
+    sums = [torch.linalg.vecdot(a[some].flatten(2), b[some].flatten(2)) for some in portions(a)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def channel_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over images, height and width, (C,) in ``dtype``."""
+    if x.shape[2:].numel() * x.itemsize < REGISTER:  # too few pixels to sum up at once: images first
+        return x.sum(0, dtype=dtype).sum((1, 2))
+    return x.sum((2, 3)).sum(0, dtype=dtype)

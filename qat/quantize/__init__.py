@@ -1,0 +1,1 @@
+"""Fake quantization of a network, and its integer arithmetic."""

@@ -1,0 +1,93 @@
+"""The fake-quantized twin of a channel attention; :mod:`qat.quantize.stem_and_head` says what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.nn.layers import SqueezeExcitation
+from qat.quantize.backends import Backend
+from qat.quantize.constant_cache import held_integers
+from qat.quantize.folding import LayerIntegers
+from qat.quantize.integers import requantization, sigmoid_table
+from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
+from qat.recipe.loading import Group
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionIntegers:
+    """Both layers of the channel attention, and the sigmoid's table (256,)."""
+
+    reduce: LayerIntegers
+    expand: LayerIntegers
+    table: Tensor
+
+
+class FakeQuantSqueezeExcitation(SqueezeExcitation):
+    """Twin of :class:`qat.nn.layers.SqueezeExcitation`: 8-bit vectors and weights throughout."""
+
+    def __init__(self, module: SqueezeExcitation, group: Group, backend: Backend) -> None:
+        nn.Module.__init__(self)
+        self.se = module.se
+        self.pooled = backend.point(group, signed=True)
+        self.hidden = backend.point(group, signed=False)
+        self.logits = backend.point(group, signed=True)
+        self.attention = FixedQuantizer(1.0 / (2**group.activation_bits - 1), 0, group.activation_bits)
+        self.weight_quantizer = backend.weight(
+            group.weight_bits, *(cast(nn.Conv2d, self.se[index]).weight for index in (1, 3))
+        )
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether every vector's grid is known."""
+        return all(point.has_grid for point in (self.pooled, self.hidden, self.logits))
+
+    def integers(self) -> AttentionIntegers:
+        """Constants of the integer attention."""
+        pooled, hidden, logits = (
+            cast(ActivationQuantizer, point) for point in (self.pooled, self.hidden, self.logits)
+        )
+        return AttentionIntegers(
+            self._layer(cast(nn.Conv2d, self.se[1]), pooled, hidden),
+            self._layer(cast(nn.Conv2d, self.se[3]), hidden, logits),
+            sigmoid_table(float(logits.scale), self.attention.quant_max).to(logits.scale.device),
+        )
+
+    def _layer(
+        self, layer: nn.Conv2d, source: ActivationQuantizer, target: ActivationQuantizer
+    ) -> LayerIntegers:
+        weight, scale = self.weight_quantizer.integers(layer.weight)
+        step = target.scale.double()
+        reach = weight[0].numel() * 127 * max(-source.quant_min, source.quant_max)
+        bias = cast(Tensor, layer.bias).detach().double()
+        rule = requantization(scale * source.scale.double() / step, bias / step, reach)
+        return LayerIntegers(weight * ~rule.constant.view(-1, 1, 1, 1), rule)
+
+    def attention_steps(self, pooled: Tensor) -> Tensor:
+        """Pooled vector (N, C, 1, 1), in steps before rounding → attention in steps, by integers alone."""
+        constants = held_integers(self)
+        q = cast(ActivationQuantizer, self.pooled).saturate(pooled)
+        for layer, point in ((constants.reduce, self.hidden), (constants.expand, self.logits)):
+            # float64: a sum of thousands of products can pass 2**24.
+            accumulator = F.conv2d(q.double(), layer.weight.double())
+            q = cast(ActivationQuantizer, point).saturate(layer.requantization(accumulator))
+        # Whatever is not finite stays so, for the caller to see; an index can't.
+        return constants.table[(q + 128).nan_to_num(0.0, 0.0, 0.0).long()] + 0.0 * q.float()
+
+    def _values(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        weight = self.weight_quantizer(layer.weight)
+        if self.training:  # whose gradients are products of matrices then, many times faster
+            return F.linear(x.flatten(1), weight.flatten(1), layer.bias)[..., None, None]
+        return F.conv2d(x, weight, layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(N, C, 1, 1) → attention (N, C, 1, 1) in [0, 1]."""
+        reduce, expand = cast(nn.Conv2d, self.se[1]), cast(nn.Conv2d, self.se[3])
+        hidden = self.hidden(F.relu(self._values(self.pooled(pooled), reduce)))
+        logits = self.logits(self._values(hidden, expand))
+        attention: Tensor = self.attention(torch.sigmoid(logits))
+        return attention

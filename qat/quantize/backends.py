@@ -1,0 +1,64 @@
+"""Which library supplies the quantizers: the recipe's ``quantization.backend``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qat.errors import QuantizationError
+from qat.quantize.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from qat.recipe.loading import Quantization, TrunkGroup
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The quantizers of one library.
+
+    Attributes:
+        activations: class of observed points.
+        weights: makes weight quantizers of bits, ``power_of_two`` and rows.
+        power_of_two: whether scales are powers of two.
+    """
+
+    activations: type[ActivationQuantizer] = ActivationQuantizer
+    weights: Callable[[int, bool, Sequence[int]], WeightQuantizer] = WeightQuantizer
+    power_of_two: bool = False
+
+    def point(self, group: TrunkGroup | None, *, signed: bool) -> Quantizer:
+        """An observed point as the recipe's ``group`` asks for, or one left in float."""
+        if group is None:
+            return Quantizer()
+        return self.activations(
+            group.activation_bits,
+            signed,
+            group.observer,
+            group.averaging_constant,
+            group.percentile,
+            group.clip,
+            self.power_of_two,
+        )
+
+    def weight(self, bits: int, *weights: Tensor) -> WeightQuantizer:
+        """The quantizer of these weights, (O, ...) each: of one layer or a few."""
+        return self.weights(bits, self.power_of_two, [len(weight) for weight in weights])
+
+
+def backend_of(quantization: Quantization) -> Backend:
+    """The backend that a recipe asks for.
+
+    Raises:
+        QuantizationError: its library is not installed.
+    """
+    if quantization.backend == "torch_ao":
+        return Backend(power_of_two=quantization.power_of_two)
+    try:
+        # Here, since it takes seconds and is an optional dependency.
+        from qat.quantize.learned_scales import LearnedActivationQuantizer, LearnedWeightQuantizer
+    except ImportError as error:
+        raise QuantizationError(
+            f"quantization.backend: 'brevitas' cannot be used here: {error}; "
+            "install it with: pip install 'bnext-qat[brevitas]'"
+        ) from error
+    return Backend(LearnedActivationQuantizer, LearnedWeightQuantizer, quantization.power_of_two)

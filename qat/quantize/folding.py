@@ -1,0 +1,115 @@
+"""What fake-quantized modules share: folded batch normalization, and the scales of their constants.
+
+Batch normalization is folded in every twin: its gain and offset become part of what stands before it. While
+training they are those of the batch, or of the running statistics once these are frozen; in evaluation they
+are part of an integer requantization (:func:`folded_constants`). Running statistics can be averaged anew
+behind a training (:mod:`qat.train.batch_norm_reestimation`).
+
+With powers of two as scales (``quantization.power_of_two``), multipliers made of scales alone are powers of
+two, too: those of residual sums and products, the layers of channel attention, the classifier, and the
+head's mean before it is divided by its pixels. Not those that carry a learned factor: the requantizations
+behind stem and binary convolutions and the attention's gain (gains of batch normalizations), and the means
+that channel attention takes (mix scales). The fixed grids, image and attention, meet only such multipliers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantize.integers import Requantization, snap_up
+from qat.quantize.quantizers import (
+    ActivationQuantizer,
+    Quantizer,
+    fake_quantize_symmetric,
+    power_of_two_above,
+)
+
+#: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
+CONSTANT_BITS: Final = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Reference to the quantizer that another module owns, so that it is not registered twice."""
+
+    quantizer: Quantizer
+
+
+def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Gain and offset (C,) of a batch normalization with its running statistics, float64."""
+    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+    gain = norm.weight.detach().double() / torch.sqrt(variance + norm.eps)
+    return gain, norm.bias.detach().double() - mean * gain
+
+
+def slope_scale(slope: Tensor) -> Tensor:
+    """Smallest power of two (at least 2^-14) whose signed 8-bit grid holds every slope: scalar tensor.
+
+    A power of two makes slope times integer exact in float32, in any order of operations.
+    """
+    largest = slope.detach().float().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.exp2(torch.ceil(torch.log2(largest / 127.0))).clamp_min(2.0**-14)
+
+
+def quantized_slope(slope: Tensor) -> Tensor:
+    """Slopes (C,) on their grid; straight-through gradient."""
+    return fake_quantize_symmetric(slope, slope_scale(slope), CONSTANT_BITS)
+
+
+def largest_gain_step(gain: Tensor) -> Tensor:
+    """Step of a signed 8-bit grid that holds BN2's ``gain``, any shape, at attention 1: scalar tensor."""
+    return gain.detach().float().abs().amax().clamp_min(1e-20) / 127.0
+
+
+def gain_scale(smallest: Tensor, y: Tensor, product: Tensor, power_of_two: bool = False) -> Tensor:
+    """Scale of the attention times BN2's gain, per tensor: scalar tensor.
+
+    Raised a little so that the multiplier from ``gain · y`` to the product's grid has few bits, or to the
+    next power of two.
+
+    Args:
+        smallest: the scale to raise.
+        y: scale of ``y``.
+        product: scale of the grid on which ``gain · y`` is put.
+        power_of_two: whether it is to be one, as the two other scales are then.
+    """
+    if power_of_two:
+        smallest = power_of_two_above(smallest)
+    return snap_up(smallest * y / product) * product / y
+
+
+def product_scale(product: Tensor, residual: Tensor, branch: Tensor) -> Tensor:
+    """Scale of ``gain · y`` in a sub-block of the scale kind: scalar tensor.
+
+    The observed one, raised a little so that the multiplier from product times residual to the branch's grid
+    has few bits; of three powers of two it is the observed one.
+    """
+    return snap_up(product * residual / branch) * branch / residual
+
+
+def is_ready(module: nn.Module, *points: Quantizer) -> bool:
+    """Whether ``module`` can compute integers: evaluating, and every grid is known and of 8 bits or fewer."""
+    return not module.training and all(point.is_integer for point in points)
+
+
+def flipped(weight: Tensor, gain: Tensor) -> Tensor:
+    """Weights whose output channels of negative gain change sign, so that multipliers are positive."""
+    flip = torch.where(gain < 0, -1.0, 1.0).to(weight.dtype)
+    return weight * flip.view(-1, *[1] * (weight.ndim - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerIntegers:
+    """Integer weights (O, ...) in float32, and the requantization of their accumulator."""
+
+    weight: Tensor
+    requantization: Requantization
+
+
+def scale_of(point: Quantizer) -> Tensor:
+    """Step of a quantized point's grid, (1,) float32."""
+    return cast(ActivationQuantizer, point).scale

@@ -1,0 +1,201 @@
+"""The backend ``brevitas``: quantizers whose scales are parameters and train with the network.
+
+Learned step size quantization (LSQ; Esser et al. 2020, arXiv 1902.08153). With step ``s`` and integers from
+``Qn`` to ``Qp``, forward ``v = round(clamp(x / s, Qn, Qp)) · s``; gradients::
+
+    ∂v/∂x = 1 inside of the range, 0 beyond
+    ∂v/∂s = round(x / s) − x / s   inside,   Qn or Qp beyond
+    ∂L/∂s is multiplied by 1 / √(N · Qp)         N values share the step (of activations: in one image)
+
+Integers and the gradient through rounding are brevitas' ``IntQuant``; what keeps steps positive, and makes
+them powers of two, are its restrictions of values. A step is ``start · 2**log_scale``: ``start`` is what the
+observers of :mod:`qat.quantize.observers` found in calibration, or the weights' own range, and ``log_scale``
+is the parameter, 0 at first. So a step can't reach 0, an optimizer's step changes it by a factor whatever its
+size, and a network that has only been calibrated has exactly the grids that ``torch_ao`` gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from brevitas.core.function_wrapper import CeilSte, Identity
+from brevitas.core.quant.int_base import IntQuant
+from brevitas.core.restrict_val import LogFloatRestrictValue, PowerOfTwoRestrictValue
+from torch import Tensor, nn
+
+from qat.native.bindings import GridNumbers
+from qat.ops.fake_quantize import Extremes
+from qat.quantize.observers import channel_scales
+from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+
+
+@cache
+def _int_quant(signed: bool, narrow: bool) -> Any:
+    """brevitas' quantizer to integers; it has no state, so one serves all."""
+    return IntQuant(narrow_range=narrow, signed=signed, input_view_impl=Identity())
+
+
+@cache
+def _restriction(power_of_two: bool) -> Any:
+    """From the logarithm of a step to the step: any positive one, or the next power of two above."""
+    return PowerOfTwoRestrictValue(CeilSte()) if power_of_two else LogFloatRestrictValue()
+
+
+def learned_step(start: Tensor, log_scale: Tensor, power_of_two: bool) -> Tensor:
+    """``start · 2**log_scale``, or the next power of two above; straight-through gradient to ``log_scale``.
+
+    In float64 and rounded once, so that processor and accelerator agree on it.
+
+    Args:
+        start: positive, float32.
+        log_scale: same shape.
+        power_of_two: whether to round up.
+    """
+    exponent = log_scale.double()
+    if power_of_two:
+        # Less a hair, lest a logarithm's last place should double a step that is a power of two already.
+        step: Tensor = _restriction(True)(exponent + start.double().log2() - 2.0**-30)
+    else:
+        step = _restriction(False)(exponent) * start.double()
+    return step.to(start.dtype)
+
+
+def quantize(
+    x: Tensor, step: Tensor, bits: int, *, signed: bool, narrow: bool = False, shared: int = 1
+) -> Tensor:
+    """``x`` on the grid of ``step``, with the gradients above for both.
+
+    Args:
+        x: any shape.
+        step: broadcasts against ``x``; float32.
+        bits: of the integers.
+        signed: whether they take both signs.
+        narrow: whether they reach as far below 0 as above.
+        shared: N, how many values of one example share a step.
+    """
+    high = 2 ** (bits - signed) - 1
+    low = -high - (not narrow) if signed else 0
+    if step.requires_grad:
+        factor = 1.0 / math.sqrt(max(shared, 1) * high)
+        step.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+    exact = x if x.dtype == torch.float64 else x.float()
+    # Times the inverse, as torch's own fake quantization computes it: ties fall alike. Clamped before it is
+    # rounded, too, which changes no value: half a step beyond the range counts as outside of it.
+    steps = (exact * step.reciprocal()).clamp(low, high)
+    unit, zero, width = torch.ones_like(step), torch.zeros_like(step), step.new_full((), bits)
+    integers: Tensor = _int_quant(signed, narrow)(unit.detach(), zero.detach(), width.detach(), steps)
+    return (integers.to(step.dtype) * step).to(x.dtype)
+
+
+class LearnedActivationQuantizer(ActivationQuantizer):
+    """Per-tensor fake quantization of an activation, its scale learned.
+
+    Calibration finds where it starts, as in :class:`qat.quantize.quantizers.ActivationQuantizer` (same
+    arguments); from then on the scale is trained, until frozen, and nothing is observed. ``clip`` bounds the
+    start alone.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Start uncalibrated and observing."""
+        super().__init__(*args, **options)
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    def _step(self) -> Tensor:
+        return learned_step(self.fake.scale, self.log_scale, self.power_of_two)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step of the grid, (1,) float32, without a gradient."""
+        return self._step().detach()
+
+    def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
+        shared = x.numel() // max(len(x), 1) if x.ndim else 1
+        return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
+
+    def settled(self) -> GridNumbers | None:
+        """Never: its step is learned, and rounding knows it."""
+        return None
+
+    @property
+    def observes(self) -> bool:
+        """Until calibrated."""
+        return super().observes and (self.calibrating or not self.calibrated)
+
+    def _update_grid(self) -> None:
+        super()._update_grid()
+        with torch.no_grad():
+            self.log_scale.zero_()
+
+    def freeze(self) -> None:
+        """Fix the scale from here on."""
+        super().freeze()
+        self.log_scale.requires_grad_(False)
+        self.log_scale.grad = None
+
+    def describe(self) -> dict[str, object]:
+        """Type, scale, and that it is learned."""
+        return {**super().describe(), "range": "learned"}
+
+
+class LearnedWeightQuantizer(WeightQuantizer):
+    """Symmetric fake quantization of weights, one learned scale per output channel.
+
+    Until training begins, each range is the weights' own. The first training step keeps it; from then on
+    scales are trained, until frozen.
+
+    Args:
+        bits: 2 to 8; integers lie in ``±(2**(bits - 1) - 1)``.
+        power_of_two: round each scale up to the next power of two.
+        rows: output channels of each layer that it quantizes; layers are told apart by them.
+    """
+
+    def __init__(self, bits: int = 8, power_of_two: bool = False, rows: Sequence[int] = ()) -> None:
+        """Take the ranges from the weights at first."""
+        super().__init__(bits, power_of_two, rows)
+        self.log_scale = nn.ParameterDict({str(count): nn.Parameter(torch.zeros(count)) for count in rows})
+        for count in sorted(set(rows)):
+            # The largest magnitude of each channel: the range, not the step, so that it is good at any bits.
+            self.register_buffer(f"range_{count}", torch.full((count,), -1.0))
+        self._started: set[int] = set()
+
+    def _step(self, weight: Tensor) -> Tensor:
+        count = len(weight)
+        found: Tensor = self.get_buffer(f"range_{count}")
+        if count not in self._started:
+            found = weight.detach().float().reshape(count, -1).abs().amax(1)
+            if self.training and torch.is_grad_enabled():
+                self.get_buffer(f"range_{count}").copy_(found)
+                self._started.add(count)
+        start = channel_scales(found.view(-1, 1), self.quant_max)
+        return learned_step(start, self.log_scale[str(count)], self.power_of_two)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Scale of each output channel of ``weight`` (O, ...): (O,) float32, without a gradient."""
+        return self._step(weight).detach()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(O, ...) → same shape, on the grid of each output channel."""
+        step = self._step(weight).view(-1, *[1] * (weight.ndim - 1))
+        shared = weight[0].numel()
+        return quantize(weight, step, self.bits, signed=True, narrow=True, shared=shared)
+
+    def freeze(self) -> None:
+        """Fix the scales from here on."""
+        for parameter in self.log_scale.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def describe(self) -> dict[str, object]:
+        """Type, granularity, and that the scales are learned."""
+        return {**super().describe(), "range": "learned"}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, value in self.named_buffers():
+            if f"{prefix}{name}" in state_dict:
+                started = self._started.add if bool((value >= 0).all()) else self._started.discard
+                started(int(name.removeprefix("range_")))

@@ -1,0 +1,206 @@
+"""Turns a float-rest BNext into a fake-quantized one, in place: the `quant=True` path.
+
+Every module is replaced by its twin of :mod:`qat.quantize.stem_and_head`, which takes over its parameters
+under the same names: the state dict of the float network stays a part of the prepared network's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Final, Protocol, cast
+
+import torch
+from torch import nn
+
+from qat.data.loading import image_grid
+from qat.errors import QuantizationError
+from qat.nn.layers import Block, GlobalAveragePool, Stem, SubBlock
+from qat.quantize.backends import Backend, backend_of
+from qat.quantize.overrides import GroupName, check_glob, check_overrides, group_of, settings_of
+from qat.quantize.quantizers import Quantizer, WeightQuantizer, activation_quantizers
+from qat.quantize.stem_and_head import (
+    FakeQuantLinear,
+    FakeQuantPool,
+    FakeQuantPReLU,
+    FakeQuantSqueezeExcitation,
+    FakeQuantStem,
+    FakeQuantSubBlock,
+)
+from qat.recipe.loading import Quantization, TrunkGroup
+
+#: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+class _Network(Protocol):
+    """What :func:`prepare` needs of a network beside its modules."""
+
+    feature: nn.Sequential
+    prelu: nn.PReLU
+    pool: GlobalAveragePool
+    fc: nn.Linear
+
+
+def prepare(
+    model: nn.Module, quantization: Quantization, image: tuple[float, int] | None = None
+) -> nn.Module:
+    """Insert fake quantization into a float-rest BNext, in place.
+
+    Args:
+        model: a :class:`qat.models.bnext.BNext`, float; its parameters are kept.
+        quantization: groups, bits, observers, and which modules by glob;
+            :mod:`qat.quantize.overrides` has the rules of single modules.
+        image: (scale, zero point) of the uint8 image grid, see :func:`qat.data.loading.image_grid`; ``None``
+            takes ImageNet's normalization.
+
+    Returns:
+        ``model``, with ``model.quantization`` set.
+
+    Raises:
+        QuantizationError: already prepared, a glob that matches nothing, an override of no use, or a backend
+            that is not installed.
+    """
+    if model_is_prepared(model):
+        raise QuantizationError("the network is prepared already: prepare a float-rest network")
+    network = cast(_Network, model)
+    stem = cast(Stem, network.feature[0])
+    blocks = [cast(Block, block) for block in list(network.feature)[1:]]
+    chosen = _Selection(quantization, _point_names(blocks))
+
+    source: Quantizer = chosen.trunk("feature.0.trunk")
+    stem.trunk = source
+    if chosen("feature.0", quantization.stem.enabled):
+        grid = image or image_grid(IMAGENET_MEAN, IMAGENET_STD)
+        bits = settings_of(quantization, "feature.0", quantization.stem).weight_bits
+        network.feature[0] = FakeQuantStem(stem, bits, grid, chosen.backend)
+    for index, block in enumerate(blocks, start=1):
+        name = f"feature.{index}"
+        middle, output = chosen.trunk(f"{name}.trunk_mid"), chosen.trunk(f"{name}.trunk_out")
+        _prepare_sub_block(block, block.spatial_name, name, chosen, source, middle)
+        for child in block.pointwise_names:
+            _prepare_sub_block(block, child, name, chosen, middle, output)
+        block.trunk_mid, block.trunk_out = middle, output
+        source = output
+    if chosen("prelu", quantization.trunk.enabled):
+        network.prelu = FakeQuantPReLU(network.prelu, source)
+    if chosen("fc", quantization.classifier.enabled):
+        group = settings_of(quantization, "fc", quantization.classifier)
+        network.fc = classifier = FakeQuantLinear(network.fc, group, chosen.backend)
+        network.pool = FakeQuantPool(source, classifier.input)
+    model.quantization = quantization  # type: ignore[assignment]  # neither a tensor nor a module
+    model.train(model.training)
+    # What was added was made on the CPU; it belongs beside the parameters.
+    return model.to(network.fc.weight.device)
+
+
+def _prepare_sub_block(
+    block: Block, child: str, name: str, chosen: _Selection, source: Quantizer, target: Quantizer
+) -> None:
+    module, name = cast(SubBlock, block.get_submodule(child)), f"{name}.{child}"
+    twin = FakeQuantSubBlock(module, chosen.trunk_group(name), source, target, chosen.backend)
+    if twin.infor_recoupling and chosen(f"{name}.se", chosen.quantization.se.enabled):
+        group = settings_of(chosen.quantization, f"{name}.se", chosen.quantization.se)
+        twin.se = FakeQuantSqueezeExcitation(twin.se, group, chosen.backend)
+    setattr(block, child, twin)
+
+
+class _Selection:
+    """Which modules the include and exclude globs choose; every glob must match something."""
+
+    def __init__(self, quantization: Quantization, names: Sequence[str]) -> None:
+        self.quantization = quantization
+        for key, globs in (("include", quantization.include), ("exclude", quantization.exclude)):
+            for glob in globs:
+                check_glob(key, glob, names)
+        check_overrides(quantization, names)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What makes the quantizers."""
+        return backend_of(self.quantization)
+
+    def __call__(self, name: str, group_enabled: bool) -> bool:
+        included = any(fnmatchcase(name, glob) for glob in self.quantization.include)
+        excluded = any(fnmatchcase(name, glob) for glob in self.quantization.exclude)
+        return group_enabled and included and not excluded
+
+    def trunk_group(self, name: str) -> TrunkGroup | None:
+        """Settings of one module of the trunk; ``None`` leaves it in float."""
+        group = self.quantization.trunk
+        return settings_of(self.quantization, name, group) if self(name, group.enabled) else None
+
+    def trunk(self, name: str) -> Quantizer:
+        """The quantizer of one trunk tensor."""
+        return self.backend.point(self.trunk_group(name), signed=True)
+
+
+def _point_names(blocks: Sequence[Block]) -> list[str]:
+    """Module names that globs can match, in forward order."""
+    names = ["feature.0", "feature.0.trunk"]
+    for index, block in enumerate(blocks, start=1):
+        for child in (block.spatial_name, *block.pointwise_names):
+            names.append(f"feature.{index}.{child}")
+            if cast(SubBlock, block.get_submodule(child)).infor_recoupling:
+                names.append(f"feature.{index}.{child}.se")
+        names += [f"feature.{index}.trunk_mid", f"feature.{index}.trunk_out"]
+    return [*names, "prelu", "fc"]
+
+
+def quantized_layers(model: nn.Module, quantization: Quantization) -> dict[str, GroupName]:
+    """The modules of ``model`` that ``quantization`` chooses, in forward order, with the group of each.
+
+    Raises:
+        QuantizationError: a glob that matches nothing.
+    """
+    names = _point_names([cast(Block, block) for block in list(cast(_Network, model).feature)[1:]])
+    chosen = _Selection(quantization, names)
+    groups = {name: group_of(name) for name in names}
+    return {
+        name: group for name, group in groups.items() if chosen(name, getattr(quantization, group).enabled)
+    }
+
+
+def model_is_prepared(model: nn.Module) -> bool:
+    """Whether :func:`prepare` has been through this network."""
+    return any(isinstance(module, FakeQuantSubBlock) for module in model.modules())
+
+
+def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
+    """Find every range from float values: run ``forward`` (some batches through ``model``) observing only.
+
+    The network is in evaluation mode meanwhile, and back in its former mode afterwards.
+
+    Raises:
+        QuantizationError: nothing to calibrate, grids frozen already, or ``forward`` reached not all points.
+    """
+    points = dict(activation_quantizers(model))
+    if not points:
+        raise QuantizationError("no activation is quantized in this network: nothing to calibrate")
+    if not all(point.observing for point in points.values()):
+        raise QuantizationError("the grids of this network are frozen: prepare its float-rest network anew")
+    was_training = model.training
+    model.eval()
+    for point in points.values():
+        point.start_calibration()
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for point in points.values():
+            point.finish_calibration()
+        model.train(was_training)
+    missed = [name for name, point in points.items() if not point.calibrated]
+    if missed:
+        raise QuantizationError(f"calibration reached no finite value at {missed[0]} ({len(missed)} points)")
+
+
+def quantization_map(model: nn.Module) -> dict[str, dict[str, object]]:
+    """What is quantized and how: one line per quantization point and weight; empty for a float network."""
+    lines: dict[str, dict[str, object]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WeightQuantizer) or (isinstance(module, Quantizer) and module.enabled):
+            lines[name] = module.describe()
+    return lines

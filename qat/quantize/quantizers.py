@@ -1,0 +1,379 @@
+"""Quantizers: modules that put values on a grid of integers, straight-through in training.
+
+Here is the backend ``torch_ao``: ranges are observed (:mod:`qat.quantize.observers`). The other one, whose
+scales are learned, is :mod:`qat.quantize.learned_scales`; :mod:`qat.quantize.backends` makes either by the
+recipe.
+
+An activation quantizer is in one of three states: *uncalibrated* (passes values through), *observing*
+(tracks the range; while training it also quantizes), *frozen* (quantizes on a fixed grid). Outside of
+training and calibration nothing is ever observed, so evaluation depends on the input and the state alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from qat.native.bindings import GridNumbers
+from qat.ops.fake_quantize import Extremes, fake_quantize, step_of
+from qat.quantize.integers import saturate
+from qat.quantize.observers import MOVING, Observer, channel_scales, observed_grid
+
+#: Widest integers of integer arithmetic; more are simulated.
+LARGEST_BITS: Final = 8
+
+
+class _OwnState(nn.Module):
+    """A module whose state outlasts a change of type, and a state dict that knows nothing of it."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A float-rest checkpoint has no key of this point. It loads strictly all the same: the point
+        # keeps what it has. A checkpoint with some of the keys is held to all of them.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OwnState:
+        # A scale in bfloat16 would move the grid by up to 0.4%, so `.to(dtype)` moves these tensors to the
+        # new device and leaves their values and types.
+        before = dict(self.named_buffers())
+        learned = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for name, old in before.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            new = getattr(module, leaf)
+            if new.dtype != old.dtype:
+                setattr(module, leaf, old.to(new.device))
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != learned[name].dtype:
+                parameter.data = learned[name].to(parameter.device)
+        return self
+
+
+class Quantizer(_OwnState):
+    """Interface of a quantization point; this base class is a point left in float.
+
+    ``forward`` observes (if in that state) and quantizes; ``requantize`` puts further values on the grid
+    already chosen, observing nothing.
+    """
+
+    enabled = False
+    bits = 32
+    #: Whether the smallest and the largest value are all that ``forward`` looks at.
+    looks_at_extremes = True
+
+    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape; ``observed`` is looked at for the range in place of ``x``.
+
+        With ``overwrite`` the result may take the memory of ``x``, see
+        :func:`qat.ops.fake_quantize.fake_quantize`.
+        """
+        return x
+
+    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape, on the grid of this point."""
+        return x
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``forward`` looks at values for the range right now."""
+        return False
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether values can be put on a known grid right now."""
+        return False
+
+    def settled(self) -> GridNumbers | None:
+        """The grid as numbers, where steps may be put together in which no value of this point appears.
+
+        ``None`` where there is no grid, or it is observed or learned meanwhile, or a forward hook of this
+        point waits for values.
+        """
+        return None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether integer arithmetic may use this grid now: it is known, and not too wide."""
+        return self.has_grid and self.bits <= LARGEST_BITS
+
+    def describe(self) -> dict[str, object]:
+        """The point's line in the quantization map."""
+        return {"type": "float"}
+
+
+class FixedQuantizer(Quantizer):
+    """Fake quantization on a grid known beforehand: the image and the attention.
+
+    Args:
+        scale: step of the grid.
+        zero_point: integer that stands for 0.
+        bits: width of the unsigned integer, 2 to 8.
+    """
+
+    enabled = True
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: float, zero_point: int, bits: int = 8) -> None:
+        """Fix the grid."""
+        super().__init__()
+        self.bits, self.quant_min, self.quant_max = bits, 0, 2**bits - 1
+        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
+
+    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape, on the grid."""
+        return self.requantize(x)
+
+    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape, on the grid."""
+        return torch.fake_quantize_per_tensor_affine(
+            x, self.scale, self.zero_point, self.quant_min, self.quant_max
+        )
+
+    @property
+    def has_grid(self) -> bool:
+        """Always."""
+        return True
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Integers of the grid less the zero point, in float32; any shape."""
+        q = torch.round(x.float() / self.scale) + self.zero_point
+        return q.clamp_(self.quant_min, self.quant_max) - self.zero_point
+
+    def describe(self) -> dict[str, object]:
+        """Type, scale and zero point."""
+        return {
+            "type": f"uint{self.bits}",
+            "scale": float(self.scale),
+            "zero_point": int(self.zero_point),
+            "range": "fixed",
+        }
+
+
+class ActivationQuantizer(Quantizer):
+    """Per-tensor fake quantization of an activation, its range observed.
+
+    Signed points are symmetric with zero point 0 and use all ``2**bits`` integers; unsigned points (of
+    values that are never negative) start at 0. Values outside the range saturate, and get no gradient.
+
+    Args:
+        bits: 2 to 8; up to 16 to simulate, which no integer network holds.
+        signed: whether the values take both signs.
+        observer: how the range is found, see :mod:`qat.quantize.observers`; those that clip observe during
+            calibration only, the others go on while training until frozen.
+        averaging: weight of the newest batch in the moving average.
+        percentile: of the ``percentile`` observer, in percent.
+        clip: the range spans no more than this magnitude; ``None`` leaves it to the observer.
+        power_of_two: round the scale up to the next power of two.
+    """
+
+    enabled = True
+
+    def __init__(
+        self,
+        bits: int = 8,
+        signed: bool = True,
+        observer: Observer = "moving_average",
+        averaging: float = 0.05,
+        percentile: float = 99.99,
+        clip: float | None = None,
+        power_of_two: bool = False,
+    ) -> None:
+        """Start uncalibrated and observing."""
+        super().__init__()
+        self.bits, self.signed, self.observer = bits, signed, observer
+        self.clip, self.power_of_two = clip, power_of_two
+        self.fake: Any = observed_grid(bits, signed, observer, averaging=averaging, percentile=percentile)
+        self.quant_min = -(2 ** (bits - 1)) if signed else 0
+        self.quant_max = 2 ** (bits - signed) - 1
+        self.calibrated = False
+        self.calibrating = False
+        self.observing = True
+
+    @property
+    def scale(self) -> Tensor:
+        """Step of the grid, (1,) float32."""
+        scale: Tensor = self.fake.scale
+        return power_of_two_above(scale) if self.power_of_two else scale
+
+    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape; see the class for when it observes and quantizes."""
+        extremes = None
+        if self.observes:
+            found = self._observe(x if observed is None else observed)
+            extremes = found if observed is None else None
+        if not self.has_grid:
+            if self.training and not self.observes:
+                warnings.warn(
+                    f"a quantization point has no range, and its values stay float: {self.observer!r} looks "
+                    "at values in calibration alone, which comes before training "
+                    "(qat.quantize.preparation.calibrate)",
+                    stacklevel=2,
+                )
+            return x
+        return self._on_grid(x, extremes, overwrite)
+
+    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Any shape → same shape, on the grid; unchanged while calibrating or uncalibrated."""
+        return self._on_grid(x, None, overwrite) if self.has_grid else x
+
+    def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
+        return fake_quantize(x, self.scale, self.quant_min, self.quant_max, extremes, overwrite)
+
+    @property
+    def observes(self) -> bool:
+        """In calibration, and with a moving observer in training, until frozen."""
+        return self.observing and (self.calibrating or (self.training and self.observer in MOVING))
+
+    @property
+    def has_grid(self) -> bool:
+        """Calibrated, and not observing for calibration just now."""
+        return self.calibrated and not self.calibrating
+
+    def settled(self) -> GridNumbers | None:
+        """See :class:`Quantizer`."""
+        watched = self._forward_hooks or self._forward_pre_hooks
+        if watched or self.observes or not self.has_grid:
+            return None
+        return GridNumbers(self.quant_min, self.quant_max, *step_of(self.scale))
+
+    def saturate(self, steps: Tensor) -> Tensor:
+        """Round half to even, clamp to the grid's integers; any shape, same type."""
+        return saturate(steps, self.quant_min, self.quant_max)
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Integers of the grid, in float32; any shape. Exact for values on the grid."""
+        return self.saturate(x.float() / self.scale)
+
+    def values(self, steps: Tensor) -> Tensor:
+        """Values of steps, rounded and clamped to the grid first; any shape, float32."""
+        return self.saturate(steps) * self.scale
+
+    @property
+    def looks_at_extremes(self) -> bool:  # type: ignore[override]  # of the base class it is a constant
+        """Not while calibrating: observers that clip look at every value then."""
+        return not self.calibrating
+
+    def _observe(self, x: Tensor) -> Extremes | None:
+        """Take ``x`` into account; its extremes, where they were looked for."""
+        if self.observer not in MOVING:
+            self.fake.activation_post_process(x.detach().float())
+            return None
+        # All that these observers look at, and the rounding wants to know them, too.
+        extremes = torch.aminmax(x.detach()) if x.numel() else None
+        # Where another process has values, this one's observer must hear of them, too.
+        seen = x.detach() if extremes is None else torch.stack(extremes)
+        self.fake.activation_post_process(seen.float())
+        if not self.calibrating:
+            self._update_grid()
+        return extremes
+
+    def _update_grid(self) -> None:
+        scale, zero_point = self.fake.activation_post_process.calculate_qparams()
+        if self.clip is not None:
+            scale = scale.clamp_max(self.clip / ((self.quant_max - self.quant_min) / (1 + self.signed)))
+        self.fake.scale.copy_(scale)
+        self.fake.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def start_calibration(self) -> None:
+        """Observe without quantizing until :meth:`finish_calibration`."""
+        self.calibrating = True
+
+    def finish_calibration(self) -> None:
+        """Choose the grid from what was observed. A point that saw nothing stays uncalibrated."""
+        self.calibrating = False
+        if bool(torch.isfinite(self.fake.activation_post_process.min_val).all()):
+            self._update_grid()
+
+    def freeze(self) -> None:
+        """Fix the grid from here on."""
+        self.observing = False
+
+    def describe(self) -> dict[str, object]:
+        """Type, scale and how the range was found."""
+        kind = f"{'int' if self.signed else 'uint'}{self.bits}"
+        scale = float(self.scale) if self.calibrated else None
+        return {"type": kind, "scale": scale, "zero_point": 0, "range": self.observer}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        known = self.calibrated
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        low = state_dict.get(f"{prefix}fake.activation_post_process.min_val")
+        self.calibrated = known if low is None else bool(torch.isfinite(low).all())
+
+
+class WeightQuantizer(_OwnState):
+    """Symmetric fake quantization of weights, one scale per output channel, taken from the weights.
+
+    The range is the weights' own at every forward, so there is nothing to calibrate and no state. A row of
+    zeros keeps a tiny positive scale and stays zero.
+
+    Args:
+        bits: 2 to 8; integers lie in ``±(2**(bits - 1) - 1)``.
+        power_of_two: round each scale up to the next power of two.
+        rows: output channels of each layer that it quantizes, which only learned scales need to know.
+    """
+
+    def __init__(self, bits: int = 8, power_of_two: bool = False, rows: Sequence[int] = ()) -> None:
+        """Take the width; there is nothing else to set."""
+        super().__init__()
+        self.bits, self.quant_max, self.power_of_two = bits, 2 ** (bits - 1) - 1, power_of_two
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Scale of each output channel of ``weight`` (O, ...): (O,) float32."""
+        scale = channel_scales(weight, self.quant_max)
+        return power_of_two_above(scale) if self.power_of_two else scale
+
+    def freeze(self) -> None:
+        """Fix what is learned of the grid from here on; here that is nothing."""
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer weights (O, ...) in float32, and the scale of each output channel (O,) in float64."""
+        scale = self.scale(weight).double()
+        steps = weight.detach().double() / scale.view(-1, *[1] * (weight.ndim - 1))
+        return saturate(steps, -self.quant_max, self.quant_max).float(), scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(O, ...) → same shape, on the grid of each output channel."""
+        scale = self.scale(weight)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.quant_max, self.quant_max)
+
+    def describe(self) -> dict[str, object]:
+        """Type and granularity."""
+        return {"type": f"int{self.bits}", "range": "weights", "granularity": "per output channel"}
+
+
+def power_of_two_above(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not less than ``scale`` (positive, float32): same shape and type."""
+    mantissa, exponent = torch.frexp(scale)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    # In float64 and rounded once: some accelerators' float32 powers are off in the last place.
+    return torch.ldexp(torch.ones_like(scale, dtype=torch.float64), exponent).to(scale.dtype)
+
+
+def fake_quantize_symmetric(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """Fake-quantize ``x`` per tensor on the signed grid of ``scale`` (scalar tensor), zero point 0."""
+    return fake_quantize(x, scale.detach().float().reshape(1), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """Every observed quantization point of ``model`` with its module name, in definition order."""
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            yield name, module
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Fix every grid of ``model`` from here on, observed or learned."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.freeze()

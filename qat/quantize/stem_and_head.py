@@ -1,0 +1,173 @@
+"""Fake-quantized twins of a network's modules.
+
+Each twin takes over the parameters of the module it replaces under the same names. What it computes, with
+``Q`` for a quantization point on a grid of its own and ``[·]`` for a value put on a grid already chosen:
+
+- stem: ``Q_trunk(BN(conv(Q_image(x), Q_weight(w))))``
+- sub-block with input ``x`` on the trunk's grid::
+
+    q = Q_y(BN1(conv(sign(x + bias), ±1)))        sign(0) = +1
+    y = [PReLU2(q)]_y                             slopes on an 8-bit grid of a power of two
+    p = [pool(x)]_x    r = [pool([PReLU1(x)]_x)]_x
+    m = Q_pooled(scale · mean(x) + (1 − scale) · mean(y))
+    h = Q_hidden(relu(W1 · m + b1))    z = Q_logits(W3 · h + b3)    a = Q_attention(σ(z))
+    g = Q_gain(a · A2)                            BN2(v) = A2 · v + B2
+    t = Q_branch(g ⊙ y)  or  Q_branch(Q_product(g ⊙ y) ⊙ r)
+    out = Q_trunk([t + [B2]_branch]_branch + (p or r))
+
+- head: ``fc(Q_input(mean([PReLU(x)]_x)))``
+
+BN1's result is quantized before PReLU2 rather than after, and the attention's logits are quantized too:
+then PReLU and sigmoid are functions of one 8-bit integer, which every runtime computes exactly.
+
+While training, values are rounded in float32 with straight-through gradients. In evaluation mode, once every
+grid a module needs is calibrated, it computes the integers themselves (:mod:`qat.quantize.integers`), with
+the constants that lowering exports: ``integers()`` of each twin.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.nn.layers import GlobalAveragePool, Stem
+from qat.ops.norm_activation import prelu
+from qat.ops.planes import without_autocast
+from qat.quantize.attention import FakeQuantSqueezeExcitation
+from qat.quantize.backends import Backend
+from qat.quantize.constant_cache import held_integers
+from qat.quantize.folding import (
+    Grid,
+    LayerIntegers,
+    flipped,
+    folded_constants,
+    is_ready,
+    quantized_slope,
+    scale_of,
+)
+from qat.quantize.integers import Requantization, mean_steps, prelu_steps, requantization
+from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, Quantizer, power_of_two_above
+from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.recipe.loading import Group
+
+__all__ = [
+    "FakeQuantLinear",
+    "FakeQuantPReLU",
+    "FakeQuantPool",
+    "FakeQuantSqueezeExcitation",
+    "FakeQuantStem",
+    "FakeQuantSubBlock",
+]
+
+
+class FakeQuantStem(Stem):
+    """Twin of :class:`qat.nn.layers.Stem` with a quantized image and quantized weights.
+
+    Args:
+        stem: its parameters are taken over.
+        bits: of the weights.
+        grid: scale and zero point of the uint8 image.
+        backend: supplies the quantizer of the weights.
+    """
+
+    def __init__(self, stem: Stem, bits: int, grid: tuple[float, int], backend: Backend) -> None:
+        nn.Module.__init__(self)
+        self.conv1, self.bn1, self.prelu, self.trunk = stem.conv1, stem.bn1, stem.prelu, stem.trunk
+        self.image = FixedQuantizer(*grid)
+        self.weight_quantizer = backend.weight(bits, stem.conv1.weight)
+
+    def integers(self) -> LayerIntegers:
+        """Constants of the integer stem."""
+        weight, scale = self.weight_quantizer.integers(self.conv1.weight)
+        gain, offset = folded_constants(self.bn1)
+        unit, step = self.image.scale.double(), cast(ActivationQuantizer, self.trunk).scale.double()
+        rule = requantization(gain.abs() * scale * unit / step, offset / step, weight[0].numel() * 127 * 255)
+        weight = flipped(weight, gain) * ~rule.constant.view(-1, 1, 1, 1)
+        return LayerIntegers(weight, rule)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        stride, padding = self.conv1.stride, self.conv1.padding
+        if is_ready(self, cast(Quantizer, self.trunk)):
+            layer, trunk = held_integers(self), cast(ActivationQuantizer, self.trunk)
+            # Rounded for the same reason as in a sub-block: an accumulator is an integer.
+            with without_autocast(x):
+                out = F.conv2d(self.image.steps(x), layer.weight, stride=stride, padding=padding).round()
+            return trunk.values(layer.requantization(out)).to(x.dtype)
+        weight = self.weight_quantizer(self.conv1.weight)
+        out = F.conv2d(self.image(x), weight, stride=stride, padding=padding)
+        result: Tensor = self.trunk(self.bn1(out))
+        return result
+
+
+class FakeQuantPReLU(nn.PReLU):
+    """Twin of the head's PReLU: 8-bit slopes, result on the grid of its input."""
+
+    def __init__(self, module: nn.PReLU, source: Quantizer) -> None:
+        nn.Module.__init__(self)
+        self.num_parameters, self.weight = module.num_parameters, module.weight
+        self.source = Grid(source)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) → same shape."""
+        source, slopes = self.source.quantizer, quantized_slope(self.weight)
+        if is_ready(self, source):
+            point = cast(ActivationQuantizer, source)
+            q = prelu_steps(point.steps(input), slopes.detach().float(), point.quant_min, point.quant_max)
+            return point.values(q).to(input.dtype)
+        return source.requantize(prelu(input, slopes), overwrite=True)
+
+
+class FakeQuantPool(GlobalAveragePool):
+    """Twin of the head's pooling: from the trunk's grid straight to the classifier's."""
+
+    def __init__(self, source: Quantizer, target: Quantizer) -> None:
+        super().__init__()
+        self.source, self.target = Grid(source), Grid(target)
+
+    def multiplier(self) -> Tensor:
+        """Trunk steps to steps of the classifier's input: (1,) float32."""
+        return (scale_of(self.source.quantizer).double() / scale_of(self.target.quantizer).double()).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C)."""
+        if not is_ready(self, self.source.quantizer, self.target.quantizer):
+            return super().forward(x)
+        source, target = (cast(ActivationQuantizer, grid.quantizer) for grid in (self.source, self.target))
+        return target.values(mean_steps(source.steps(x), self.multiplier())).flatten(1).to(x.dtype)
+
+
+class FakeQuantLinear(nn.Linear):
+    """Twin of the classifier: quantized input and weights, float logits."""
+
+    def __init__(self, module: nn.Linear, group: Group, backend: Backend) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.weight, self.bias = module.weight, module.bias
+        self.input = backend.point(group, signed=True)
+        self.weight_quantizer = backend.weight(group.weight_bits, module.weight)
+
+    def integers(self) -> LayerIntegers:
+        """Constants of the integer classifier; its multiplier gives logits."""
+        weight, scale = self.weight_quantizer.integers(self.weight)
+        offset, step = self.bias.detach().double(), scale * scale_of(self.input).double()
+        # A row of (almost) zeros has a tiny scale. It is raised until the bias fits int32, and the row's
+        # products, less than 2% of such a bias, are dropped.
+        raised = torch.maximum(step, offset.abs() / 2.0**30)
+        if self.weight_quantizer.power_of_two:
+            raised = power_of_two_above(raised)
+        constant = raised > step
+        multiplier = raised.float()
+        rule = Requantization(multiplier, torch.round(offset / multiplier.double()), constant)
+        return LayerIntegers(weight * ~constant.view(-1, 1), rule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C) → logits (N, num_classes)."""
+        if is_ready(self, self.input):
+            layer = held_integers(self)
+            q = cast(ActivationQuantizer, self.input).steps(input)
+            return layer.requantization(F.linear(q.double(), layer.weight.double())).to(input.dtype)
+        return F.linear(self.input(input), self.weight_quantizer(self.weight), self.bias)

@@ -1,0 +1,1 @@
+"""Recipes: read, checked, changed and written."""

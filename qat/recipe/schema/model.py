@@ -1,0 +1,66 @@
+"""The ``model`` section of a recipe."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from qat.recipe.problems import found
+from qat.recipe.schema.fields import Count, Positive, Section, Text
+
+
+def _widths(widths: list[int]) -> list[int]:
+    for index, (before, here) in enumerate(pairwise(widths), start=1):
+        if here not in (before, 2 * before):
+            raise PydanticCustomError(
+                "refused",
+                "{why}",
+                {
+                    "why": f"found {found(here)} at position {index}, allowed after {before}: {before} or "
+                    f"{2 * before} (a block keeps its width or doubles it)"
+                },
+            )
+    return widths
+
+
+def _stride(value: object) -> object:
+    # `True == 1 == 1.0` in Python, so a Literal of numbers would let both in.
+    if value is not None and type(value) is not int:
+        raise PydanticCustomError("int_type", "not an integer")
+    return value
+
+
+class Model(Section):
+    """The network: which BNext, and the weights it starts from."""
+
+    size: Literal["tiny", "small", "middle", "large"] = Field(
+        default="tiny", description="Size of the published networks; `widths` overrides it."
+    )
+    widths: Annotated[list[Count], Field(min_length=2), AfterValidator(_widths)] | None = Field(
+        default=None,
+        description="Channels of the stem, then of each block; an entry equals the one before or doubles it. "
+        "Null takes those of `size`.",
+    )
+    num_classes: int = Field(default=10, ge=2, description="Number of classes the classifier tells apart.")
+    stem_stride: Annotated[Literal[1, 2] | None, BeforeValidator(_stride)] = Field(
+        default=None,
+        description="Stride of the first convolution. Null: 2 at 1000 classes (large images), else 1.",
+    )
+    elm_attention: bool = Field(
+        default=True,
+        description="3×3 sub-blocks alternate between the scale and the bias kind; false: bias kind only.",
+    )
+    infor_recoupling: bool = Field(
+        default=True, description="Sub-blocks have a mix scale and channel attention (SE)."
+    )
+    checkpoint: Text | None = Field(
+        default=None,
+        description="Weights to start from. A relative path is looked up beside the recipe file, then in the "
+        "working directory, then among the packaged recipes.",
+    )
+    latent: Positive = Field(
+        default=1.0, description="Magnitude given to latent weights that are rebuilt from stored sign bits."
+    )

@@ -1,0 +1,165 @@
+"""Run directories: what a training command leaves behind, and how other commands find it.
+
+A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
+per epoch), ``best.safetensors``, ``last.safetensors``, after fine-tuning ``quantization.json`` and, once
+finished, ``summary.json``. Until then ``state/`` has what :mod:`qat.train.resume` goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.errors import OutputError, QatError
+from qat.recipe.loading import LoadedRecipe, Recipe, recipe_yaml, resolve_checkpoint, resolve_teachers
+from qat.system.collectives import from_main, is_main
+from qat.system.files import write_atomically
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run's folder. Of several processes the first one writes, and the others' calls do nothing."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, loaded: LoadedRecipe) -> RunDirectory:
+        """A new folder ``<output.dir>/<recipe>-<date>-<time>`` with the resolved recipe inside.
+
+        Raises:
+            RecipeError: the checkpoint to start from, or a teacher, isn't there.
+            OutputError: the folder can't be made or written.
+        """
+        return cls(Path(from_main(str(cls._create(loaded)) if is_main() else "")))
+
+    @staticmethod
+    def _create(loaded: LoadedRecipe) -> Path:
+        recipe = _anywhere(loaded)
+        root = Path(loaded.recipe.output.dir)
+        stem = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for attempt in range(100):
+            path = root / (stem if attempt == 0 else f"{stem}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                if path.is_dir():
+                    continue
+                raise OutputError(f"{root}: output.dir is not a folder") from None
+            except OSError as error:
+                raise OutputError(
+                    f"{path}: cannot make the run directory: {error.strerror or error}"
+                ) from error
+            write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
+            return path
+        raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint of the epoch with the best test accuracy."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint of the last epoch that ended well."""
+        return self.path / "last.safetensors"
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        if not is_main():
+            return
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path / 'metrics.jsonl'}: {error.strerror or error}") from error
+
+    def rewrite_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make ``rows`` the whole of ``metrics.jsonl``, atomically; without rows there is no such file."""
+        if not is_main():
+            return
+        path = self.path / "metrics.jsonl"
+        if rows:
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.unlink(missing_ok=True)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write ``content`` to the file ``name``, atomically."""
+        if is_main():
+            write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """The finished run's summary.
+
+        Raises:
+            QatError: the run has not finished, or the file is damaged.
+        """
+        path = self.path / SUMMARY
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise QatError(f"{self.path}: not a finished run (it has no {SUMMARY})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise QatError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise QatError(f"{path}: not a JSON object")
+        return content
+
+
+def find_run(path: Path) -> RunDirectory:
+    """The run directory at ``path``, checked to be one.
+
+    Raises:
+        QatError: absent, or without a best checkpoint.
+    """
+    run = RunDirectory(path)
+    if not path.is_dir():
+        raise QatError(f"{path}: no such run directory")
+    if not run.best.is_file():
+        raise QatError(f"{path}: not a run directory (it has no {run.best.name})")
+    return run
+
+
+def newest_run(root: Path) -> RunDirectory:
+    """The fine-tuning run under ``root`` that finished last; damaged and unfinished runs don't count.
+
+    Raises:
+        QatError: there is none.
+    """
+    finished: list[tuple[float, str, RunDirectory]] = []
+    for summary in root.glob(f"*/{SUMMARY}") if root.is_dir() else ():
+        run = RunDirectory(summary.parent)
+        try:
+            content = find_run(run.path).summary()
+        except QatError:
+            continue  # a damaged run must not hide the others
+        when = content.get("finished")
+        if content.get("task") == "finetune" and isinstance(when, float) and math.isfinite(when):
+            finished.append((when, summary.parent.name, run))
+    if not finished:
+        raise QatError(
+            f"{root}: no finished finetune run here; run `qat finetune` first, or name one with --run DIR"
+        )
+    return max(finished, key=lambda item: item[:2])[2]
+
+
+def _anywhere(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with the paths it reads from made absolute, so that it can be run again from anywhere."""
+    recipe = loaded.recipe
+    if recipe.model.checkpoint is not None:
+        model = recipe.model.model_copy(update={"checkpoint": str(resolve_checkpoint(loaded))})
+        recipe = recipe.model_copy(update={"model": model})
+    if recipe.distillation.teachers:
+        named = recipe.distillation.model_copy(update={"teachers": resolve_teachers(loaded)})
+        recipe = recipe.model_copy(update={"distillation": named})
+    if recipe.data.root is not None:
+        root = Path(recipe.data.root).expanduser().absolute()  # as the data set is looked up
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
+    return recipe

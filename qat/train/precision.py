@@ -1,0 +1,56 @@
+"""Mixed precision: what is computed in 16 bits while training. Evaluation stays in float32."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final, Literal
+
+import torch
+
+from qat.errors import RecipeError
+from qat.ops.bfloat16 import widened_autocast, widens
+
+Precision = Literal["float32", "bfloat16", "float16"]
+_TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Around forward and loss: matrix products are those of ``precision`` there.
+
+    On a processor without instructions for them :mod:`qat.ops.bfloat16` computes those of bfloat16.
+    """
+    if precision == "float32":
+        return nullcontext()
+    if widens(device, _TYPES[precision]):
+        return widened_autocast()
+    return torch.autocast(device.type, dtype=_TYPES[precision])
+
+
+def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler | None:
+    """Keeps small gradients from vanishing in float16; ``None`` for types that have the range of float32."""
+    return torch.amp.GradScaler(device.type) if precision == "float16" else None
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse what ``device`` can't compute.
+
+    Raises:
+        RecipeError: float16 without CUDA, or bfloat16 on a GPU without it.
+    """
+    if precision == "float16" and device.type != "cuda":
+        raise RecipeError(
+            f"precision: 'float16' needs CUDA, the device is {device.type!r}; allowed there: 'float32', "
+            "'bfloat16'"
+        )
+    if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise RecipeError("precision: this GPU has no 'bfloat16'; allowed: 'float32', 'float16'")
+
+
+def saves_no_time(precision: Precision, device: torch.device) -> str | None:
+    """A warning where ``device`` has no instructions for ``precision``, so that it saves no time."""
+    if precision == "float32" or not widens(device, _TYPES[precision]):
+        return None
+    return (
+        "precision: this processor has no instructions for 'bfloat16', whose products are computed in "
+        "float32: it saves some memory, but no time; --set precision=float32 is more precise"
+    )

@@ -1,0 +1,172 @@
+"""Teachers of a distillation: the network before quantization, checkpoints of ours, models of timm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.checkpoints.format import file_hash, load_checkpoint, tensors_hash
+from qat.checkpoints.loading import build
+from qat.data.augment import normalize
+from qat.errors import RecipeError, first_line
+from qat.recipe.loading import TIMM, LoadedRecipe, resolve_teachers
+
+_KEY: Final = "distillation.teachers"
+
+
+class Listener(Protocol):
+    """Who is told what is unusual about a teacher."""
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network expects: mean and standard deviation per channel, side of its images in pixels."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    side: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One network with the input it expects.
+
+    Attributes:
+        network: maps normalized images to logits; in evaluation mode, without gradients.
+        input: what it expects; ``None`` takes the images as the run has them.
+        weight: of its answer among the others'.
+        sha256: of its weights, where they don't come with the run.
+    """
+
+    network: nn.Module
+    input: Input | None = None
+    weight: float = 1.0
+    sha256: str = ""
+
+    def logits(self, pixels: Tensor, images: Tensor) -> Tensor:
+        """Logits (N, classes) for pixels in 0 to 1 (N, 3, H, W); ``images``: the same as the run has them."""
+        if self.input is not None:
+            size = (self.input.side, self.input.side)
+            if tuple(pixels.shape[-2:]) != size:
+                pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+            images = normalize(pixels, self.input.mean, self.input.std)
+        logits: Tensor = self.network(images)
+        return logits.float()
+
+
+class Teachers:
+    """One or several teachers, answering as one."""
+
+    def __init__(self, teachers: Sequence[Teacher], temperature: float) -> None:
+        """Take the teachers, at least one, and the temperature at which their answers are averaged."""
+        self.teachers = list(teachers)
+        self.temperature = temperature
+
+    def __call__(self, pixels: Tensor, images: Tensor) -> Tensor:
+        """Logits (N, classes): of one teacher its own, of several those of their mean probabilities.
+
+        ``T · log(Σ wᵢ · softmax(zᵢ / T) / Σ wᵢ)``, so that a softmax at the temperature ``T`` of the
+        distillation gives the mean back.
+
+        Args:
+            pixels: float32 in 0 to 1, (N, 3, H, W).
+            images: the same, normalized for the run.
+        """
+        if len(self.teachers) == 1:
+            return self.teachers[0].logits(pixels, images)
+        total = sum(teacher.weight for teacher in self.teachers)
+        logs = [
+            F.log_softmax(teacher.logits(pixels, images) / self.temperature, dim=1)
+            + torch.log(torch.tensor(teacher.weight / total))
+            for teacher in self.teachers
+        ]
+        return self.temperature * torch.logsumexp(torch.stack(logs), dim=0)
+
+    @property
+    def sha256(self) -> str | None:
+        """Of all weights that don't come with the run; ``None`` if there are none."""
+        known = [teacher.sha256 for teacher in self.teachers if teacher.sha256]
+        return hashlib.sha256(" ".join(known).encode()).hexdigest() if known else None
+
+
+def load_teachers(
+    loaded: LoadedRecipe, class_names: Sequence[str], device: torch.device, listener: Listener
+) -> Teachers:
+    """The recipe's ``distillation.teachers``. The global random state is the same before and after.
+
+    Args:
+        loaded: a recipe that names at least one.
+        class_names: of the images, in the order of their labels.
+        device: that they are put on.
+        listener: told where a teacher knows the classes by other names.
+
+    Raises:
+        RecipeError: there is no such teacher, or it tells another number of classes apart.
+        CheckpointError: its file can't be read.
+    """
+    distillation = loaded.recipe.distillation
+    names = resolve_teachers(loaded)
+    weights = distillation.teacher_weights or [1.0] * len(names)
+    teachers = []
+    for name, weight in zip(names, weights, strict=True):
+        make = _from_timm if name.startswith(TIMM) else partial(_from_checkpoint, class_names, listener)
+        teacher, classes = make(name, weight)
+        if classes != loaded.recipe.model.num_classes:
+            raise RecipeError(
+                f"{loaded.path}: {_KEY}: {name}: found {classes} classes, allowed: "
+                f"{loaded.recipe.model.num_classes}, those of the network it teaches"
+            )
+        teacher.network.to(device).eval().requires_grad_(False)
+        teachers.append(teacher)
+    return Teachers(teachers, distillation.temperature)
+
+
+def _from_checkpoint(
+    class_names: Sequence[str], listener: Listener, name: str, weight: float
+) -> tuple[Teacher, int]:
+    path = Path(name)
+    checkpoint = load_checkpoint(path)
+    names = checkpoint.metadata.get("class_names")
+    if names is not None and json.loads(names) != list(class_names):
+        listener.warning(f"{_KEY}: {name}: its classes have other names than those of the images")
+    data = None if checkpoint.recipe is None else checkpoint.recipe.data
+    teacher = Teacher(
+        build(checkpoint),
+        None if data is None else Input(data.mean, data.std, data.image_size),
+        weight,
+        file_hash(path),
+    )
+    return teacher, checkpoint.architecture.num_classes
+
+
+def _from_timm(name: str, weight: float) -> tuple[Teacher, int]:
+    try:
+        import timm
+    except ImportError as error:
+        raise RecipeError(
+            f"{_KEY}: {name}: needs timm, which is not installed here; install it with: pip install timm"
+        ) from error
+    try:
+        # Weights are drawn at random before those of the file are put in their place.
+        with torch.random.fork_rng(devices=[]):
+            network: Any = timm.create_model(name.removeprefix(TIMM), pretrained=True)
+        settings = dict(network.pretrained_cfg)
+        mean, std, sides = settings["mean"], settings["std"], settings["input_size"]
+        classes = int(network.num_classes)
+    # No such model, no connection, no weights for it: timm and its hub have an exception for each.
+    except Exception as error:
+        raise RecipeError(f"{_KEY}: {name}: timm cannot give it: {first_line(error)}") from error
+    state = {key: value.detach() for key, value in network.state_dict().items()}
+    return Teacher(network, Input(mean, std, int(sides[-1])), weight, tensors_hash(state)), classes

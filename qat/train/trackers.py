@@ -1,0 +1,148 @@
+"""Experiment trackers beside a run's own `metrics.jsonl`: whatever accelerate can send metrics to.
+
+What is written to disk lies below the run's folder, in ``tracking/``. Steps are optimizer steps counted over
+all epochs, so that a run that goes on continues the same curves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from qat import __version__
+from qat.errors import RecipeError, first_line, nearest
+from qat.recipe.loading import Recipe, Tracking
+from qat.runs import RunDirectory
+from qat.system.collectives import is_main
+from qat.train.loop import Reporter
+from qat.train.parallel import accelerator
+
+_FOLDER: Final = "tracking"
+#: Of a step, those that are sent.
+_STEP: Final = ("loss", "top1", "learning_rate", "images_per_second")
+#: Packages of other names than their tracker.
+_PACKAGES: Final = {"comet_ml": "comet-ml"}
+
+
+def check_trackers(tracking: Tracking) -> None:
+    """Refuse trackers that accelerate doesn't know or that are not installed.
+
+    Raises:
+        RecipeError: the first of them.
+    """
+    if not tracking.trackers:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    usable = set(map(str, get_available_trackers()))
+    for name in tracking.trackers:
+        if name not in known:
+            raise RecipeError(
+                f"tracking.trackers: found {name!r}, allowed: {', '.join(known)}{nearest(name, known)}"
+            )
+        if name not in usable:
+            package = "bnext-qat[tensorboard]" if name == "tensorboard" else _PACKAGES.get(name, name)
+            raise RecipeError(
+                f"tracking.trackers: {name!r} is not installed here; install it with: pip install '{package}'"
+            )
+
+
+def tracked(report: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> Reporter:
+    """``report``, and the recipe's trackers beside it, if there are any; one process of several sends."""
+    return _Tracked(report, recipe, run, device) if recipe.tracking.trackers and is_main() else report
+
+
+class _Tracked:
+    """A reporter that passes everything on, and metrics to trackers, too. None of them can end a training."""
+
+    def __init__(self, report: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> None:
+        self._report, self._recipe, self._run, self._device = report, recipe, run, device
+        self._trackers: list[Any] = []
+        self._steps = 0
+        self.message, self.warning = report.message, report.warning
+
+    def start(self, epochs: int, steps: int, done: int = 0) -> None:
+        """Start the trackers; those of a run that goes on drop what they have from beyond ``done`` steps."""
+        self._steps = steps
+        engine = accelerator(self._device, log_with=self._recipe.tracking.trackers, project_dir=self._folder)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            engine.init_trackers(
+                self._recipe.tracking.project,
+                config=None if done else _hyperparameters(self._recipe),
+                init_kwargs=_options(self._run.path.name, done),
+            )
+            self._trackers = list(engine.trackers)
+        except Exception as error:  # no connection, no account, a full disk: each tracker has its own
+            raise RecipeError(
+                f"tracking.trackers: {', '.join(self._recipe.tracking.trackers)}: cannot be started: "
+                f"{first_line(error)}"
+            ) from error
+        self._report.start(epochs, steps, done)
+
+    @property
+    def _folder(self) -> Path:
+        return self._run.path / _FOLDER
+
+    def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Send each ``tracking.every``-th step."""
+        self._report.step(epoch, metrics)
+        number = int(metrics["step"])
+        if number % self._recipe.tracking.every == 0:
+            self._send({f"train/{key}": metrics[key] for key in _STEP}, number)
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Send the epoch's metrics, at its last step."""
+        self._report.epoch(metrics)
+        values = {
+            key.replace("test_", "test/") if key.startswith("test_") else f"epoch/{key}": value
+            for key, value in metrics.items()
+            if key != "epoch"
+        }
+        self._send({"epoch/number": metrics["epoch"], **values}, metrics["epoch"] * self._steps)
+
+    def stop(self) -> None:
+        """Let the trackers finish."""
+        self._report.stop()
+        for tracker in self._trackers:
+            self._guarded(tracker, tracker.finish)
+        self._trackers = []
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        for tracker in list(self._trackers):
+            self._guarded(tracker, tracker.log, values, step=step)
+
+    def _guarded(self, tracker: Any, action: Any, *values: Any, **options: Any) -> None:
+        try:
+            action(*values, **options)
+        except Exception as error:  # as above
+            self._trackers = [one for one in self._trackers if one is not tracker]
+            self.warning(f"tracking: {tracker.name} fails, training goes on without: {first_line(error)}")
+
+
+def _hyperparameters(recipe: Recipe) -> dict[str, str | int | float | bool]:
+    """Every key of the recipe, dotted; values that trackers have no type for as text."""
+    flat: dict[str, str | int | float | bool] = {"version": __version__}
+
+    def add(section: Mapping[str, Any], prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, Mapping):
+                add(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+
+    add(recipe.model_dump(mode="json"), "")
+    return flat
+
+
+def _options(run: str, done: int) -> dict[str, dict[str, Any]]:
+    """How single trackers name the run and take up one that goes on."""
+    return {
+        "tensorboard": {"purge_step": done + 1} if done else {},
+        "wandb": {"name": run, "id": run, "resume": "allow"},
+        "mlflow": {"run_name": run},
+    }

@@ -1,0 +1,52 @@
+"""Builds of the C++ sources that tests make in folders of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+SOURCES = ROOT / "qat" / "native" / "src"
+
+
+def need(*programs: str, always: bool = True) -> None:
+    """Skip the test where a program is missing; with ``always``, fail where the library is required."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    if missing and always and os.environ.get("BNEXT_QAT_NATIVE") == "require":
+        pytest.fail(f"not installed: {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """The finished process, its output as text."""
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def copied_sources(folder: Path) -> Path:
+    """A copy of what the repository holds of ``qat/native/src``, without what was built in it."""
+    copy = folder / "native"
+    copy.mkdir()
+    for path in [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), SOURCES / "CMakeLists.txt"]:
+        shutil.copy(path, copy)
+    return copy
+
+
+def build(sources: Path, folder: Path, *options: str, target: str = "bnext_qat_native") -> None:
+    """Configure and build with CMake; a failure shows its output."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = run("cmake", "-S", sources, "-B", folder, *generator, *options)
+    assert configure.returncode == 0, configure.stdout + configure.stderr
+    built = run("cmake", "--build", folder, "--target", target, "--parallel", "2")
+    assert built.returncode == 0, built.stdout + built.stderr
