@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from qat_export.bench.measure import alternate
 from qat_export.graphs.native import DOMAIN_VERSION
-from qat_export.nativelibrary import DOMAIN, kernels_in_use
+from qat_export.nativelibrary import DOMAIN
 from qat_export.verify.sessions import create_session
 
 from qat.models.bnext import WIDTHS
+from qat.native.library import kernels_in_use
 
 Array = NDArray[Any]
 

@@ -34,7 +34,8 @@ from qat.commands.lowering import build_and_lower
 from qat.data.paths import cifar10_folder, found_root, parquet_files
 from qat.errors import QatError, QuantizationError
 from qat.models.operation_count import operations
-from qat.recipe.loading import Data, load_recipe
+from qat.recipe.loading import load_recipe
+from qat.recipe.schema import Data
 from qat.system.files import write_atomically
 from qat.train.finetuning import finetune
 

@@ -19,7 +19,7 @@ from qat_export.bench.peak_memory import own_peak_rss_bytes
 
 from qat.evaluation import predictor
 from qat.models.bnext import WIDTHS, BNext
-from qat.recipe.loading import Optimizer
+from qat.recipe.schema import Optimizer
 from qat.system.collectives import joined, rows_of_all
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel

@@ -25,13 +25,13 @@ from qat_export.bench.peak_memory import own_peak_rss_bytes
 from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
-from qat.data.loading import image_grid
 from qat.models.bnext import BNext, binary_convolutions, set_temperature
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import calibrate, prepare
-from qat.recipe.loading import Optimizer, Quantization
+from qat.recipe.schema import Optimizer, Quantization
 from qat.system.memory import keep_pages
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
-from qat.train.loop import make_optimizer
+from qat.train.optimizer import make_optimizer
 from qat.train.precision import autocast
 
 LEARNING_RATE = 1e-4

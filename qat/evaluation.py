@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.data.loading import Split, normalize
+from qat.data.augment import normalize
+from qat.data.split import Split
 from qat.quantize.constant_cache import unchanged
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from qat.system.collectives import rows_of_all
 from qat.system.launch import WHOLE
 

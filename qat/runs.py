@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import OutputError, QatError
-from qat.recipe.loading import LoadedRecipe, Recipe, recipe_yaml, resolve_checkpoint, resolve_teachers
+from qat.recipe.loading import LoadedRecipe, recipe_yaml, resolve_checkpoint, resolve_teachers
+from qat.recipe.schema import Recipe
 from qat.system.collectives import from_main, is_main
 from qat.system.files import write_atomically
 

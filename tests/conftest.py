@@ -17,7 +17,7 @@ from qat.models.bnext import BNext, set_temperature
 from qat.native.bindings import torch_alone, usable
 from qat.nn.layers import BinaryConv2d, SqueezeExcitation, SubBlock
 from qat.quantize.preparation import calibrate
-from qat.recipe.loading import Quantization, TrunkGroup
+from qat.recipe.schema import Quantization, TrunkGroup
 from tests.helpers.toy_runs import finetune_arguments, pretrain_toy, succeed, tuned
 
 # The first call into torch, and any call on a busy machine, can outlast a deadline.

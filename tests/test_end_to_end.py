@@ -14,7 +14,8 @@ from qat.checkpoints.loading import build
 from qat.data.loading import load_split
 from qat.evaluation import evaluate, predictor
 from qat.models.bnext import binary_convolutions
-from qat.recipe.loading import load_recipe, recipes_dir, resolve_checkpoint
+from qat.recipe.files import recipes_dir
+from qat.recipe.loading import load_recipe, resolve_checkpoint
 from qat.runs import newest_run
 from qat.train.finetuning import pretrain, pretrained
 from tests.helpers.cifar10 import cifar10

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.data.loading import MemorySplit
+from qat.data.split import MemorySplit
 from qat.evaluation import (
     Accuracy,
     accuracy_of,
@@ -20,7 +20,7 @@ from qat.evaluation import (
     predictor,
     ranks,
 )
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
 

@@ -6,24 +6,11 @@ from typing import Any, Final
 
 from qat.errors import NativeLibraryError
 from qat.native.library import (
-    KERNELS_VARIABLE,
-    LIBRARY_VARIABLE,
-    available_kernels,
-    has_library,
     kernels_in_use,
     native_library_path,
 )
 
-__all__ = [
-    "DOMAIN",
-    "KERNELS_VARIABLE",
-    "LIBRARY_VARIABLE",
-    "available_kernels",
-    "has_library",
-    "kernels_in_use",
-    "native_library_path",
-    "register",
-]
+__all__ = ["DOMAIN", "register"]
 
 #: Domain of the operators in a model, version 1.
 DOMAIN: Final = "bnext_qat"

@@ -38,7 +38,8 @@ from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overfl
 from qat.errors import CheckpointError, QatError, QuantizationError, first_line
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.quantize.preparation import quantization_map
-from qat.recipe.loading import Quantization, Recipe, parse_recipe
+from qat.recipe.loading import parse_recipe
+from qat.recipe.schema import Quantization, Recipe
 from qat.system.files import write_atomically
 
 FORMAT: Final = "bnext-qat"

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
-from qat.data.loading import image_grid
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.nn.layers import BinaryActivation
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.recipe.loading import Model, Quantization
+from qat.recipe.schema import Model, Quantization
 
 
 def architecture_of(model: Model) -> Architecture:

@@ -13,7 +13,7 @@ from qat.cli.terminal import print_table, spinner, warn
 
 if TYPE_CHECKING:
     from qat_export.verify.agreement import Comparison
-    from qat_export.verify.exactness import Exactness
+    from qat_export.verify.figures import Exactness
 
 #: What --onnx is without a path; no name of a model, which ends in .onnx.
 _BESIDE: Final = "beside the checkpoint"

@@ -21,7 +21,8 @@ def recipe() -> None:
 @recipe.command("list")
 def recipe_list() -> None:
     """The packaged recipes, one per line."""
-    from qat.recipe.loading import load_recipe, recipe_names
+    from qat.recipe.files import recipe_names
+    from qat.recipe.loading import load_recipe
 
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "task", "network", "data"):
@@ -53,7 +54,7 @@ def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def recipe_copy(name: str, destination: Path, force: bool) -> None:
     """Copy a packaged recipe to DESTINATION (a folder or a file) as a start for your own."""
-    from qat.recipe.loading import copy_recipe
+    from qat.recipe.files import copy_recipe
 
     click.echo(copy_recipe(name, destination, force))
 

@@ -16,9 +16,10 @@ from qat_export.graphs.native import emit_native
 from qat_export.graphs.portable import InputKind, emit
 from qat_export.integer.file import load_network, save_network
 from qat_export.integer.network import IntegerNetwork
-from qat_export.nativelibrary import native_library_path
-from qat_export.verify.agreement import Comparison, OnnxModel, compare
-from qat_export.verify.exactness import Exactness, exactness, sample
+from qat_export.verify.agreement import Comparison, compare
+from qat_export.verify.exactness import exactness, sample
+from qat_export.verify.figures import Exactness
+from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.loading import build, float_network, highest_temperature
 from qat.commands.lowering import Source, build_and_lower, class_names, facts, load
@@ -26,6 +27,7 @@ from qat.commands.sources import load_test_split
 from qat.errors import CheckpointError, OutputError
 from qat.evaluation import predictor
 from qat.models.bnext import is_binary
+from qat.native.library import native_library_path
 from qat.system.files import write_atomically
 
 

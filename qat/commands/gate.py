@@ -9,7 +9,7 @@ from pathlib import Path
 from qat.checkpoints.format import file_hash
 from qat.commands.opening import Opened, open_model
 from qat.commands.sources import load_test_split
-from qat.data.loading import Split
+from qat.data.split import Split
 from qat.evaluation import collect_logits
 from qat.gate.baseline import Baseline, DataFacts, ModelFacts, describe_data, file_name, observe
 from qat.gate.baseline_file import check_replaceable, read_baseline, write_baseline

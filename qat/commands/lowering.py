@@ -16,7 +16,7 @@ from qat.checkpoints.loading import build
 from qat.commands.sources import only_data, own_recipe
 from qat.errors import QuantizationError, RecipeError
 from qat.models.bnext import BNext
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from qat.runs import find_run, newest_run
 
 

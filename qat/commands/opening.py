@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from qat_export.verify.agreement import OnnxModel
+from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint, load_checkpoint
 from qat.checkpoints.loading import architecture_of, build, highest_temperature
@@ -15,7 +15,8 @@ from qat.commands.sources import only_data, own_recipe, recipe_of_onnx
 from qat.errors import DataError, QatError
 from qat.evaluation import Predict, predictor
 from qat.models.bnext import is_binary
-from qat.recipe.loading import Data, LoadedRecipe, Recipe, load_recipe
+from qat.recipe.loading import LoadedRecipe, load_recipe
+from qat.recipe.schema import Data, Recipe
 from qat.runs import find_run
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from qat.checkpoints.format import Checkpoint, file_hash, load_checkpoint
 from qat.checkpoints.loading import build, without_quantizers
 from qat.commands.sources import load_test_split, only_data
-from qat.data.loading import Split, normalize
+from qat.data.augment import normalize
+from qat.data.split import Split
 from qat.errors import CheckpointError, QatError, RecipeError
 from qat.evaluation import predictor
 from qat.models.bnext import BNext
-from qat.recipe.loading import Data, LoadedRecipe, load_recipe, resolve_checkpoint
+from qat.recipe.loading import LoadedRecipe, load_recipe, resolve_checkpoint
+from qat.recipe.schema import Data
 from qat.report.answers import compare
 from qat.report.content import Measured, report_page
 from qat.report.files import RunFiles, read_run

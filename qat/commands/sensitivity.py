@@ -12,7 +12,8 @@ from typing import Literal
 from qat.errors import DataError, OutputError, QuantizationError, RecipeError
 from qat.quantize.overrides import GroupName
 from qat.quantize.preparation import quantized_layers
-from qat.recipe.loading import LoadedRecipe, Quantization, recipe_yaml, resolve_checkpoint
+from qat.recipe.loading import LoadedRecipe, recipe_yaml, resolve_checkpoint
+from qat.recipe.schema import Quantization
 from qat.sensitivity.bitwidths import measure_widths, settings_of
 from qat.sensitivity.findings import IMAGES, LAYER_IMAGES, Findings, Questions
 from qat.sensitivity.parts import GROUPS, Sensitivity, measure_parts, parts_of, ranks_of

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from qat_export.verify.agreement import OnnxModel
+from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint
-from qat.data.loading import Split, check_fits, load_split
+from qat.data.loading import check_fits, load_split
+from qat.data.split import Split
 from qat.errors import CheckpointError, RecipeError
-from qat.recipe.loading import Data, Recipe, parse_recipe
+from qat.recipe.loading import parse_recipe
+from qat.recipe.schema import Data, Recipe
 
 
 def only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qat_export.integer.file import load_network
 from qat_export.verify.agreement import Comparison, compare
-from qat_export.verify.exactness import Exactness, exactness, sample
+from qat_export.verify.exactness import exactness, sample
+from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel, require_integers
 
 from qat.commands.lowering import Source, build_and_lower, load

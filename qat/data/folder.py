@@ -18,7 +18,7 @@ from qat.data.prefetch import prefetched
 from qat.data.quiet_datasets import quiet_datasets
 from qat.data.split import Split, SplitName
 from qat.errors import DataError, nearest
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 __all__ = ["FolderSplit", "load_folder_split"]
 

@@ -13,7 +13,7 @@ from qat.data.split import Split, SplitName
 from qat.data.stream import StreamedSplit
 from qat.data.table import TableSplit
 from qat.errors import DataError
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 if TYPE_CHECKING:
     import datasets

@@ -12,29 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qat.data.augment import Augmenter, image_grid, normalize
-from qat.data.decode import decode
-from qat.data.folder import FolderSplit, load_folder_split
+from qat.data.folder import load_folder_split
 from qat.data.hub import load_hub_split
 from qat.data.parquet import load_parquet_split
 from qat.data.paths import cifar10_folder, found_root
 from qat.data.split import MemorySplit, Split, SplitName
 from qat.errors import DataError
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
-__all__ = [
-    "Augmenter",
-    "FolderSplit",
-    "MemorySplit",
-    "Split",
-    "SplitName",
-    "check_fits",
-    "decode",
-    "image_grid",
-    "load_split",
-    "load_splits",
-    "normalize",
-]
+__all__ = ["check_fits", "load_split", "load_splits"]
 
 DIGITS_TEST_IMAGES = 360
 DIGITS_SPLIT_SEED = 0  # fixed: accuracies on digits are comparable across runs and recipes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.data.augment import mixed_seed
-from qat.recipe.loading import Augment
+from qat.recipe.schema import Augment
 from qat.system.collectives import exchanged, world
 
 

@@ -19,7 +19,7 @@ from qat.data.split import Split, SplitName
 from qat.data.stream import StreamedSplit
 from qat.data.table import TableSplit
 from qat.errors import DataError, first_line
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 __all__ = ["load_parquet_split"]
 

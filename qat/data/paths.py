@@ -9,7 +9,7 @@ from typing import Final
 
 from qat.data.split import SplitName
 from qat.errors import DataError, nearest
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 __all__ = ["VARIABLE", "cifar10_folder", "found_root", "parquet_files", "split_of"]
 

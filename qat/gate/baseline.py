@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from qat.data.loading import Split
+from qat.data.split import Split
 from qat.evaluation import ranks
-from qat.recipe.loading import Data, Recipe
+from qat.recipe.schema import Data, Recipe
 from qat.system.machine import machine
 
 FORMAT: Final = "bnext-qat baseline"

@@ -8,7 +8,7 @@ import numpy as np
 
 from qat.errors import BaselineError
 from qat.gate.baseline import Baseline, DataFacts
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 
 def check_preprocessing(

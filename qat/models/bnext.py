@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError, nearest
 from qat.nn.layers import BinaryActivation, BinaryConv2d, Block, GlobalAveragePool, Kind, Stem
 from qat.quantize.preparation import prepare
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 
 #: Channel widths of each published size: stem first, then one per block.
 WIDTHS: Final[dict[str, tuple[int, ...]]] = {
@@ -109,7 +109,7 @@ class BNext(nn.Module):
         elm_attention: see :class:`Architecture`.
         infor_recoupling: see :class:`Architecture`.
         image: scale and zero point of the quantized network's uint8 image, from
-            :func:`qat.data.loading.image_grid`; ``None`` takes ImageNet's normalization.
+            :func:`qat.quantize.image_grid.image_grid`; ``None`` takes ImageNet's normalization.
 
     Raises:
         QuantizationError: see :meth:`Architecture.of` and :func:`qat.quantize.preparation.prepare`.

@@ -34,8 +34,8 @@ PASSES: Final = frozenset(
 )
 
 
-class GridNumbers(ctypes.Structure):
-    """``bnext::Grid``: integers from ``low`` to ``high``, the step and its reciprocal."""
+class GridStruct(ctypes.Structure):
+    """``bnext::Grid``: a :class:`qat.grid.Grid` in C, with zero point 0."""
 
     _fields_ = tuple((name, ctypes.c_double) for name in ("low", "high", "scale", "inverse"))
 
@@ -49,8 +49,8 @@ class Pass(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gain", "offset", "slope", "center", "tilt", "shift")),
         ("factor", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("sums", "products", "slopes")),
-        ("grid", GridNumbers),
-        ("inner", GridNumbers),
+        ("grid", GridStruct),
+        ("inner", GridStruct),
         ("clip", ctypes.c_double),
         ("last", ctypes.c_int64),
         ("positive_zero", ctypes.c_int32),

@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.native.bindings import TYPES, GridNumbers, Pass, library, usable
-from qat.ops.binary import ACTIVATION_CLIP
+from qat.grid import Grid
+from qat.native.bindings import TYPES, GridStruct, Pass, library, usable
 
 #: Values that make up a plane of a tensor without images.
 _FLAT: Final = 4096
@@ -34,10 +34,18 @@ def _run(name: str, like: Tensor, planes: int, channels: int, pixels: int, **fie
     for key, one in fields.items():
         if isinstance(one, Tensor) and one.device.type != "cpu":
             raise ValueError(f"{key} lies on {one.device}, the images on the CPU")
-        values[key] = one.data_ptr() if isinstance(one, Tensor) else one
+        values[key] = _in_c(one)
     work = Pass(planes=planes, channels=channels, pixels=pixels, **values)
     native.run_pass(native.numbers[name], TYPES[like.dtype], work, native.parallel, torch.get_num_threads())
     return work
+
+
+def _in_c(one: Any) -> Any:
+    if isinstance(one, Tensor):
+        return one.data_ptr()
+    if isinstance(one, Grid):
+        return GridStruct(one.low, one.high, one.scale, one.inverse)
+    return one
 
 
 def _over_planes(name: str, x: Tensor, **fields: Any) -> None:
@@ -78,12 +86,10 @@ def sign(x: Tensor, offset: Tensor, zero_is_positive: bool) -> Tensor:
     return out
 
 
-def sign_gradient(grad: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of :func:`sign`, which passes where ``|x + offset| < 1.5``, and its sums (N, C)."""
+def sign_gradient(grad: Tensor, x: Tensor, offset: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`sign`, which passes where ``|x + offset| < clip``, and its sums (N, C)."""
     out, sums, grad = torch.empty_like(x), _sums(x), _like(grad, x)
-    _over_planes(
-        "sign_gradient", x, grad=grad, out=out, offset=_vector(offset, x), sums=sums, clip=ACTIVATION_CLIP
-    )
+    _over_planes("sign_gradient", x, grad=grad, out=out, offset=_vector(offset, x), sums=sums, clip=clip)
     return out, sums
 
 
@@ -102,14 +108,14 @@ class Affine(NamedTuple):
     slope: Tensor
 
 
-def norm_prelu(x: Tensor, by: Affine, grid: GridNumbers | None = None) -> Tensor:
+def norm_prelu(x: Tensor, by: Affine, grid: Grid | None = None) -> Tensor:
     """``PReLU(gain x + offset)``; with a grid ``Q(PReLU(Q(gain x + offset)))``."""
     out = torch.empty_like(x)
     _on_grid("norm_prelu", "", x, grid, out=out, **_vectors(x, by))
     return out
 
 
-def _on_grid(name: str, suffix: str, x: Tensor, grid: GridNumbers | None, **fields: Any) -> None:
+def _on_grid(name: str, suffix: str, x: Tensor, grid: Grid | None, **fields: Any) -> None:
     if grid is None:
         _over_planes(name + suffix, x, **fields)
     else:
@@ -129,7 +135,7 @@ class NormSums(NamedTuple):
 
 
 def norm_prelu_sums(
-    grad: Tensor, x: Tensor, by: Affine, center: Tensor, grid: GridNumbers | None = None
+    grad: Tensor, x: Tensor, by: Affine, center: Tensor, grid: Grid | None = None
 ) -> NormSums:
     """Sums that the gradient of a normalization takes of the whole batch; center (C,)."""
     found = NormSums(_sums(x), _sums(x), _sums(x))
@@ -147,7 +153,7 @@ def norm_prelu_gradient(
     center: Tensor,
     shift: Tensor,
     tilt: Tensor,
-    grid: GridNumbers | None = None,
+    grid: Grid | None = None,
 ) -> Tensor:
     """``gain`` times the gradient before PReLU, ``+ shift + tilt (x - center)``; vectors (C,)."""
     out, grad = torch.empty_like(x), _like(grad, x)
@@ -156,16 +162,14 @@ def norm_prelu_gradient(
     return out
 
 
-def prelu(x: Tensor, slope: Tensor, grid: GridNumbers | None = None) -> Tensor:
+def prelu(x: Tensor, slope: Tensor, grid: Grid | None = None) -> Tensor:
     """``PReLU(x)``, slopes (C,); on the grid where there is one."""
     out = torch.empty_like(x)
     _on_grid("prelu", "", x, grid, out=out, slope=_vector(slope, x))
     return out
 
 
-def prelu_gradient(
-    grad: Tensor, x: Tensor, slope: Tensor, grid: GridNumbers | None = None
-) -> tuple[Tensor, Tensor]:
+def prelu_gradient(grad: Tensor, x: Tensor, slope: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`prelu` by ``x``, and that by the slope of each image (N, C)."""
     out, slopes, grad = torch.empty_like(x), _sums(x), _like(grad, x)
     _on_grid("prelu", "_gradient", x, grid, grad=grad, out=out, slope=_vector(slope, x), slopes=slopes)
@@ -185,7 +189,7 @@ def _over_values(name: str, like: Tensor, **fields: Any) -> Pass:
     return _run(name, like, planes, 1, _FLAT, last=like.numel() - (planes - 1) * _FLAT, **fields)
 
 
-def fake_quantize(x: Tensor, grid: GridNumbers, overwrite: bool) -> tuple[Tensor, Tensor | None]:
+def fake_quantize(x: Tensor, grid: Grid, overwrite: bool) -> tuple[Tensor, Tensor | None]:
     """``x`` on the grid, any shape; and where a gradient passes, ``None`` for everywhere."""
     out = x if overwrite else torch.empty_like(x)
     inside = torch.empty_like(x, dtype=torch.bool)
@@ -206,8 +210,8 @@ def add(
     factor: Tensor,
     offset: Tensor,
     other: Tensor,
-    grid: GridNumbers | None = None,
-    inner: GridNumbers | None = None,
+    grid: Grid | None = None,
+    inner: Grid | None = None,
 ) -> Tensor:
     """``factor x + offset + other``; factor (N, C) or (1, C), offset (C,), other like ``x``.
 
@@ -234,8 +238,8 @@ def add_gradient(
     factor: Tensor,
     offset: Tensor,
     other: Tensor,
-    grid: GridNumbers | None = None,
-    inner: GridNumbers | None = None,
+    grid: Grid | None = None,
+    inner: Grid | None = None,
 ) -> AddGradients:
     """Gradients of :func:`add`."""
     grad, out, sums, products = _like(grad, x), torch.empty_like(x), _sums(x), _sums(x)
@@ -250,8 +254,8 @@ def _added(
     suffix: str,
     factor: Tensor,
     offset: Tensor,
-    grid: GridNumbers | None,
-    inner: GridNumbers | None,
+    grid: Grid | None,
+    inner: Grid | None,
     **fields: Tensor,
 ) -> None:
     vectors = {"factor": _of_planes(factor, x), "offset": _vector(offset, x)}

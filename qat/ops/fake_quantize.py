@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.native import autograd as nativefused
-from qat.native.bindings import GridNumbers, usable
+from qat.grid import Grid
+from qat.native.bindings import usable
+from qat.ops import native_autograd as nativefused
 from qat.ops.planes import apply
 
 #: Smallest and largest value of a tensor, scalars.
@@ -22,14 +23,20 @@ Extremes = tuple[Tensor, Tensor]
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, low: int, high: int, extremes: Extremes | None = None, overwrite: bool = False
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signed: bool,
+    extremes: Extremes | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """``x`` on the grid, straight-through.
 
     Args:
         x: any shape.
         scale: (1,) float32, positive; it gets no gradient.
-        low, high: the grid's integers.
+        bits: width of the integers.
+        signed: whether they take both signs; unsigned ones start at 0.
         extremes: of ``x``, where they are known.
         overwrite: the result may take the memory of ``x``: nobody needs ``x`` any more, no gradient either.
 
@@ -37,32 +44,19 @@ def fake_quantize(
         Same shape and type.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
-        zero = torch.zeros_like(scale, dtype=torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
-    numbers = step_of(scale)
+        zero, ends = torch.zeros_like(scale, dtype=torch.int32), Grid(1.0, bits, signed)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, ends.low, ends.high)
+    grid = Grid(float(scale), bits, signed)
     overwrite = overwrite and not (x.is_leaf and x.requires_grad)
     if usable(x):
-        return apply(nativefused.FakeQuantize, x, GridNumbers(low, high, *numbers), overwrite)
-    return apply(_OnGrid, x, *numbers, low, high, extremes, overwrite)
-
-
-def step_of(scale: Tensor) -> tuple[float, float]:
-    """A grid's step (1,) and its reciprocal, in float32, as numbers."""
-    return float(scale), float(scale.reciprocal())
+        return apply(nativefused.FakeQuantize, x, grid, overwrite)
+    return apply(_OnGrid, x, grid, extremes, overwrite)
 
 
 class _OnGrid(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: float,
-        inverse: float,
-        low: int,
-        high: int,
-        extremes: Extremes | None,
-        overwrite: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid, extremes: Extremes | None, overwrite: bool) -> Tensor:
+        scale, inverse, low, high = grid.scale, grid.inverse, grid.low, grid.high
         smallest, largest = torch.aminmax(x) if extremes is None else extremes
         steps = (x.mul_(inverse) if overwrite else x * inverse).round_()
         ends = torch.stack((smallest, largest)).mul_(inverse).round_().tolist()
@@ -84,4 +78,4 @@ class _OnGrid(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (inside,) = ctx.saved_tensors
         grad = grads[0] if inside is None else torch.where(inside, grads[0], 0.0)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None

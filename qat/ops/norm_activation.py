@@ -1,6 +1,6 @@
 """The steps of a sub-block's training in as few passes over large tensors as torch's operators allow.
 
-On a CPU the native library, where it was built, takes fewer (:mod:`qat.native.autograd`).
+On a CPU the native library, where it was built, takes fewer (:mod:`qat.ops.native_autograd`).
 
 Each function equals the plain formula, forward and backward, to rounding. What runs over (N, C, H, W) has its
 gradient written out; what runs over vectors (N, C) is left to autograd.
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.native import autograd as nativefused
-from qat.native.bindings import GridNumbers, usable
+from qat.grid import Grid
+from qat.native.bindings import usable
 from qat.native.passes import fits
+from qat.ops import native_autograd as nativefused
 from qat.ops.batch_norm import correction, global_moments, synced_batch_norm
 from qat.ops.binary import ACTIVATION_CLIP, sign
 from qat.ops.planes import HALF, apply, channel_sums, dot, multiply_add, portions, spread, without_autocast
@@ -68,9 +69,7 @@ def can_norm(x: Tensor) -> bool:
     return x.numel() > x.shape[1] and usable(x)
 
 
-def native_norm_prelu(
-    x: Tensor, norm: nn.BatchNorm2d, slope: Tensor, grid: GridNumbers | None = None
-) -> Tensor:
+def native_norm_prelu(x: Tensor, norm: nn.BatchNorm2d, slope: Tensor, grid: Grid | None = None) -> Tensor:
     """:func:`norm_prelu` by the native library, for which :func:`can_norm` must hold.
 
     In training the batch is that of all processes.

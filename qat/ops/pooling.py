@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.native import autograd as nativefused
 from qat.native.bindings import usable
+from qat.ops import native_autograd as nativefused
 from qat.ops.bfloat16 import widens
 from qat.ops.planes import apply, multiply_add, spread, without_autocast
 

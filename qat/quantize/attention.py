@@ -15,7 +15,7 @@ from qat.quantize.constant_cache import held_integers
 from qat.quantize.folding import LayerIntegers
 from qat.quantize.integers import requantization, sigmoid_table
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
-from qat.recipe.loading import Group
+from qat.recipe.schema import Group
 
 
 @dataclass(frozen=True, eq=False)

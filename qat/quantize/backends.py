@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.errors import QuantizationError
 from qat.quantize.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from qat.recipe.loading import Quantization, TrunkGroup
+from qat.recipe.schema import Quantization, TrunkGroup
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ CONSTANT_BITS: Final = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class QuantizerReference:
     """Reference to the quantizer that another module owns, so that it is not registered twice."""
 
     quantizer: Quantizer

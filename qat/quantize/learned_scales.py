@@ -27,7 +27,7 @@ from brevitas.core.quant.int_base import IntQuant
 from brevitas.core.restrict_val import LogFloatRestrictValue, PowerOfTwoRestrictValue
 from torch import Tensor, nn
 
-from qat.native.bindings import GridNumbers
+from qat.grid import Grid
 from qat.ops.fake_quantize import Extremes
 from qat.quantize.observers import channel_scales
 from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer
@@ -116,7 +116,7 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
-    def settled(self) -> GridNumbers | None:
+    def settled(self) -> Grid | None:
         """Never: its step is learned, and rounding knows it."""
         return None
 

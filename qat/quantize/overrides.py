@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final, Literal, TypeVar
 
 from qat.errors import QuantizationError, nearest
-from qat.recipe.loading import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
+from qat.recipe.schema import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
 
 #: A group of the recipe's ``quantization`` section.
 GroupName = Literal["stem", "se", "classifier", "trunk"]

@@ -14,21 +14,16 @@ from typing import Final, Protocol, cast
 import torch
 from torch import nn
 
-from qat.data.loading import image_grid
 from qat.errors import QuantizationError
 from qat.nn.layers import Block, GlobalAveragePool, Stem, SubBlock
+from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.backends import Backend, backend_of
+from qat.quantize.image_grid import image_grid
 from qat.quantize.overrides import GroupName, check_glob, check_overrides, group_of, settings_of
 from qat.quantize.quantizers import Quantizer, WeightQuantizer, activation_quantizers
-from qat.quantize.stem_and_head import (
-    FakeQuantLinear,
-    FakeQuantPool,
-    FakeQuantPReLU,
-    FakeQuantSqueezeExcitation,
-    FakeQuantStem,
-    FakeQuantSubBlock,
-)
-from qat.recipe.loading import Quantization, TrunkGroup
+from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
+from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.recipe.schema import Quantization, TrunkGroup
 
 #: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -53,7 +48,8 @@ def prepare(
         model: a :class:`qat.models.bnext.BNext`, float; its parameters are kept.
         quantization: groups, bits, observers, and which modules by glob;
             :mod:`qat.quantize.overrides` has the rules of single modules.
-        image: (scale, zero point) of the uint8 image grid, see :func:`qat.data.loading.image_grid`; ``None``
+        image: (scale, zero point) of the uint8 image grid, see :func:`qat.quantize.image_grid.image_grid`;
+        ``None``
             takes ImageNet's normalization.
 
     Returns:

@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from qat.native.bindings import GridNumbers
-from qat.ops.fake_quantize import Extremes, fake_quantize, step_of
+from qat.grid import Grid
+from qat.ops.fake_quantize import Extremes, fake_quantize
 from qat.quantize.integers import saturate
 from qat.quantize.observers import MOVING, Observer, channel_scales, observed_grid
 
@@ -89,7 +89,7 @@ class Quantizer(_OwnState):
         """Whether values can be put on a known grid right now."""
         return False
 
-    def settled(self) -> GridNumbers | None:
+    def settled(self) -> Grid | None:
         """The grid as numbers, where steps may be put together in which no value of this point appears.
 
         ``None`` where there is no grid, or it is observed or learned meanwhile, or a forward hook of this
@@ -225,7 +225,7 @@ class ActivationQuantizer(Quantizer):
         return self._on_grid(x, None, overwrite) if self.has_grid else x
 
     def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
-        return fake_quantize(x, self.scale, self.quant_min, self.quant_max, extremes, overwrite)
+        return fake_quantize(x, self.scale, self.bits, self.signed, extremes, overwrite)
 
     @property
     def observes(self) -> bool:
@@ -237,12 +237,12 @@ class ActivationQuantizer(Quantizer):
         """Calibrated, and not observing for calibration just now."""
         return self.calibrated and not self.calibrating
 
-    def settled(self) -> GridNumbers | None:
+    def settled(self) -> Grid | None:
         """See :class:`Quantizer`."""
         watched = self._forward_hooks or self._forward_pre_hooks
         if watched or self.observes or not self.has_grid:
             return None
-        return GridNumbers(self.quant_min, self.quant_max, *step_of(self.scale))
+        return Grid(float(self.scale), self.bits, self.signed)
 
     def saturate(self, steps: Tensor) -> Tensor:
         """Round half to even, clamp to the grid's integers; any shape, same type."""
@@ -362,7 +362,7 @@ def power_of_two_above(scale: Tensor) -> Tensor:
 
 def fake_quantize_symmetric(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     """Fake-quantize ``x`` per tensor on the signed grid of ``scale`` (scalar tensor), zero point 0."""
-    return fake_quantize(x, scale.detach().float().reshape(1), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return fake_quantize(x, scale.detach().float().reshape(1), bits, signed=True)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:

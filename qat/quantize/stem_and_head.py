@@ -36,12 +36,11 @@ from torch import Tensor, nn
 from qat.nn.layers import GlobalAveragePool, Stem
 from qat.ops.norm_activation import prelu
 from qat.ops.planes import without_autocast
-from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.backends import Backend
 from qat.quantize.constant_cache import held_integers
 from qat.quantize.folding import (
-    Grid,
     LayerIntegers,
+    QuantizerReference,
     flipped,
     folded_constants,
     is_ready,
@@ -50,17 +49,9 @@ from qat.quantize.folding import (
 )
 from qat.quantize.integers import Requantization, mean_steps, prelu_steps, requantization
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, Quantizer, power_of_two_above
-from qat.quantize.sub_block import FakeQuantSubBlock
-from qat.recipe.loading import Group
+from qat.recipe.schema import Group
 
-__all__ = [
-    "FakeQuantLinear",
-    "FakeQuantPReLU",
-    "FakeQuantPool",
-    "FakeQuantSqueezeExcitation",
-    "FakeQuantStem",
-    "FakeQuantSubBlock",
-]
+__all__ = ["FakeQuantLinear", "FakeQuantPReLU", "FakeQuantPool", "FakeQuantStem"]
 
 
 class FakeQuantStem(Stem):
@@ -109,7 +100,7 @@ class FakeQuantPReLU(nn.PReLU):
     def __init__(self, module: nn.PReLU, source: Quantizer) -> None:
         nn.Module.__init__(self)
         self.num_parameters, self.weight = module.num_parameters, module.weight
-        self.source = Grid(source)
+        self.source = QuantizerReference(source)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) → same shape."""
@@ -126,7 +117,7 @@ class FakeQuantPool(GlobalAveragePool):
 
     def __init__(self, source: Quantizer, target: Quantizer) -> None:
         super().__init__()
-        self.source, self.target = Grid(source), Grid(target)
+        self.source, self.target = QuantizerReference(source), QuantizerReference(target)
 
     def multiplier(self) -> Tensor:
         """Trunk steps to steps of the classifier's input: (1,) float32."""

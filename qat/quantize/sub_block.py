@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qat.native import autograd as nativefused
 from qat.native.bindings import usable
 from qat.native.passes import fits
 from qat.nn.layers import SubBlock, pad_to_even, pool2x2
+from qat.ops import native_autograd as nativefused
 from qat.ops.binary import sign
 from qat.ops.convolution import binary_conv2d
 from qat.ops.norm_activation import (
@@ -39,8 +39,8 @@ from qat.quantize.dyadic import (
 )
 from qat.quantize.folding import (
     CONSTANT_BITS,
-    Grid,
     LayerIntegers,
+    QuantizerReference,
     flipped,
     folded_constants,
     gain_scale,
@@ -52,7 +52,7 @@ from qat.quantize.folding import (
 )
 from qat.quantize.integers import mean_steps, prelu_steps, requantization, saturate
 from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantize_symmetric
-from qat.recipe.loading import TrunkGroup
+from qat.recipe.schema import TrunkGroup
 from qat.system.collectives import greatest
 
 
@@ -114,7 +114,7 @@ class FakeQuantSubBlock(SubBlock):
         for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.binary_activation.zero_is_positive = True
-        self.source, self.target = Grid(source), Grid(target)
+        self.source, self.target = QuantizerReference(source), QuantizerReference(target)
         self.quantized = group is not None
         scale_kind = module.kind == "scale"
         self.has_branch = module.infor_recoupling or scale_kind

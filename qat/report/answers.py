@@ -9,10 +9,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qat.data.loading import Split
+from qat.data.split import Split
 from qat.evaluation import Predict, input_for
 from qat.gate.paired_statistics import Pairs
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 #: Images kept of each kind of change.
 KEPT: Final = 48

@@ -13,7 +13,7 @@ from qat import __version__
 from qat.checkpoints.format import Checkpoint
 from qat.evaluation import percent, points
 from qat.models.operation_count import operations
-from qat.recipe.loading import Recipe
+from qat.recipe.schema import Recipe
 from qat.report.answers import Answers
 from qat.report.costs import (
     Costs,

@@ -31,13 +31,8 @@ from qat.quantize.quantizers import (
     WeightQuantizer,
     activation_quantizers,
 )
-from qat.quantize.stem_and_head import (
-    FakeQuantLinear,
-    FakeQuantPool,
-    FakeQuantPReLU,
-    FakeQuantStem,
-    FakeQuantSubBlock,
-)
+from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
+from qat.quantize.sub_block import FakeQuantSubBlock
 
 Group = Literal["stem", "se", "classifier", "trunk", "binary"]
 

@@ -12,7 +12,7 @@ from qat.models.bnext import Architecture
 from qat.models.operation_count import operations
 from qat.quantize.overrides import GroupName, group_of
 from qat.quantize.preparation import quantized_layers
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference, grids_of
 
 Key = Literal["weight_bits", "activation_bits"]

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from qat.models.bnext import BNext
 from qat.quantize.overrides import GroupName
 from qat.quantize.preparation import quantized_layers
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference
 
 GROUPS: Final[tuple[GroupName, ...]] = ("stem", "se", "classifier", "trunk")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qat.quantize.overrides import GroupName, group_of
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from qat.sensitivity.bitwidths import Limits, Setting, Width, settings_of, weight_bytes, with_bits
 from qat.sensitivity.parts import GROUPS, Sensitivity, without
 from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference

@@ -15,14 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qat.data.augment import image_grid
-from qat.data.loading import Split, normalize
+from qat.data.augment import normalize
+from qat.data.split import Split
 from qat.errors import CheckpointError
 from qat.evaluation import accuracy_of, predictor
 from qat.models.bnext import BNext
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import calibrate, prepare
 from qat.quantize.quantizers import activation_quantizers
-from qat.recipe.loading import Quantization, Recipe
+from qat.recipe.schema import Quantization, Recipe
 from qat.train.finetuning import calibration_pass
 
 #: State of the quantizers of a calibrated network, by key of its state dict.

@@ -7,7 +7,7 @@ import os
 import torch
 
 from qat.errors import RecipeError
-from qat.recipe.loading import Recipe
+from qat.recipe.schema import Recipe
 from qat.system.collectives import world
 from qat.system.memory import keep_pages
 from qat.train.precision import check_precision

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from qat.checkpoints.format import as_stored, load_checkpoint
 from qat.checkpoints.loading import architecture_of, highest_temperature, load_state, without_quantizers
-from qat.data.augment import image_grid, normalize
-from qat.data.loading import Split, check_fits, load_splits
+from qat.data.augment import normalize
+from qat.data.loading import check_fits, load_splits
+from qat.data.split import Split
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
 from qat.models.bnext import BNext, binary_convolutions, is_binary, set_temperature
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import calibrate, prepare, quantization_map
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
-from qat.recipe.loading import LoadedRecipe, Recipe, resolve_checkpoint
+from qat.recipe.loading import LoadedRecipe, resolve_checkpoint
+from qat.recipe.schema import Recipe
 from qat.runs import SUMMARY, RunDirectory
 from qat.system.collectives import is_main, world
 from qat.train.batch_norm_reestimation import reestimate_batch_norm

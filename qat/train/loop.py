@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from qat.checkpoints.format import as_stored, save_checkpoint
 from qat.data.augment import Augmenter, normalize
-from qat.data.loading import Split
 from qat.data.mixup import Mixer
+from qat.data.split import Split
 from qat.errors import CheckpointError, QuantizationError, Stopped, TrainingError
 from qat.evaluation import Accuracy, correct_in_top, evaluate, predictor
 from qat.models.bnext import BNext, binary_convolutions, is_binary
-from qat.recipe.loading import Recipe
+from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
 from qat.system.collectives import any_of, greatest, is_main, total, world
 from qat.system.launch import Share

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.models.bnext import binary_convolutions
-from qat.recipe.loading import Optimizer, Temperature
+from qat.recipe.schema import Optimizer, Temperature
 
 
 def temperature_at(schedule: Temperature, share: float, epochs: int) -> float:

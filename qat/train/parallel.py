@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import RecipeError
-from qat.recipe.loading import Recipe
+from qat.recipe.schema import Recipe
 from qat.system.collectives import world
 from qat.system.launch import is_set
 from qat.train.sharding import ACCELERATE_FSDP, asked_of_accelerate, bound_parts, is_sharded, shards

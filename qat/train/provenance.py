@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qat import __version__
 from qat.checkpoints.format import file_hash
-from qat.data.loading import Split
+from qat.data.split import Split
 from qat.errors import CheckpointError, DataError
 from qat.system.collectives import from_main, world
 from qat.train.resume import Resumed

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from qat.errors import CheckpointError, OutputError, QatError, RecipeError
 from qat.quantize.quantizers import activation_quantizers
-from qat.recipe.loading import LoadedRecipe, Recipe, load_recipe, parse_recipe
+from qat.recipe.loading import LoadedRecipe, load_recipe, parse_recipe
+from qat.recipe.schema import Recipe
 from qat.runs import SUMMARY, RunDirectory
 from qat.system.collectives import is_main, world
 from qat.train.sharding import part_like, shards, whole

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext
 from qat.nn.layers import bounded
-from qat.recipe.loading import Recipe
+from qat.recipe.schema import Recipe
 from qat.system.collectives import world
 from qat.system.launch import is_set
 

@@ -18,7 +18,8 @@ from qat.checkpoints.format import file_hash, load_checkpoint, tensors_hash
 from qat.checkpoints.loading import build
 from qat.data.augment import normalize
 from qat.errors import RecipeError, first_line
-from qat.recipe.loading import TIMM, LoadedRecipe, resolve_teachers
+from qat.recipe.loading import LoadedRecipe, resolve_teachers
+from qat.recipe.schema import TIMM
 
 _KEY: Final = "distillation.teachers"
 

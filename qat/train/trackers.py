@@ -14,7 +14,7 @@ import torch
 
 from qat import __version__
 from qat.errors import RecipeError, first_line, nearest
-from qat.recipe.loading import Recipe, Tracking
+from qat.recipe.schema import Recipe, Tracking
 from qat.runs import RunDirectory
 from qat.system.collectives import is_main
 from qat.train.loop import Reporter

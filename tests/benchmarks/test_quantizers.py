@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quantizers import ROWS, lines_of, main, results_of, subset
-from qat.data.loading import Data, load_split
+from qat.data.loading import load_split
 from qat.errors import QatError
 from qat.recipe.loading import load_recipe
+from qat.recipe.schema import Data
 from tests.helpers.parquet_sets import write
 from tests.helpers.toy_runs import finetune_arguments
 

@@ -32,7 +32,7 @@ from qat.checkpoints.loading import build
 from qat.errors import CheckpointError
 from qat.models.bnext import BNext, binary_convolutions
 from qat.quantize.preparation import quantization_map
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from tests.helpers.checkpoints import CONV, WIDTHS, all_files, calibrated, equal, images, recipe, toy
 
 #: sha256 over the sorted lines "key shape" of the authors' BNext-Tiny with 1000 classes.

@@ -19,7 +19,7 @@ from qat.checkpoints.loading import (
 from qat.errors import CheckpointError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.quantize.preparation import quantization_map
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from tests.helpers.checkpoints import WIDTHS, calibrated, equal, images, recipe, toy
 
 

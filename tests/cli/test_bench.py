@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from onnx import TensorProto
 
-from qat.cli import main
+from qat.cli.group import main
 from qat.system.machine import usable_cores
 from tests.helpers.native_models import KERNELS
 from tests.helpers.tiny_models import image_model

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
 from qat.checkpoints.loading import build
-from qat.cli import main
+from qat.cli.group import main
 from qat.models.bnext import set_temperature
-from qat.recipe.loading import recipes_dir
+from qat.recipe.files import recipes_dir
 from tests.helpers.killed import train
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runs import fail, qat, succeed, tune, tuned

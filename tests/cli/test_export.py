@@ -20,7 +20,7 @@ from qat_export.integer.network import IntegerNetwork
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
 from qat.checkpoints.loading import build
-from qat.cli import main
+from qat.cli.group import main
 from qat.commands import export as export_command
 from qat.models.bnext import set_temperature
 from tests.helpers.native_models import KERNELS

@@ -14,7 +14,7 @@ import torch
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
 from qat.checkpoints.loading import build
-from qat.cli import main
+from qat.cli.group import main
 from qat.commands import gate as gate_command
 from qat.commands.opening import Opened
 from qat.data.loading import load_split

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.recipe.loading import recipe_names
+from qat.recipe.files import recipe_names
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runs import fail, succeed
 

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
-from qat.cli import main
+from qat.cli.group import main
 from tests.helpers.tiny_models import image_model
 from tests.helpers.toy_runs import fail, image_folder, qat, settings, succeed, tune, tuned
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.data.augment import Augmenter, shifted
-from qat.recipe.loading import Augment, RandAugment
+from qat.recipe.schema import Augment, RandAugment
 from qat.system.launch import Share
 from tests.helpers.processes import call
 

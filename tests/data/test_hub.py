@@ -14,10 +14,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from qat.data.loading import Split, load_split
+from qat.data.loading import load_split
+from qat.data.split import Split
 from qat.data.stream import StreamedSplit
 from qat.errors import DataError
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from tests.helpers.parquet_sets import CLASSES, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,19 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from qat.data.loading import (
-    Augmenter,
-    MemorySplit,
-    Split,
-    check_fits,
-    decode,
-    image_grid,
-    load_split,
-    load_splits,
-    normalize,
-)
+from qat.data.augment import Augmenter, normalize
+from qat.data.decode import decode
+from qat.data.loading import check_fits, load_split, load_splits
+from qat.data.split import MemorySplit, Split
 from qat.errors import DataError
-from qat.recipe.loading import Augment, Data
+from qat.quantize.image_grid import image_grid
+from qat.recipe.schema import Augment, Data
 
 pytestmark = pytest.mark.filterwarnings("error")
 

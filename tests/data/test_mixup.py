@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.data.mixup import Mixer
-from qat.recipe.loading import Augment
+from qat.recipe.schema import Augment
 
 LABELS = torch.arange(8) % 5
 

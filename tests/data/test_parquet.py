@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.data.loading import FolderSplit, Split, load_split
+from qat.data.folder import FolderSplit
+from qat.data.loading import load_split
+from qat.data.split import Split
 from qat.data.table import TableSplit
 from qat.errors import DataError
-from qat.recipe.loading import Augment, Data
+from qat.recipe.schema import Augment, Data
 from qat.system.launch import Share
 from tests.helpers.parquet_sets import CLASSES, encoded, write
 

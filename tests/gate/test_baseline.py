@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.data.loading import FolderSplit, MemorySplit
+from qat.data.folder import FolderSplit
+from qat.data.split import MemorySplit
 from qat.evaluation import accuracy_of
 from qat.gate.baseline import LINE, ModelFacts, describe_data, observe, pack, unpack
-from qat.recipe.loading import Data, load_recipe
+from qat.recipe.loading import load_recipe
+from qat.recipe.schema import Data
 from tests.helpers.recorded_baselines import baseline
 
 MODEL = ModelFacts(file="m.onnx", sha256="a" * 64, format="bnext-qat portable 1", architecture="BNext tiny")

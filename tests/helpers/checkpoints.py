@@ -14,7 +14,8 @@ from torch import Tensor
 from qat.checkpoints.format import save_checkpoint
 from qat.models.bnext import BNext, set_temperature
 from qat.quantize.preparation import calibrate
-from qat.recipe.loading import Quantization, Recipe, parse_recipe
+from qat.recipe.loading import parse_recipe
+from qat.recipe.schema import Quantization, Recipe
 
 WIDTHS = (8, 8, 16, 16)
 CONV = "feature.1.Attention.binary_conv.weight"

@@ -7,8 +7,9 @@ import functools
 import pytest
 from torch import Tensor
 
-from qat.data.loading import MemorySplit, load_split
-from qat.recipe.loading import Data
+from qat.data.loading import load_split
+from qat.data.split import MemorySplit
+from qat.recipe.schema import Data
 from tests.helpers.paths import ROOT
 
 FOLDER = ROOT.parent / "shared" / "data" / "cifar10"

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from qat.cli import main
+from qat.cli.group import main
 from tests.helpers.forked import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 

@@ -13,9 +13,10 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from qat_export.nativelibrary import DOMAIN, available_kernels, register
+from qat_export.nativelibrary import DOMAIN, register
 
 from qat.errors import NativeLibraryError
+from qat.native.library import available_kernels
 
 Array = NDArray[Any]
 INT8, INT32 = TensorProto.INT8, TensorProto.INT32

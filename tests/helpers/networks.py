@@ -14,19 +14,20 @@ import torch
 from numpy.typing import NDArray
 from qat_export.bench.random_network import fill_at_random, random_images
 from qat_export.graphs.portable import emit
-from qat_export.integer.network import Grid, IntegerNetwork
+from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.network import SubBlock as IntegerSubBlock
 from qat_export.integer.reference import Interpreter
 from qat_export.lowering.network import lower
 from qat_export.verify.exactness import exactness
 from torch import Tensor, nn
 
-from qat.data.loading import image_grid
+from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.layers import LearnableBias, SqueezeExcitation
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import calibrate, prepare
 from qat.quantize.quantizers import activation_quantizers
-from qat.recipe.loading import Group, Quantization, StemGroup, TrunkGroup
+from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 
 MEAN, STD = (0.45, 0.48, 0.4), (0.25, 0.22, 0.3)
 #: All sub-block kinds: bias and scale, stride 1 and 2, one 1×1 and two, equal and doubled widths.

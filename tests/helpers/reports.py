@@ -10,7 +10,8 @@ import torch
 
 from qat.checkpoints.format import Checkpoint
 from qat.models.bnext import Architecture
-from qat.recipe.loading import Quantization, load_recipe
+from qat.recipe.loading import load_recipe
+from qat.recipe.schema import Quantization
 from qat.report.answers import Answers, ChangedImage
 from qat.report.content import Measured, report_page
 from qat.report.files import RunFiles

@@ -11,7 +11,7 @@ import numpy as np
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from qat.cli import main
+from qat.cli.group import main
 from qat.recipe.loading import LoadedRecipe, load_recipe
 
 #: Widths and image size of a network that trains in a second.

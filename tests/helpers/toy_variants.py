@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from qat.data.loading import MemorySplit
+from qat.data.split import MemorySplit
 from qat.evaluation import predictor
 from qat.models.bnext import BNext
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from qat.sensitivity.bitwidths import Limits, Width, measure_widths, settings_of
 from qat.sensitivity.parts import GROUPS
 from qat.sensitivity.suggestion import Candidate, Suggestion, suggest

@@ -1,6 +1,6 @@
 """Read once by the server of tests/forked.py, so that processes forked from it have it in memory."""
 
 from qat.data.loading import load_splits
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 
 load_splits(Data(image_size=8))  # the digits, as toys are given them

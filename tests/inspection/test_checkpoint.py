@@ -17,7 +17,7 @@ from qat.inspection.facts import SIGN_BITS, InspectedLayer, Inspection
 from qat.inspection.verdict import verdict
 from qat.models.bnext import BNext, binary_convolutions
 from qat.quantize.quantizers import WeightQuantizer
-from qat.recipe.loading import Quantization, StemGroup
+from qat.recipe.schema import Quantization, StemGroup
 from tests.helpers.checkpoints import (
     WIDTHS,
     calibrated,

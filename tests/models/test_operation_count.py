@@ -11,7 +11,7 @@ from qat.models.bnext import WIDTHS, Architecture, BNext
 from qat.models.operation_count import Operations, operations
 from qat.nn.layers import BinaryConv2d
 from qat.quantize.preparation import prepare
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 
 #: Billions of operations at 224 pixels and 1000 classes, as published.
 PUBLISHED = {"tiny": 0.077, "small": 0.172, "middle": 0.317, "large": 0.819}

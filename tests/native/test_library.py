@@ -8,16 +8,11 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
-from qat_export.nativelibrary import (
-    available_kernels,
-    has_library,
-    kernels_in_use,
-    native_library_path,
-    register,
-)
+from qat_export.nativelibrary import register
 
 from qat.errors import NativeLibraryError
 from qat.native import library as nativelibrary
+from qat.native.library import available_kernels, has_library, kernels_in_use, native_library_path
 from tests.helpers.native_models import needs_library
 
 ALL = {"avx512_vpopcntdq", "avx512", "avx2", "neon", "portable"}

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from qat_export.integer import reference
-from qat_export.integer.network import Affine, Attention, Grid, Slopes
+from qat_export.integer.network import Affine, Attention, Slopes
 from qat_export.integer.reference import F32, Interpreter
 
+from qat.grid import Grid
 from qat.quantize.dyadic import PRODUCT_BITS, SUM_BITS, Dyadic
 from tests.helpers.native_models import (
     KERNELS,

@@ -13,16 +13,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat.errors import NativeLibraryError
+from qat.grid import Grid
 from qat.native import bindings as nativecalls
 from qat.native import passes as nativepasses
-from qat.native.bindings import PASSES, GridNumbers, torch_alone, usable
+from qat.native.bindings import PASSES, torch_alone, usable
 from qat.native.passes import Affine
 from qat.ops.norm_activation import scaled, scaled_norm
 from tests.conftest import need_passes
 
-GRID = GridNumbers(-128, 127, 0.02, 50.0)
+GRID = Grid(0.02, 8, signed=True)
 
-INNER = GridNumbers(-8, 7, 0.5, 2.0)
+INNER = Grid(0.5, 4, signed=True)
 
 
 def random(*shape: int, seed: int = 0, kind: torch.dtype = torch.float32) -> Tensor:
@@ -55,7 +56,7 @@ def every_pass(x: Tensor) -> dict[str, Tensor]:
     by = Affine(gain, offset, slope)
     results: dict[str, object] = {
         "sign": nativepasses.sign(x, offset, True),
-        "sign_gradient": nativepasses.sign_gradient(grad, x, offset),
+        "sign_gradient": nativepasses.sign_gradient(grad, x, offset, 1.5),
         "moments": nativepasses.moments(x),
         "scale": nativepasses.scale(x, factor, factor),
         "fake_quantize": nativepasses.fake_quantize(x, GRID, False),

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.data.loading import image_grid
 from qat.models.bnext import BNext
 from qat.quantize.attention import FakeQuantSqueezeExcitation
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import ActivationQuantizer
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from tests.conftest import build_float_toy
 
 

@@ -22,7 +22,7 @@ from qat.native.bindings import torch_alone
 from qat.quantize.backends import backend_of
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers, freeze_observers, power_of_two_above
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from tests.helpers.networks import (
     float_network,
     lowered,

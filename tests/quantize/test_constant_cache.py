@@ -9,7 +9,7 @@ import torch
 from qat.evaluation import collect_logits, predictor
 from qat.models.bnext import BNext
 from qat.quantize.constant_cache import held_integers, unchanged
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from qat.system.launch import WHOLE
 from tests.conftest import toy_images
 

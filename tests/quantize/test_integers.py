@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qat_export.integer.network import Grid, Slopes
+from qat_export.integer.network import Slopes
 from qat_export.integer.reference import mean_in_steps, prelu, requantize
 from torch import Tensor
 
+from qat.grid import Grid
 from qat.quantize.dyadic import LARGEST_SHIFT
 from qat.quantize.integers import (
     SMALLEST_MULTIPLIER,

@@ -22,8 +22,8 @@ from qat.quantize.learned_scales import (
 )
 from qat.quantize.observers import OBSERVERS, Observer
 from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer, freeze_observers
-from qat.recipe.loading import Optimizer
-from qat.train.loop import make_optimizer
+from qat.recipe.schema import Optimizer
+from qat.train.optimizer import make_optimizer
 
 BITS = range(2, 9)
 

@@ -11,7 +11,7 @@ from qat_export.graphs.portable import emit
 from qat.errors import QuantizationError
 from qat.quantize.preparation import prepare, quantization_map
 from qat.quantize.quantizers import activation_quantizers
-from qat.recipe.loading import LayerOverride, Quantization
+from qat.recipe.schema import LayerOverride, Quantization
 from tests.helpers.networks import (
     float_network,
     lowered,

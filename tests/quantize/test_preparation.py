@@ -21,7 +21,7 @@ from qat.quantize.quantizers import (
     activation_quantizers,
     freeze_observers,
 )
-from qat.recipe.loading import Group, Quantization, StemGroup, TrunkGroup
+from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 
 ABLATIONS = [
     {"elm_attention": elm, "infor_recoupling": recoupling}

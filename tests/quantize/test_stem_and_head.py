@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qat.data.loading import image_grid
 from qat.models.bnext import BNext, set_temperature
 from qat.nn.layers import pool2x2
 from qat.ops.norm_activation import fold_batch_norm
@@ -27,10 +26,11 @@ from qat.quantize.folding import (
     quantized_slope,
     slope_scale,
 )
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import ActivationQuantizer, activation_quantizers, freeze_observers
-from qat.quantize.stem_and_head import FakeQuantSubBlock
-from qat.recipe.loading import Group, Quantization, StemGroup, TrunkGroup
+from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.train.precision import autocast
 from tests.conftest import toy_images
 from tests.helpers.networks import (

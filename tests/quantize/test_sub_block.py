@@ -18,7 +18,7 @@ from qat.quantize.observers import Observer
 from qat.quantize.preparation import calibrate, prepare
 from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantize_symmetric, freeze_observers
 from qat.quantize.sub_block import FakeQuantSubBlock
-from qat.recipe.loading import Quantization, TrunkGroup
+from qat.recipe.schema import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
 from tests.conftest import build_float_toy, toy_images
 from tests.helpers.networks import toy

@@ -13,18 +13,9 @@ import yaml
 from qat.errors import OutputError, RecipeError
 from qat.recipe import files as recipefiles
 from qat.recipe import loading as recipe_module
-from qat.recipe.loading import (
-    Recipe,
-    copy_recipe,
-    load_recipe,
-    parse_recipe,
-    recipe_names,
-    recipe_schema,
-    recipe_yaml,
-    recipes_dir,
-    resolve_checkpoint,
-)
-from qat.recipe.schema import Section
+from qat.recipe.files import copy_recipe, recipe_names, recipes_dir
+from qat.recipe.loading import load_recipe, parse_recipe, recipe_schema, recipe_yaml, resolve_checkpoint
+from qat.recipe.schema import Recipe, Section
 
 SHIPPED = [
     "large_imagenet_pretrain",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.data.loading import MemorySplit
-from qat.recipe.loading import Data
+from qat.data.split import MemorySplit
+from qat.recipe.schema import Data
 from qat.report.answers import KEPT, compare
 from tests.helpers.reports import answers
 

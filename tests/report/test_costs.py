@@ -10,7 +10,7 @@ import pytest
 from qat.models.bnext import BNext
 from qat.models.operation_count import operations
 from qat.quantize.preparation import quantization_map
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from qat.report.costs import (
     Costs,
     latency,

@@ -16,7 +16,7 @@ from qat.nn.layers import SubBlock
 from qat.quantize.preparation import prepare, quantization_map
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, WeightQuantizer, freeze_observers
 from qat.quantize.stem_and_head import FakeQuantStem
-from qat.recipe.loading import Group, Quantization, StemGroup, TrunkGroup
+from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.report.layer_statistics import LayerStatistics, measure
 
 #: What a recipe may leave in float.

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from qat.quantize.preparation import GroupName
-from qat.recipe.loading import Quantization
+from qat.quantize.overrides import GroupName
+from qat.recipe.schema import Quantization
 from qat.sensitivity.bitwidths import Limits, Setting, Width, with_bits
 from qat.sensitivity.parts import Sensitivity, parts_of, without
 from qat.sensitivity.suggestion import Candidate, Suggestion, find_candidates, suggest

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
-from qat.nn.layers import LATENT_CLIP
+from qat.ops.binary import LATENT_CLIP
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
 from tests.conftest import build_float_toy, toy_images
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qat.models.bnext import binary_convolutions
-from qat.recipe.loading import Optimizer, Temperature
+from qat.recipe.schema import Optimizer, Temperature
 from qat.train.optimizer import distillation_loss, learning_rate_factor, make_optimizer, temperature_at
 from tests.helpers.networks import toy
 

@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Pa
 
 def test_shards_of_a_training_are_those_of_its_batches(tmp_path: Path) -> None:
     from qat.data.loading import load_split
-    from qat.recipe.loading import Data
+    from qat.recipe.schema import Data
 
     split = load_split(Data(image_size=8), "train")
     whole = list(split.batches(100, shuffle_seed=3, drop_last=True, skip=2))

@@ -18,7 +18,8 @@ from qat.checkpoints.format import load_checkpoint
 from qat.errors import RecipeError
 from qat.models.bnext import BNext
 from qat.nn.layers import BinaryConv2d, bounded
-from qat.recipe.loading import Optimizer, Recipe, load_recipe
+from qat.recipe.loading import load_recipe
+from qat.recipe.schema import Optimizer, Recipe
 from qat.system import collectives as distributed
 from qat.system.collectives import world
 from qat.system.launch import World

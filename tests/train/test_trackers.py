@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qat.errors import RecipeError
-from qat.recipe.loading import Tracking
+from qat.recipe.schema import Tracking
 from qat.train.trackers import check_trackers
 from tests.helpers.processes import LONG, arguments, call, codes, rows, send, the_run, together
 from tests.helpers.toy_runs import fail, qat
@@ -111,7 +111,7 @@ def _loads_accelerate(words: list[str]) -> bool:
     for name in [*sys.modules]:
         if name.partition(".")[0] in ("accelerate", "qat"):
             del sys.modules[name]
-    from qat.cli import main
+    from qat.cli.group import main
 
     with pytest.raises(SystemExit) as ended:
         main(words)

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from qat.errors import QatError
 from qat.models.bnext import Architecture
+from qat.native.library import has_library
 from qat.system.machine import machine
 from qat_export.bench.measure import Candidate, Conditions, Measurement, measure
 from qat_export.bench.targets import Subject, check_targets, export_targets
 from qat_export.graphs.float32 import FORMAT as FLOAT_FORMAT
 from qat_export.graphs.ort_static import FORMAT as STATIC_FORMAT
-from qat_export.nativelibrary import has_library
 
 #: What others are compared with: the name of the target, and the metadata ``format`` of its files.
 FLOAT32: Final = "float32"

@@ -14,11 +14,11 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.data.loading import image_grid
 from qat.models.bnext import Architecture, BNext, set_temperature
 from qat.nn.layers import LearnableBias, SqueezeExcitation, SubBlock
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD, calibrate, prepare
-from qat.recipe.loading import Quantization
+from qat.recipe.schema import Quantization
 
 #: Below 1e-7: weights are exactly ±1.
 _TEMPERATURE: Final = 1e-8

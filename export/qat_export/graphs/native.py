@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from qat import __version__
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from qat_export.graphs.builder import FLOAT, UINT8, GraphBuilder, shorten_names, tensor_info
 from qat_export.graphs.metadata import INPUT, OUTPUT
 from qat_export.graphs.operators import IntegerOperators, per_pixel
 from qat_export.graphs.pixels import fold_normalization
 from qat_export.graphs.portable import OPSET, InputKind, network_metadata
-from qat_export.integer.network import Attention, BinaryConv, Grid, IntegerNetwork, Slopes, SubBlock
+from qat_export.integer.network import Attention, BinaryConv, IntegerNetwork, Slopes, SubBlock
 from qat_export.nativelibrary import DOMAIN
 
 #: Version of the operators' domain.

@@ -17,10 +17,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
 from qat_export.graphs.builder import INT32, GraphBuilder
 from qat_export.graphs.metadata import INPUT
-from qat_export.integer.network import ALWAYS, NEVER, Affine, BinaryConv, Grid, Slopes
+from qat_export.integer.network import ALWAYS, NEVER, Affine, BinaryConv, Slopes
 
 #: uint8 that stands for 0 in a signed tensor.
 ZERO: Final = 128

@@ -14,12 +14,13 @@ import onnx
 
 from qat import __version__
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from qat_export.graphs.builder import FLOAT, UINT8, GraphBuilder, shorten_names, tensor_info
 from qat_export.graphs.metadata import INPUT, OUTPUT, model_metadata
 from qat_export.graphs.operators import TO_FIRST, TO_LAST, ZERO, IntegerOperators
 from qat_export.graphs.pixels import fold_normalization
 from qat_export.graphs.strict_operators import StrictOperators
-from qat_export.integer.network import Attention, Grid, IntegerNetwork, SubBlock
+from qat_export.integer.network import Attention, IntegerNetwork, SubBlock
 
 OPSET: Final = 13
 #: Endings of the names of weights.

@@ -13,11 +13,12 @@ from typing import Final
 import numpy as np
 
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
 from qat_export.graphs.builder import FLOAT, INT32, UINT8, GraphBuilder
 from qat_export.graphs.metadata import INPUT
 from qat_export.graphs.operators import TO_FIRST, TO_LAST, ZERO, Array, Factor, IntegerOperators, per_pixel
-from qat_export.integer.network import Affine, BinaryConv, Grid
+from qat_export.integer.network import Affine, BinaryConv
 
 #: Integers up to here are float32 numbers.
 _EXACT: Final = 2**24

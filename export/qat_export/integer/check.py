@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT, LARGEST_SHIFT, PRODUCT_BITS, SUM_BITS, Dyadic
 from qat_export.integer.network import (
     ALWAYS,
@@ -23,7 +24,6 @@ from qat_export.integer.network import (
     BinaryConv,
     Block,
     Branch,
-    Grid,
     Head,
     IntegerNetwork,
     Slopes,

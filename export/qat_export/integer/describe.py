@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qat.grid import Grid
 from qat_export.integer.fields import named_arrays
-from qat_export.integer.network import Affine, Float32, Grid, IntegerNetwork, SubBlock
+from qat_export.integer.network import Affine, Float32, IntegerNetwork, SubBlock
 
 _HEADINGS = ("layer", "kind", "weights", "bits", "stride", "bytes", "result", "multipliers")
 

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qat.grid import Grid
 from qat.quantize.dyadic import Dyadic
 
 Int8 = NDArray[np.int8]
@@ -25,26 +26,6 @@ Float32 = NDArray[np.float32]
 
 #: Thresholds lie in -128 … 128: at -128 every input is +1, at 128 none is.
 ALWAYS, NEVER = -128, 128
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Integers of one tensor: ``value = scale * (q - zero_point)``, ``bits`` wide."""
-
-    scale: float
-    bits: int
-    signed: bool
-    zero_point: int = 0
-
-    @property
-    def low(self) -> int:
-        """Smallest integer."""
-        return -(1 << (self.bits - 1)) if self.signed else 0
-
-    @property
-    def high(self) -> int:
-        """Largest integer."""
-        return (1 << (self.bits - self.signed)) - 1
 
 
 @dataclass(frozen=True, eq=False)

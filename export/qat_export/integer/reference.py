@@ -25,16 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT, Dyadic
-from qat_export.integer.network import (
-    Affine,
-    Attention,
-    BinaryConv,
-    Grid,
-    IntegerNetwork,
-    Slopes,
-    SubBlock,
-)
+from qat_export.integer.network import Affine, Attention, BinaryConv, IntegerNetwork, Slopes, SubBlock
 
 Array = NDArray[Any]
 F32 = np.float32

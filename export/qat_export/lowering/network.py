@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.layers import Block as FloatBlock
 from qat.quantize.attention import AttentionIntegers, FakeQuantSqueezeExcitation
@@ -32,7 +33,6 @@ from qat_export.integer.network import (
     BinaryConv,
     Block,
     Branch,
-    Grid,
     Head,
     IntegerNetwork,
     Slopes,

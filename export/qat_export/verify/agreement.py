@@ -10,15 +10,16 @@ from typing import Final
 
 import numpy as np
 
-from qat.data.loading import Split, normalize
+from qat.data.augment import normalize
+from qat.data.split import Split
 from qat.errors import VerificationError
 from qat.evaluation import Predict, accuracy_of, collect_logits, percent
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter
 from qat_export.verify.model import OnnxModel, require_integers
 
-__all__ = ["Comparison", "OnnxModel", "compare", "reference_count"]
+__all__ = ["Comparison", "compare", "reference_count"]
 
 #: Bounds that a freshly exported model must keep against the fake-quantized network: share of images with
 #: the same top-1 (percent), and root mean square of the logits' difference over that of the logits. In

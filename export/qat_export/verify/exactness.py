@@ -28,16 +28,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat.data.loading import Split, normalize
+from qat.data.augment import normalize
+from qat.data.split import Split
 from qat.errors import CheckpointError, DataError
+from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
 from qat_export.graphs.metadata import OUTPUT
 from qat_export.graphs.portable import InputKind
-from qat_export.integer.network import Grid, IntegerNetwork
+from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter, convolve, signs
 from qat_export.verify.agreement import REFERENCE_IMAGES, reference_count
 from qat_export.verify.constants import compare_constants
-from qat_export.verify.figures import HEADINGS, Exactness, Optimizations, TensorExactness
+from qat_export.verify.figures import Exactness, Optimizations, TensorExactness
 from qat_export.verify.model import (
     OnnxModel,
     input_array,
@@ -57,7 +59,7 @@ from qat_export.verify.probes import (
     with_sums,
 )
 
-__all__ = ["HEADINGS", "Exactness", "exactness", "sample"]
+__all__ = ["exactness", "sample"]
 
 Array = NDArray[Any]
 #: Pixels, over all images, whose tensors are held at the same time.

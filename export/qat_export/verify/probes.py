@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qat_export.integer.network import Grid, IntegerNetwork, SubBlock
+from qat.grid import Grid
+from qat_export.integer.network import IntegerNetwork, SubBlock
 from qat_export.nativelibrary import DOMAIN
 
 Array = NDArray[Any]

@@ -27,15 +27,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from qat_export.graphs.float32 import OPSET, emit_float
-from qat_export.verify.agreement import OnnxModel
+from qat_export.verify.model import OnnxModel
 from torch import Tensor, nn
 
-from qat.data.loading import image_grid
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions, set_temperature
 from qat.nn.layers import BinaryActivation, SqueezeExcitation, SubBlock
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.recipe.loading import Group, Quantization, StemGroup, TrunkGroup
+from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from tests.helpers.networks import MEAN, STD, float_network, make_extreme, pixels, quantization, toy
 from tests.helpers.paths import ROOT
 

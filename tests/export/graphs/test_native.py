@@ -9,16 +9,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from qat_export.graphs.native import DOMAIN, FORMAT, emit_native, packed_weight
+from qat_export.graphs.native import FORMAT, emit_native, packed_weight
 from qat_export.graphs.portable import InputKind, emit
 from qat_export.inspection.file import inspect_onnx
-from qat_export.nativelibrary import KERNELS_VARIABLE, LIBRARY_VARIABLE
+from qat_export.nativelibrary import DOMAIN
 from qat_export.verify.exactness import exactness
 from qat_export.verify.model import OnnxModel
 
 from qat.errors import NativeLibraryError, QuantizationError
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS
 from qat.native import library as nativelibrary
+from qat.native.library import KERNELS_VARIABLE, LIBRARY_VARIABLE
 from tests.helpers.native_models import KERNELS, needs_library
 from tests.helpers.networks import (
     float_network,

@@ -11,8 +11,10 @@ import pytest
 from qat_export.graphs.builder import GraphBuilder, shorten_names, tensor_info
 from qat_export.graphs.operators import IntegerOperators
 from qat_export.graphs.portable import kind_of_input
-from qat_export.integer.network import ALWAYS, NEVER, BinaryConv, Grid, Slopes
+from qat_export.integer.network import ALWAYS, NEVER, BinaryConv, Slopes
 from qat_export.integer.reference import pool2x2, prelu, signs
+
+from qat.grid import Grid
 
 Array = np.ndarray[Any, Any]
 INT8 = Grid(1.0, 8, signed=True)

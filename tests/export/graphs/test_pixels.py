@@ -10,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from qat_export.graphs.pixels import fold_normalization, pixel_table
-from qat_export.integer.network import Grid, IntegerNetwork
+from qat_export.integer.network import IntegerNetwork
 
-from qat.data.loading import image_grid, normalize
+from qat.data.augment import normalize
 from qat.errors import QuantizationError
+from qat.grid import Grid
+from qat.quantize.image_grid import image_grid
 from tests.helpers.networks import ordinary
 
 

@@ -25,7 +25,7 @@ from qat_export.integer.network import ALWAYS, NEVER, IntegerNetwork
 from qat_export.integer.reference import Interpreter
 from qat_export.verify.exactness import exactness
 
-from qat.data.loading import normalize
+from qat.data.augment import normalize
 from qat.models.bnext import BNext
 from tests.helpers.networks import (
     float_network,

@@ -12,10 +12,11 @@ import pytest
 from qat_export.graphs.builder import GraphBuilder
 from qat_export.graphs.portable import OPSET, emit
 from qat_export.graphs.strict_operators import StrictOperators
-from qat_export.integer.network import Affine, Grid, IntegerNetwork
+from qat_export.integer.network import Affine, IntegerNetwork
 from qat_export.integer.reference import Interpreter
 
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from tests.helpers.networks import (
     float_network,
     lowered,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from qat_export.integer.check import check_network
-from qat_export.integer.network import Grid, IntegerNetwork
+from qat_export.integer.network import IntegerNetwork
 
 from qat.errors import QuantizationError
+from qat.grid import Grid
 from qat.quantize.dyadic import Dyadic
 from tests.helpers.network_changes import at, changed
 from tests.helpers.networks import lowered, make_extreme, ordinary, quantization, toy

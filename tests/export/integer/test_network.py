@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from qat_export.integer.network import BinaryConv, Grid
+from qat_export.integer.network import BinaryConv
 
+from qat.grid import Grid
 from tests.helpers.networks import lowered, ordinary, toy
 
 

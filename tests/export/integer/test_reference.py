@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from qat_export.integer.network import Grid, Slopes, SubBlock
+from qat_export.integer.network import Slopes, SubBlock
 from qat_export.integer.reference import Interpreter, convolve, multiply, pool2x2, prelu, requantize, saturate
 
-from qat.data.loading import image_grid, normalize
+from qat.data.augment import normalize
+from qat.grid import Grid
 from qat.quantize.dyadic import Dyadic
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD
 from qat.quantize.quantizers import FixedQuantizer
 from tests.helpers.networks import (

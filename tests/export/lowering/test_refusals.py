@@ -14,13 +14,13 @@ from qat_export.lowering.network import lower
 from qat_export.lowering.refusals import LARGEST_STEP
 from torch import Tensor, nn
 
-from qat.data.loading import image_grid
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, set_temperature
 from qat.nn.layers import BinaryConv2d
+from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers
-from qat.recipe.loading import Group, Quantization, StemGroup, TrunkGroup
+from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from tests.helpers.networks import MEAN, STD, float_network, lowered, quantization, toy
 
 

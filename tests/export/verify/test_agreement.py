@@ -12,12 +12,14 @@ from qat_export.graphs.float32 import emit_float
 from qat_export.graphs.portable import InputKind, emit
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter
-from qat_export.verify.agreement import LOGIT_DIFFERENCE, TOP1_AGREEMENT, Comparison, OnnxModel, compare
+from qat_export.verify.agreement import LOGIT_DIFFERENCE, TOP1_AGREEMENT, Comparison, compare
+from qat_export.verify.model import OnnxModel
 
-from qat.data.loading import MemorySplit, load_split
+from qat.data.loading import load_split
+from qat.data.split import MemorySplit
 from qat.errors import CheckpointError, VerificationError
 from qat.evaluation import collect_logits, predictor
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from tests.helpers.cifar10 import COUNT, cifar10
 from tests.helpers.networks import (
     MEAN,

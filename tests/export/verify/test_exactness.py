@@ -19,15 +19,17 @@ from qat_export.graphs.portable import emit
 from qat_export.integer.network import BinaryConv, IntegerNetwork, SubBlock
 from qat_export.integer.reference import Interpreter, convolve, signs
 from qat_export.verify import exactness as module
-from qat_export.verify.exactness import HEADINGS, Exactness, exactness, sample
+from qat_export.verify.exactness import exactness, sample
+from qat_export.verify.figures import HEADINGS, Exactness
 from qat_export.verify.model import input_array, open_session
 from qat_export.verify.probes import sub_block_inputs, tensor_names, with_outputs, with_sums
 from torch import Tensor
 
-from qat.data.loading import MemorySplit, load_split
+from qat.data.loading import load_split
+from qat.data.split import MemorySplit
 from qat.errors import CheckpointError, DataError, QatError, VerificationError
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from tests.helpers.cifar10 import cifar10
 from tests.helpers.networks import MEAN, STD, lowered, make_extreme, ordinary, pixels, saved, toy, with_conv
 

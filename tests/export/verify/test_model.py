@@ -13,10 +13,10 @@ from qat_export.graphs.float32 import emit_float
 from qat_export.graphs.portable import emit
 from qat_export.verify.model import OnnxModel, input_array, open_session
 
-from qat.data.loading import MemorySplit
+from qat.data.split import MemorySplit
 from qat.errors import CheckpointError, DataError
 from qat.evaluation import evaluate, predictor
-from qat.recipe.loading import Data
+from qat.recipe.schema import Data
 from tests.helpers.networks import MEAN, STD, float_network, ordinary, pixels, saved
 
 DATA = Data(image_size=16, mean=MEAN, std=STD, eval_batch_size=16)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qat.grid import Grid
 from qat.native import passes as nativepasses
-from qat.native.bindings import GridNumbers
 from qat.native.passes import Affine
+from qat.ops.binary import ACTIVATION_CLIP
 from qat.system.collectives import summed
 
 
@@ -32,7 +33,7 @@ class ShiftedSign(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """By ``x`` and the bias."""
         x, bias = ctx.saved_tensors
-        grad, sums = nativepasses.sign_gradient(grads[0], x, bias.flatten())
+        grad, sums = nativepasses.sign_gradient(grads[0], x, bias.flatten(), ACTIVATION_CLIP)
         return grad, sums.sum(0).to(bias.dtype).view_as(bias), None
 
 
@@ -40,7 +41,7 @@ class PReLU(torch.autograd.Function):
     """``PReLU(x)``, slopes (C,); with a grid the result is put on it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: Tensor, grid: GridNumbers | None = None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slope: Tensor, grid: Grid | None = None) -> Tensor:
         """See :func:`qat.ops.norm_activation.prelu`."""
         ctx.save_for_backward(x, slope)
         ctx.grid = grid
@@ -72,7 +73,7 @@ class NormPReLU(torch.autograd.Function):
         mean: Tensor,
         invstd: Tensor,
         count: float | Tensor,
-        grid: GridNumbers | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
         """See :func:`qat.ops.norm_activation.norm_prelu`."""
         gain = weight * invstd
@@ -102,7 +103,7 @@ class AffinePReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, slope: Tensor, grid: GridNumbers | None = None
+        ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, slope: Tensor, grid: Grid | None = None
     ) -> Tensor:
         """See :func:`qat.ops.norm_activation.native_norm_prelu`."""
         ctx.save_for_backward(x, gain, offset, slope)
@@ -163,7 +164,7 @@ class FakeQuantize(torch.autograd.Function):
     """``x`` on a grid of integers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: GridNumbers, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid, overwrite: bool) -> Tensor:
         """See :func:`qat.ops.fake_quantize.fake_quantize`."""
         out, inside = nativepasses.fake_quantize(x, grid, overwrite)
         ctx.save_for_backward(inside)
@@ -190,8 +191,8 @@ class ScaleAndAdd(torch.autograd.Function):
         factor: Tensor,
         offset: Tensor,
         other: Tensor,
-        grid: GridNumbers | None = None,
-        inner: GridNumbers | None = None,
+        grid: Grid | None = None,
+        inner: Grid | None = None,
     ) -> Tensor:
         """(N, C, H, W) → same shape."""
         ctx.save_for_backward(x, factor, offset, None if inner is None else other)
