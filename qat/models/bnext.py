@@ -10,7 +10,9 @@ from typing import Final
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError, nearest
-from qat.nn.layers import BinaryActivation, BinaryConv2d, Block, GlobalAveragePool, Kind, Stem
+from qat.nn.block import Block
+from qat.nn.layers import BinaryActivation, BinaryConv2d, GlobalAveragePool, Stem
+from qat.nn.sub_block import Kind
 from qat.quantize.preparation import prepare
 from qat.recipe.schema import Quantization
 

@@ -1,6 +1,6 @@
 """Passes over images of any size: torch vectorizes runs of pixels, of which a tiny image has too few.
 
-What :mod:`qat.ops.norm_activation` and :mod:`qat.ops.pooling` are written with.
+What the other operations are written with.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from qat.native import passes
 from qat.native.bindings import usable
-from qat.ops import native_autograd as nativefused
 from qat.ops.bfloat16 import widens
 from qat.ops.planes import apply, multiply_add, spread, without_autocast
 
@@ -20,7 +21,7 @@ NARROW: Final = 32
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (without correction) over height and width: (N, C, H, W) → (N, C) each."""
-    function = nativefused.Moments if usable(x) else _Moments
+    function = _NativeMoments if usable(x) else _Moments
     mean, variance = function.apply(x)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return mean, variance
 
@@ -112,3 +113,21 @@ class _Moments(torch.autograd.Function):
         by_mean, by_variance = (grad / x.shape[2:].numel() for grad in grads)
         slope = 2.0 * by_variance
         return multiply_add(spread(by_mean - slope * mean, x), x, spread(slope, x))
+
+
+class _NativeMoments(torch.autograd.Function):
+    """Mean and variance over height and width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        mean, variance = passes.moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, mean = ctx.saved_tensors
+        by_mean, by_variance = (grad / x.shape[2:].numel() for grad in grads)
+        slope = 2.0 * by_variance
+        return passes.scale(x, slope, by_mean - slope * mean)

@@ -116,8 +116,8 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
-    def settled(self) -> Grid | None:
-        """Never: its step is learned, and rounding knows it."""
+    def fixed_grid(self) -> Grid | None:
+        """None: the step is learned, and gets a gradient."""
         return None
 
     @property

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from qat.errors import QuantizationError
-from qat.nn.layers import Block, GlobalAveragePool, Stem, SubBlock
+from qat.nn.block import Block
+from qat.nn.layers import GlobalAveragePool, Stem
+from qat.nn.sub_block import SubBlock
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.backends import Backend, backend_of
 from qat.quantize.image_grid import image_grid

@@ -89,12 +89,8 @@ class Quantizer(_OwnState):
         """Whether values can be put on a known grid right now."""
         return False
 
-    def settled(self) -> Grid | None:
-        """The grid as numbers, where steps may be put together in which no value of this point appears.
-
-        ``None`` where there is no grid, or it is observed or learned meanwhile, or a forward hook of this
-        point waits for values.
-        """
+    def fixed_grid(self) -> Grid | None:
+        """The grid, where an operation may put values on it by itself; see :mod:`qat.ops.points`."""
         return None
 
     @property
@@ -237,7 +233,7 @@ class ActivationQuantizer(Quantizer):
         """Calibrated, and not observing for calibration just now."""
         return self.calibrated and not self.calibrating
 
-    def settled(self) -> Grid | None:
+    def fixed_grid(self) -> Grid | None:
         """See :class:`Quantizer`."""
         watched = self._forward_hooks or self._forward_pre_hooks
         if watched or self.observes or not self.has_grid:

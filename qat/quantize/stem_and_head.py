@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.nn.layers import GlobalAveragePool, Stem
-from qat.ops.norm_activation import prelu
 from qat.ops.planes import without_autocast
+from qat.ops.prelu import prelu
 from qat.quantize.backends import Backend
 from qat.quantize.constant_cache import held_integers
 from qat.quantize.folding import (
@@ -109,7 +109,7 @@ class FakeQuantPReLU(nn.PReLU):
             point = cast(ActivationQuantizer, source)
             q = prelu_steps(point.steps(input), slopes.detach().float(), point.quant_min, point.quant_max)
             return point.values(q).to(input.dtype)
-        return source.requantize(prelu(input, slopes), overwrite=True)
+        return prelu(input, slopes, source)
 
 
 class FakeQuantPool(GlobalAveragePool):
