@@ -58,18 +58,19 @@ class FakeQuantSubBlock(SubBlockPoints):
             return y + residual
         attention = (
             self.se(self.mix_means(x, y)) if self.infor_recoupling else torch.ones_like(self.move.bias)
-        ).flatten(1)
-        gain2, offset2 = gain_and_offset(self.norm2, attention, y, residual if scale_kind else None)
-        kind = self.norm2.weight.dtype
-        gain = self._gain(attention * gain2.to(kind), gain2.to(kind))
-        product = self.product if scale_kind else None
-        return quantized_scale_add(y, gain, offset2.to(kind), residual, self.branch, product)
+        )
+        norm, multiplied = self.norm2, residual if scale_kind else None
+        gain2, offset2 = (
+            constant.to(norm.weight.dtype).view(1, -1, 1, 1)
+            for constant in gain_and_offset(norm, attention.flatten(1), y, multiplied)
+        )
+        gain, product = self._gain(attention, gain2), self.product if scale_kind else None
+        return quantized_scale_add(y, gain.flatten(1), offset2.flatten(), residual, self.branch, product)
 
-    def _gain(self, attended: Tensor, gain2: Tensor) -> Tensor:
-        """The attention times BN2's gain on its grid: (N, C), of (C,) itself where there is no attention."""
+    def _gain(self, attention: Tensor, gain2: Tensor) -> Tensor:
+        """``Q_gain(a · A2)``: (N, C, 1, 1), or (1, C, 1, 1) where there is no attention."""
+        gain = attention * gain2
         if self.gain.enabled:
-            found: Tensor = self.gain(attended)
-            return found
-        if self.quantized:
-            return fake_quantize_symmetric(attended, self.gain_step(gain2), CONSTANT_BITS)
-        return attended
+            quantized: Tensor = self.gain(gain)
+            return quantized
+        return fake_quantize_symmetric(gain, self.gain_step(gain2), CONSTANT_BITS) if self.quantized else gain
