@@ -36,7 +36,7 @@ _WEIGHTS: Final = (".bits", ".weight")
 def emit_native(
     network: IntegerNetwork, image_size: int | None = None, *, input_kind: InputKind = "float32 NCHW"
 ) -> onnx.ModelProto:
-    """The native ONNX model of ``network``; arguments and images as in `emit`.
+    """The native ONNX model of ``network``; arguments and images as in `emit_portable`.
 
     Raises:
         QuantizationError: an image size below 1, or a normalization that can't be folded into pixels exactly.

@@ -42,7 +42,7 @@ def kind_of_input(pixel_type: str, layout: str) -> InputKind:
     raise ValueError(f"no input of type {pixel_type} and layout {layout}")
 
 
-def emit(
+def emit_portable(
     network: IntegerNetwork,
     image_size: int | None = None,
     *,

@@ -25,7 +25,7 @@ from qat.quantize.preparation import model_is_prepared
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import BranchIntegers, FakeQuantSubBlock
-from qat_export.integer.check import check_network
+from qat_export.integer.consistency import check_network
 from qat_export.integer.network import (
     NEVER,
     Affine,
