@@ -12,8 +12,9 @@ from typing import Protocol, TypeVar
 
 import onnx
 from qat_export.graphs.float32 import emit_float
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.native import emit_native
-from qat_export.graphs.portable import InputKind, emit_portable
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.file import load_network, save_network
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.agreement import Comparison, compare

@@ -11,8 +11,9 @@ from functools import partial
 import onnx
 from onnx import numpy_helper
 
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.native import emit_native
-from qat_export.graphs.portable import InputKind, emit_portable
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.figures import TensorExactness
 

@@ -33,8 +33,7 @@ from qat.data.split import Split
 from qat.errors import CheckpointError, DataError
 from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
-from qat_export.graphs.metadata import OUTPUT
-from qat_export.graphs.portable import InputKind
+from qat_export.graphs.metadata import OUTPUT, InputKind
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter, convolve, signs
 from qat_export.verify.agreement import REFERENCE_IMAGES, reference_count

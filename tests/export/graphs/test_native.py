@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.native import FORMAT, emit_native, packed_weight
-from qat_export.graphs.portable import InputKind, emit_portable
+from qat_export.graphs.portable import emit_portable
 from qat_export.inspection.exports import inspect_onnx
 from qat_export.nativelibrary import DOMAIN
 from qat_export.verify.exactness import check_exactness

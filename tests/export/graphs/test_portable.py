@@ -20,7 +20,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from qat_export.graphs.portable import OPSET, InputKind, emit_portable
+from qat_export.graphs.builder import OPSET
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import ALWAYS, NEVER, IntegerNetwork
 from qat_export.integer.reference import Interpreter
 from qat_export.verify.exactness import check_exactness
@@ -196,7 +198,7 @@ def test_images_outside_of_the_pixel_range_saturate_alike() -> None:
 def test_vectors_repeated_along_the_width_or_not_compute_the_same(
     channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qat_export.graphs.operators.REPEATED_CHANNELS", channels)
+    monkeypatch.setattr("qat_export.graphs.storage.REPEATED_CHANNELS", channels)
     network = ordinary()[1]
     model = emit_portable(network, 15)
     assert ("Tile" in {node.op_type for node in model.graph.node}) == bool(channels)

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import openvino
 import pytest
-from qat_export.graphs.builder import GraphBuilder
-from qat_export.graphs.portable import OPSET, emit_portable
+from qat_export.graphs.builder import OPSET, GraphBuilder
+from qat_export.graphs.portable import emit_portable
 from qat_export.graphs.strict_operators import StrictOperators
 from qat_export.integer.network import Affine, IntegerNetwork
 from qat_export.integer.reference import Interpreter

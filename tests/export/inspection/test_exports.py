@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from qat_export.graphs.float32 import emit_float
-from qat_export.graphs.portable import InputKind, emit_portable
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
 from qat_export.inspection.exports import inspect_network, inspect_onnx
 from qat_export.integer.file import save_network
 from qat_export.integer.listing import layers as described

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from qat_export.graphs.float32 import emit_float
-from qat_export.graphs.portable import InputKind, emit_portable
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter
 from qat_export.verify.agreement import LOGIT_DIFFERENCE, TOP1_AGREEMENT, Comparison, compare

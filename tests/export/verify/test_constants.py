@@ -6,7 +6,8 @@ import functools
 
 import onnx
 import pytest
-from qat_export.graphs.portable import InputKind, emit_portable
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.constants import compare_constants
 
