@@ -145,18 +145,24 @@ def affine_form(
     return gain, norm.bias - center * gain
 
 
-def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def fold_batch_norm(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """The affine form of a batch normalization with its running statistics: ``norm(x) = gain · x + offset``.
 
     With a batch's own statistics: :func:`affine_form`.
+
+    Args:
+        norm: with running statistics.
+        dtype: to compute in; that of the parameters by default.
 
     Returns:
         gain and offset, (C,) each.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return gain, norm.bias - norm.running_mean * gain
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias, mean, variance = (tensor if dtype is None else tensor.to(dtype) for tensor in tensors)
+    gain = weight * torch.rsqrt(variance + norm.eps)
+    return gain, bias - mean * gain
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
