@@ -23,7 +23,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from qat_export.bench.measure import alternate
+from qat_export.bench.measurement import alternate
 from qat_export.graphs.native import DOMAIN_VERSION
 from qat_export.nativelibrary import DOMAIN
 from qat_export.verify.sessions import create_session

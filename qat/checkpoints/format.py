@@ -41,6 +41,7 @@ from qat.quantize.preparation import quantization_map
 from qat.recipe.loading import parse_recipe
 from qat.recipe.schema import Quantization, Recipe
 from qat.system.files import write_atomically
+from qat.system.tensor_hash import tensors_sha256
 
 FORMAT: Final = "bnext-qat"
 FORMAT_VERSION: Final = 1
@@ -252,16 +253,16 @@ def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors as 64 hexadecimal digits, whatever their order.
 
-    Per tensor, sorted by name: the JSON text ``[name, dtype, shape]``, a line feed, then the values' bytes in
-    C order, as they lie in memory (little-endian on all machines that torch runs on).
+    Sorted by name, each with the facts ``[name, dtype, shape]``. The values are covered as they lie in
+    memory, which is little-endian on all machines that torch runs on.
     """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name]
-        opening = json.dumps([name, dtype_name(value.dtype), list(value.shape)], separators=(",", ":"))
-        digest.update(f"{opening}\n".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(
+        (
+            [name, dtype_name(value.dtype), list(value.shape)],
+            value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
+        for name, value in sorted(tensors.items())
+    )
 
 
 def file_hash(path: Path) -> str:

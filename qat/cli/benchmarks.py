@@ -54,7 +54,7 @@ def bench(
     if models and given:
         raise click.UsageError(f"--{given[0]} is of a random network: give it or MODELS, not both")
     from qat_export.bench.comparison import bench_files, bench_random, default_targets
-    from qat_export.bench.measure import Conditions
+    from qat_export.bench.measurement import Conditions
 
     from qat.models.bnext import Architecture
 

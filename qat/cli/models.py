@@ -125,8 +125,8 @@ def export(
             raise click.UsageError(f"--float32 and {option} exclude each other")
     if strict and target == "native":
         raise click.UsageError("--strict-onnx and --target native exclude each other")
-    from qat_export.graphs.portable import kind_of_input
-    from qat_export.integer.describe import describe
+    from qat_export.graphs.metadata import kind_of_input
+    from qat_export.integer.listing import describe
 
     from qat.commands.export import Form, Target, export_float32, export_onnx
     from qat.commands.lowering import Source

@@ -12,12 +12,13 @@ from typing import Protocol, TypeVar
 
 import onnx
 from qat_export.graphs.float32 import emit_float
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.native import emit_native
-from qat_export.graphs.portable import InputKind, emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.file import load_network, save_network
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.agreement import Comparison, compare
-from qat_export.verify.exactness import exactness, sample
+from qat_export.verify.exactness import check_exactness, sample
 from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel
 
@@ -115,12 +116,12 @@ def export_onnx(source: Source, target: Target) -> Exported:
     def check(candidate: Path) -> Exported:
         comparison = compare(predictor(model), OnnxModel(candidate), network, split, data)
         images = sample(split, data.image_size)
-        return Exported(path, network, comparison, exactness(candidate, network, images))
+        return Exported(path, network, comparison, check_exactness(candidate, network, images))
 
     if target.form is Form.NATIVE:
         graph = emit_native(network, input_kind=target.input_kind)
     else:
-        graph = emit(network, input_kind=target.input_kind, strict=target.form is Form.STRICT)
+        graph = emit_portable(network, input_kind=target.input_kind, strict=target.form is Form.STRICT)
     if target.network is None:
         return _write_if_good(path, graph, check)
     with _unverified(target.network, partial(save_network, network)):

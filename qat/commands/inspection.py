@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 import safetensors
-from qat_export.inspection.file import inspect_network, inspect_onnx
+from qat_export.inspection.exports import inspect_network, inspect_onnx
 from qat_export.integer.file import FORMAT as NETWORK_FORMAT
 
 from qat.checkpoints.loading import build

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qat_export.integer.file import load_network
 from qat_export.verify.agreement import Comparison, compare
-from qat_export.verify.exactness import exactness, sample
+from qat_export.verify.exactness import check_exactness, sample
 from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel, require_integers
 
@@ -79,14 +79,14 @@ def verify_model(path: Path, source: Source, network_path: Path | None) -> Verif
         data = recipe_of_onnx(model, source.overrides, "give --run or --checkpoint").data
         model.check_data(data)
         split = load_test_split(data, model.num_classes)
-        return Verified(path, exactness(path, network, sample(split, model.image_size)), None)
+        return Verified(path, check_exactness(path, network, sample(split, model.image_size)), None)
     if source.run is None and source.checkpoint is None:
         source = replace(source, run=_run_around(path))
     checkpoint, data = load(source, model.image_size)
     torch_network, network = build_and_lower(checkpoint, data)
     split = load_test_split(data, len(network.class_names))
     # Refuses a model of another network, before the long part.
-    exact = exactness(path, network, sample(split, model.image_size))
+    exact = check_exactness(path, network, sample(split, model.image_size))
     return Verified(path, exact, compare(predictor(torch_network), model, network, split, data))
 
 

@@ -1,6 +1,6 @@
 """What an inspection finds in a file: facts about each layer with weights, and totals.
 
-Checkpoints (:mod:`qat.inspection.checkpoint`) and exports (:mod:`qat_export.inspection.file`)
+Checkpoints (:mod:`qat.inspection.checkpoint`) and exports (:mod:`qat_export.inspection.exports`)
 are described alike.
 """
 

@@ -80,15 +80,22 @@ def _correction(count: float | Tensor) -> float | Tensor:
     return count / max(count - 1, 1)
 
 
-def folded_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Gain and offset with running statistics: ``BN(x) = gain ⊙ x + offset``, differentiable, (C,) each.
+def folded_batch_norm(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Gain and offset with running statistics: ``BN(x) = gain ⊙ x + offset``, differentiable.
 
-    In the type of the parameters; what is exported is folded in float64 (:mod:`qat.quantize.folding`).
+    Args:
+        norm: with running statistics.
+        dtype: to compute in; that of the parameters by default.
+
+    Returns:
+        (C,) each.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return gain, norm.bias - norm.running_mean * gain
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias, mean, variance = (tensor if dtype is None else tensor.to(dtype) for tensor in tensors)
+    gain = weight * torch.rsqrt(variance + norm.eps)
+    return gain, bias - mean * gain
 
 
 def batch_gain_and_offset(

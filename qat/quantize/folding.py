@@ -20,6 +20,7 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
+from qat.ops.batch_norm import folded_batch_norm
 from qat.quantize.integers import Requantization, snap_up
 from qat.quantize.quantizers import (
     ActivationQuantizer,
@@ -40,14 +41,12 @@ class QuantizerReference:
 
 
 def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Gain and offset (C,) of a batch normalization with its running statistics, float64.
+    """Gain and offset (C,) of a batch normalization with its running statistics, float64, without gradients.
 
-    Exported constants are rounded once, so they are folded in more digits than
-    :func:`qat.ops.batch_norm.folded_batch_norm` has, which training differentiates.
+    In float64, so that a constant is rounded once, when it becomes an integer or a float32 multiplier.
     """
-    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
-    gain = norm.weight.detach().double() / torch.sqrt(variance + norm.eps)
-    return gain, norm.bias.detach().double() - mean * gain
+    with torch.no_grad():
+        return folded_batch_norm(norm, torch.float64)
 
 
 def slope_scale(slope: Tensor) -> Tensor:

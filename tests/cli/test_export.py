@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.file import load_network, save_network
 from qat_export.integer.network import IntegerNetwork
 
@@ -178,7 +178,7 @@ def test_the_integer_network_is_the_one_that_the_model_was_made_from(toys: Path,
     text = succeed(*arguments, "--integer-network", path)
     assert f"{path}: {path.stat().st_size / 1e6:.2f} MB, integer network" in text.splitlines()
     network = load_network(path)
-    assert emit(network).SerializeToString(deterministic=True) == (tmp_path / "m.onnx").read_bytes()
+    assert emit_portable(network).SerializeToString(deterministic=True) == (tmp_path / "m.onnx").read_bytes()
     # An older one gives way.
     save_network(network.__class__(**{**vars(network), "metadata": {}}), path)
     succeed(*arguments, "--integer-network", path)
@@ -241,9 +241,9 @@ def test_a_model_that_differs_from_its_network_leaves_the_earlier_files_alone(
         wrong = copy.deepcopy(network)
         multiplier = wrong.head.classifier.multiplier
         multiplier[:] = multiplier[::-1].copy() * np.float32(1.5)
-        return emit(wrong, **options)
+        return emit_portable(wrong, **options)
 
-    monkeypatch.setattr(export_command, "emit", damaged)
+    monkeypatch.setattr(export_command, "emit_portable", damaged)
     result = qat(*arguments)
     assert result.exit_code == 1
     warning, message = result.stderr.splitlines()

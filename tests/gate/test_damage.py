@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 
 from qat.commands.lowering import Source, build_and_lower, load
@@ -43,7 +43,7 @@ def baseline(network: IntegerNetwork, tmp_path_factory: pytest.TempPathFactory) 
 
 def _written(network: IntegerNetwork, folder: Path) -> Path:
     path = folder / "model.onnx"
-    path.write_bytes(emit(network).SerializeToString())
+    path.write_bytes(emit_portable(network).SerializeToString())
     return path
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from qat_export.bench.random_network import fill_at_random, random_images
-from qat_export.graphs.portable import emit
+from qat_export.bench.random_networks import fill_at_random, random_images
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.network import SubBlock as IntegerSubBlock
 from qat_export.integer.reference import Interpreter
 from qat_export.lowering.network import lower
-from qat_export.verify.exactness import exactness
+from qat_export.verify.exactness import check_exactness
 from torch import Tensor, nn
 
 from qat.grid import Grid
@@ -89,7 +89,7 @@ def ordinary(seed: int = 0) -> tuple[BNext, IntegerNetwork, onnx.ModelProto]:
     """A shared network with all kinds of sub-blocks, lowered and emitted: not to be changed."""
     model = toy(seed)
     network = lowered(model, metadata={"run": "a test"})
-    return model, network, emit(network)
+    return model, network, emit_portable(network)
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -160,7 +160,7 @@ def parity_problems(
     network: IntegerNetwork, model: onnx.ModelProto, images: NDArray[np.float32]
 ) -> Iterator[str]:
     """Where the portable graph differs from the interpreter in a single element of any tensor."""
-    result = exactness(model, network, torch.from_numpy(images), batches=(len(images),))
+    result = check_exactness(model, network, torch.from_numpy(images), batches=(len(images),))
     yield from (f"the graph has no tensor {name}" for name in result.missing)
     for tensor in result.tensors:
         if tensor.different:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
@@ -111,7 +111,7 @@ def test_a_network_trained_with_learned_scales_equals_its_export(power_of_two: b
     assert len(still) < len(before) / 10
     network, images = lowered(model), pixels(5, 3, 16).numpy()
     assert list(torch_problems(model, network, images, sub_blocks=True)) == []
-    assert list(parity_problems(network, emit(network), images)) == []
+    assert list(parity_problems(network, emit_portable(network), images)) == []
 
 
 def test_a_checkpoint_keeps_learned_scales(tmp_path: Path) -> None:

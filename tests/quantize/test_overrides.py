@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 
 from qat.errors import QuantizationError
 from qat.quantize.preparation import prepare, quantization_map
@@ -190,7 +190,7 @@ def test_a_network_of_mixed_bits_equals_its_export_exactly(
     assert len(kinds) > 1
     images = pixels(5, 3, 16).numpy()
     assert list(torch_problems(model, network, images, sub_blocks=True)) == []
-    assert list(parity_problems(network, emit(network), images)) == []
+    assert list(parity_problems(network, emit_portable(network), images)) == []
 
 
 def test_the_description_carries_the_bits_of_each_layer() -> None:

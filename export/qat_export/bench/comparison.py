@@ -15,7 +15,7 @@ from qat.errors import QatError
 from qat.models.bnext import Architecture
 from qat.native.library import has_library
 from qat.system.machine import machine
-from qat_export.bench.measure import Candidate, Conditions, Measurement, measure
+from qat_export.bench.measurement import Candidate, Conditions, Measurement, measure
 from qat_export.bench.targets import Subject, check_targets, export_targets
 from qat_export.graphs.float32 import FORMAT as FLOAT_FORMAT
 from qat_export.graphs.ort_static import FORMAT as STATIC_FORMAT
@@ -133,7 +133,7 @@ def bench_files(
     """Measure models from files. They are called by their names without the ending where these differ.
 
     Raises:
-        QatError: see :func:`qat_export.bench.measure.measure`.
+        QatError: see :func:`qat_export.bench.measurement.measure`.
     """
     stems = Counter(path.stem for path in paths)
     names = [path.stem if stems[path.stem] == 1 else str(path) for path in paths]

@@ -12,7 +12,8 @@ from qat_export.bench.any_model import AnyModel
 
 #: Runs in the child: the first one allocates, the others may still grow the arena.
 _RUNS: Final = 3
-_STATUS: Final = Path("/proc/self/status")
+#: What Linux says of a process, its peak memory among it.
+PROCESS_STATUS: Final = Path("/proc/self/status")
 
 
 def peak_rss_bytes(
@@ -58,14 +59,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return {"peak_rss_bytes": own_peak_rss_bytes(), "packages": packages}
 
 
-def own_peak_rss_bytes() -> int | None:
+def own_peak_rss_bytes(status: Path = PROCESS_STATUS) -> int | None:
     """Peak resident memory of this process so far; ``None`` where the system doesn't tell.
 
     On Linux it is VmHWM, which starts anew with each program: the number of ``getrusage`` is handed down from
     the process that started this one.
     """
     try:
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         return int(fields["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass

@@ -17,12 +17,12 @@ from qat.models.bnext import Architecture, BNext
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD
 from qat.system.files import write_atomically
 from qat_export.bench.any_model import AnyModel
-from qat_export.bench.measure import Candidate
-from qat_export.bench.random_network import quantized, random_images, random_network
+from qat_export.bench.measurement import Candidate
+from qat_export.bench.random_networks import quantized, random_images, random_network
 from qat_export.graphs.float32 import emit_float
 from qat_export.graphs.native import emit_native
 from qat_export.graphs.ort_static import quantize_static
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.lowering.network import lower
 
@@ -54,7 +54,7 @@ class Subject:
     def at_random(
         cls, architecture: Architecture, *, image_size: int, folder: Path, seed: int = 0
     ) -> Subject:
-        """A network with random parameters, see :func:`qat_export.bench.random_network.random_network`."""
+        """A network with random parameters, see :func:`qat_export.bench.random_networks.random_network`."""
         model = random_network(architecture, seed=seed, image_size=image_size)
         return cls(model, image_size, folder, seed)
 
@@ -169,6 +169,6 @@ def _ort_static(subject: Subject, path: Path) -> None:
 TARGETS: Final[dict[str, Target]] = {
     "float32": Target(_float32),
     "ort_static": Target(_ort_static),
-    "portable": Target(lambda subject, path: _save(emit(subject.network), path), exact=True),
+    "portable": Target(lambda subject, path: _save(emit_portable(subject.network), path), exact=True),
     "native": Target(lambda subject, path: _save(emit_native(subject.network), path), exact=True),
 }

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
+#: Version of the standard operators in every model; the first with quantization along an axis.
+OPSET: Final = 13
 #: Bytes beyond which a weight is large.
 _LARGE: Final = 2**16
 #: Operators whose nodes need no name.

@@ -15,7 +15,8 @@ state dict where the values are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, cast
 
 import numpy as np
@@ -30,10 +31,10 @@ from qat.models.bnext import BNext
 from qat.nn.block import Block
 from qat.nn.layers import Stem
 from qat.nn.sub_block import SubBlock
-from qat_export.graphs.builder import FLOAT, GraphBuilder, tensor_info
+from qat_export.graphs.builder import FLOAT, OPSET, GraphBuilder, tensor_info
 from qat_export.graphs.metadata import INPUT, OUTPUT, model_metadata
+from qat_export.graphs.walk import EmittedBlock, emit_blocks, side_behind
 
-OPSET: Final = 13
 FORMAT: Final = "bnext-qat float32 1"
 
 
@@ -94,8 +95,31 @@ def _refuse_values(model: BNext) -> None:
             raise QuantizationError(f"{key}: a variance is negative")
 
 
+@dataclass(frozen=True)
+class _SubBlock:
+    """A sub-block of the torch network, and its module name."""
+
+    name: str
+    module: SubBlock
+
+    @property
+    def stride(self) -> int:
+        """Stride of its convolution."""
+        return self.module.stride
+
+
+def _blocks(model: BNext) -> Iterator[EmittedBlock[_SubBlock]]:
+    for index, block in enumerate(cast(Sequence[Block], list(model.feature)[1:]), start=1):
+        name = f"feature.{index}"
+        spatial, *pointwise = (
+            _SubBlock(f"{name}.{leaf}", cast(SubBlock, block.get_submodule(leaf)))
+            for leaf in (block.spatial_name, *block.pointwise_names)
+        )
+        yield EmittedBlock(name, spatial, pointwise)
+
+
 class _Emitter:
-    """Walks the network once, in forward order."""
+    """Appends the network to a graph, in forward order."""
 
     def __init__(self, model: BNext, size: int) -> None:
         self.builder = GraphBuilder()
@@ -103,9 +127,7 @@ class _Emitter:
         stem = cast(Stem, model.feature[0])
         products = self.convolution(INPUT, stem.conv1, "feature.0.conv1", "feature.0/products")
         x = self.batch_norm(products, stem.bn1, "feature.0.bn1", "feature.0/trunk")
-        side = -(-size // int(stem.conv1.stride[0]))
-        for index, block in enumerate(list(model.feature)[1:], start=1):
-            x, side = self.block(cast(Block, block), f"feature.{index}", x, side)
+        x, _ = emit_blocks(self, _blocks(model), x, side_behind(size, int(stem.conv1.stride[0])))
         x = self.prelu(x, model.prelu, "prelu", "head/prelu")
         flat = self.builder.node("Flatten", [self.mean(x)], "head/input")
         layer = [self.tensor(model.fc.weight, "fc.weight"), self.tensor(model.fc.bias, "fc.bias")]
@@ -177,27 +199,13 @@ class _Emitter:
 
     # Blocks.
 
-    def block(self, block: Block, name: str, x: str, side: int) -> tuple[str, int]:
-        """The trunk behind a block, and the side of its images."""
-        spatial = cast(SubBlock, block.get_submodule(block.spatial_name))
-        x = self.sub_block(spatial, f"{name}.{block.spatial_name}", x, side, f"{name}/trunk_mid")
-        side = -(-side // spatial.stride)
-        single = len(block.pointwise_names) == 1
-        parts = [
-            self.sub_block(
-                cast(SubBlock, block.get_submodule(leaf)),
-                f"{name}.{leaf}",
-                x,
-                side,
-                f"{name}/trunk_out" if single else f"{name}.{leaf}/out",
-            )
-            for leaf in block.pointwise_names
-        ]
-        return parts[0] if single else self.builder.node("Concat", parts, f"{name}/trunk_out", axis=1), side
+    def concatenate(self, parts: Sequence[str], output: str) -> str:
+        """Along the channels."""
+        return self.builder.node("Concat", parts, output, axis=1)
 
-    def sub_block(self, module: SubBlock, name: str, x: str, side: int, output: str) -> str:
+    def sub_block(self, sub: _SubBlock, x: str, side: int, output: str) -> str:
         """One sub-block; see :class:`qat.nn.layers.SubBlock`."""
-        conv = module.binary_conv
+        module, name, conv = sub.module, sub.name, sub.module.binary_conv
         weight = self.tensor(conv.effective_weight(), f"{name}.binary_conv.effective_weight")
         signs = self.sign(x, module, name)
         products = self.conv(signs, [weight], f"{name}/products", conv.kernel_size, conv.stride, conv.padding)

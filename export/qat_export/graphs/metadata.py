@@ -1,14 +1,29 @@
-"""What every exported model says about itself: names of input and output, metadata properties."""
+"""What every exported model says about itself: input and output, metadata properties."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal, get_args
 
 #: Images (batch, 3, S, S) or (batch, S, S, 3), and logits (batch, classes).
 INPUT: Final = "image"
 OUTPUT: Final = "logits"
+#: Metadata property ``input``, what a model takes: normalized images, or raw pixels, which it normalizes.
+InputKind = Literal["float32 NCHW", "uint8 NCHW", "uint8 NHWC"]
+
+
+def kind_of_input(pixel_type: str, layout: str) -> InputKind:
+    """The kind of input with this type ("float32", "uint8") and layout ("NCHW", "NHWC").
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds: tuple[InputKind, ...] = get_args(InputKind)
+    for kind in kinds:
+        if kind.split() == [pixel_type, layout]:
+            return kind
+    raise ValueError(f"no input of type {pixel_type} and layout {layout}")
 
 
 def model_metadata(

@@ -8,59 +8,37 @@ needs the library registered: see :mod:`qat_export.nativelibrary`.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qat import __version__
-from qat.errors import QuantizationError
 from qat.grid import Grid
-from qat_export.graphs.builder import FLOAT, UINT8, GraphBuilder, shorten_names, tensor_info
-from qat_export.graphs.metadata import INPUT, OUTPUT
+from qat_export.graphs.builder import GraphBuilder
+from qat_export.graphs.integer_emitter import IntegerEmitter, PlacedSubBlock
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.operators import IntegerOperators, per_pixel
-from qat_export.graphs.pixels import fold_normalization
-from qat_export.graphs.portable import OPSET, InputKind, network_metadata
-from qat_export.integer.network import Attention, BinaryConv, IntegerNetwork, Slopes, SubBlock
+from qat_export.graphs.walk import side_behind
+from qat_export.integer.network import Attention, BinaryConv, Head, IntegerNetwork, Slopes, SubBlock
 from qat_export.nativelibrary import DOMAIN
 
 #: Version of the operators' domain.
 DOMAIN_VERSION: Final = 1
 #: Metadata property ``format``.
 FORMAT: Final = "bnext-qat native 1"
-#: Endings of the names of weights.
-_WEIGHTS: Final = (".bits", ".weight")
 
 
 def emit_native(
     network: IntegerNetwork, image_size: int | None = None, *, input_kind: InputKind = "float32 NCHW"
 ) -> onnx.ModelProto:
-    """The native ONNX model of ``network``; arguments and images as in `emit`.
+    """The native ONNX model of ``network``; arguments and images as in :func:`emit_portable`.
 
     Raises:
         QuantizationError: an image size below 1, or a normalization that can't be folded into pixels exactly.
     """
-    size = network.image_size if image_size is None else image_size
-    if size < 1:
-        raise QuantizationError(f"an image size of {size}; allowed: 1 or more")
-    builder = GraphBuilder()
-    _Walk(builder, network, size, input_kind)
-    shape: tuple[int, ...] = (size, size, 3) if input_kind == "uint8 NHWC" else (3, size, size)
-    model = builder.model(
-        "bnext",
-        [tensor_info(INPUT, FLOAT if input_kind == "float32 NCHW" else UINT8, ["batch", *shape])],
-        [tensor_info(OUTPUT, FLOAT, ["batch", len(network.class_names)])],
-        opset=OPSET,
-        domains={DOMAIN: DOMAIN_VERSION},
-        metadata=network_metadata(FORMAT, network, size, input_kind),
-        description=f"{network}\nThe trunk is int8, channels last; metadata 'grids' has the scales.\n"
-        f"Needs the operators of domain {DOMAIN}.",
-        producer_version=__version__,
-    )
-    named = {"image/uint8", *network.grids}
-    shorten_names(model, lambda name: name in named or name.endswith(_WEIGHTS))
-    return model
+    return NativeEmitter(IntegerOperators(GraphBuilder())).model(network, image_size, input_kind)
 
 
 def packed_weight(conv: BinaryConv) -> NDArray[np.uint8]:
@@ -69,67 +47,67 @@ def packed_weight(conv: BinaryConv) -> NDArray[np.uint8]:
     return np.packbits(positive, axis=-1, bitorder="little")
 
 
+def update_attributes(sub: SubBlock, source: Grid, output: Grid) -> dict[str, int | float]:
+    """Attributes of a TrunkUpdate; those that its inputs leave without use are 0."""
+    attributes: dict[str, int | float] = {
+        "stride": sub.conv.stride,
+        "scales": 0,
+        "first": 0.0,
+        "second": 0.0,
+        "branch_multiplier": sub.branch_multiplier.value,
+        "residual_multiplier": sub.residual_multiplier.value,
+        "residual_shift": 0 if sub.residual_slopes is None else sub.residual_slopes.shift,
+    }
+    unused = dict.fromkeys(("product_low", "product_high", "branch_low", "branch_high"), 0)
+    attributes |= unused | _bounds(source, "residual") | _bounds(output)
+    if sub.branch is not None:
+        attributes |= _bounds(sub.branch.grid, "branch") | {"first": sub.branch.first.value}
+        if sub.branch.product is not None and sub.branch.second is not None:
+            attributes |= _bounds(sub.branch.product, "product")
+            attributes |= {"scales": 1, "second": sub.branch.second.value}
+    return attributes
+
+
 def _bounds(grid: Grid, name: str = "") -> dict[str, int]:
     """Attributes with the smallest and the largest integer of a grid."""
     prefix = f"{name}_" if name else ""
     return {f"{prefix}low": grid.low, f"{prefix}high": grid.high}
 
 
-class _Walk:
-    """Walks the network once, in forward order."""
+class NativeEmitter(IntegerEmitter):
+    """The network in the operators of domain ``bnext_qat``, trunk tensors with channels last."""
 
-    def __init__(
-        self, builder: GraphBuilder, network: IntegerNetwork, size: int, input_kind: InputKind
-    ) -> None:
-        self.builder, self.operators = builder, IntegerOperators(builder)
-        side = -(-size // network.stem.stride)
-        x = self.stem(network, input_kind)
-        for block in network.blocks:
-            spatial, name = block.spatial, f"{block.name}/trunk_out"
-            x = self.sub_block(
-                spatial, x, block.input_grid, block.middle_grid, side, f"{block.name}/trunk_mid"
-            )
-            side = -(-side // spatial.conv.stride)
-            if len(block.pointwise) == 1:
-                x = self.sub_block(block.pointwise[0], x, block.middle_grid, block.output_grid, side, name)
-            else:
-                parts = [
-                    self.sub_block(sub, x, block.middle_grid, block.output_grid, side, f"{sub.name}/out")
-                    for sub in block.pointwise
-                ]
-                x = self.builder.node("Concat", parts, name, axis=3)
-        self.head(network, x, side)
+    model_format = FORMAT
+    note = (
+        "The trunk is int8, channels last; metadata 'grids' has the scales.\n"
+        f"Needs the operators of domain {DOMAIN}."
+    )
+    weight_endings = (".bits", ".weight")
+    domains: ClassVar[Mapping[str, int]] = {DOMAIN: DOMAIN_VERSION}
+    channel_axis = 3
 
-    def stem(self, network: IntegerNetwork, input_kind: InputKind) -> str:
-        """From the graph's input to the first trunk tensor."""
-        image, conv = network.stem.image, network.stem.conv
-        if input_kind == "float32 NCHW":
-            x = self.operators.image(image, "image/uint8")
-        else:
-            last = input_kind == "uint8 NHWC"
-            gain, offset = fold_normalization(network)
-            x = self.operators.raw_image(image, gain, offset, "image/uint8", channels_last=last)
-        name = "feature.0/trunk"
+    def stem(self, network: IntegerNetwork, image: str, output: str) -> str:
+        """See the base class."""
+        stem = network.stem
         constants: dict[str, NDArray[Any]] = {
-            "weight": conv.weight,
-            "bias": conv.bias,
-            "multiplier": conv.multiplier,
+            "weight": stem.conv.weight,
+            "bias": stem.conv.bias,
+            "multiplier": stem.conv.multiplier,
         }
         return self.builder.custom(
             DOMAIN,
             "Stem",
-            [x, *(self.builder.constant(value, f"{name}.{key}") for key, value in constants.items())],
-            [name],
-            stride=network.stem.stride,
-            zero_point=image.zero_point,
+            [image, *(self.builder.constant(value, f"{output}.{key}") for key, value in constants.items())],
+            [output],
+            stride=stem.stride,
+            zero_point=stem.image.zero_point,
             **_bounds(network.stem_grid),
         )
 
-    def sub_block(
-        self, sub: SubBlock, x: str, source: Grid, output: Grid, side: int, output_name: str
-    ) -> str:
-        """One sub-block; see :class:`qat_export.integer.reference.Interpreter`."""
-        name, conv, attention = sub.name, sub.conv, sub.attention
+    def sub_block(self, placed: PlacedSubBlock, x: str, side: int, output: str) -> str:
+        """See the base class."""
+        sub = placed.sub_block
+        name, conv, attention, branch = sub.name, sub.conv, sub.attention, sub.branch
         sums = [f"{name}/y_sum", f"{name}/x_sum"] if attention is not None else []
         y = self.builder.custom(
             DOMAIN,
@@ -149,44 +127,24 @@ class _Walk:
         )
         gain = offset = residual_slopes = ""
         if attention is not None:
-            out_side = -(-side // conv.stride)
+            # At stride 2 the mean is taken of the image whose last row and column were repeated if a side
+            # is odd, as for the residual.
             in_side = side + side % 2 if conv.stride == 2 else side
-            gain = self.attention(attention, name, in_side**2, out_side**2)
-        elif sub.branch is not None:
-            assert sub.branch.gain is not None
-            gain = self.builder.constant(sub.branch.gain.reshape(1, -1), f"{name}/gain")
-        if sub.branch is not None:
-            offset = self.builder.constant(sub.branch.offset, f"{name}/offset")
+            gain = self.attention(attention, name, in_side**2, side_behind(side, conv.stride) ** 2)
+        elif branch is not None:
+            assert branch.gain is not None
+            gain = self.builder.constant(branch.gain.reshape(1, -1), f"{name}/gain")
+        if branch is not None:
+            offset = self.builder.constant(branch.offset, f"{name}/offset")
         if sub.residual_slopes is not None:
             residual_slopes = self.slopes(sub.residual_slopes, f"{name}/residual_slopes")
         return self.builder.custom(
             DOMAIN,
             "TrunkUpdate",
             [y, x, gain, offset, residual_slopes],
-            [output_name],
-            **self.update_attributes(sub, source, output),
+            [output],
+            **update_attributes(sub, placed.source, placed.output),
         )
-
-    @staticmethod
-    def update_attributes(sub: SubBlock, source: Grid, output: Grid) -> dict[str, int | float]:
-        """Attributes of a TrunkUpdate; those that its inputs leave without use are 0."""
-        attributes: dict[str, int | float] = {
-            "stride": sub.conv.stride,
-            "scales": 0,
-            "first": 0.0,
-            "second": 0.0,
-            "branch_multiplier": sub.branch_multiplier.value,
-            "residual_multiplier": sub.residual_multiplier.value,
-            "residual_shift": 0 if sub.residual_slopes is None else sub.residual_slopes.shift,
-        }
-        nothing = dict.fromkeys(("product_low", "product_high", "branch_low", "branch_high"), 0)
-        attributes |= nothing | _bounds(source, "residual") | _bounds(output)
-        if sub.branch is not None:
-            attributes |= _bounds(sub.branch.grid, "branch") | {"first": sub.branch.first.value}
-            if sub.branch.product is not None and sub.branch.second is not None:
-                attributes |= _bounds(sub.branch.product, "product")
-                attributes |= {"scales": 1, "second": sub.branch.second.value}
-        return attributes
 
     def slopes(self, slopes: Slopes, name: str) -> str:
         """Name of a constant."""
@@ -216,9 +174,8 @@ class _Walk:
             **_bounds(attention.logits, "logits"),
         )
 
-    def head(self, network: IntegerNetwork, x: str, side: int) -> None:
-        """PReLU, mean, classifier."""
-        head, grid = network.head, network.blocks[-1].output_grid
+    def head_mean(self, head: Head, grid: Grid, x: str, side: int) -> str:
+        """See the base class."""
         total = self.builder.custom(
             DOMAIN,
             "ChannelSums",
@@ -228,7 +185,4 @@ class _Walk:
             **_bounds(grid),
         )
         factor = self.builder.constant(per_pixel(np.asarray(head.mean), side**2))
-        mean = self.builder.node("DequantizeLinear", [total, factor], "head/mean")
-        self.operators.classifier(
-            self.operators.integer(mean, head.input, "head/input"), head.classifier, OUTPUT
-        )
+        return self.builder.node("DequantizeLinear", [total, factor], "head/mean")

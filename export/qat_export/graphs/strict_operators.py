@@ -14,10 +14,10 @@ import numpy as np
 
 from qat.errors import QuantizationError
 from qat.grid import Grid
-from qat.quantize.dyadic import ACCUMULATOR_UNIT
 from qat_export.graphs.builder import FLOAT, INT32, UINT8, GraphBuilder
 from qat_export.graphs.metadata import INPUT
-from qat_export.graphs.operators import TO_FIRST, TO_LAST, ZERO, Array, Factor, IntegerOperators, per_pixel
+from qat_export.graphs.operators import IntegerOperators, Products
+from qat_export.graphs.storage import ZERO, Array, Factor
 from qat_export.integer.network import Affine, BinaryConv
 
 #: Integers up to here are float32 numbers.
@@ -38,7 +38,11 @@ class StrictOperators(IntegerOperators):
     def __init__(self, builder: GraphBuilder) -> None:
         """Append to ``builder``."""
         super().__init__(builder)
-        self.zero = builder.constant(np.float32(0))
+        self.zero = builder.constant(self.stored(0))
+
+    def stored(self, integers: Array | int) -> Array:
+        """See the base class."""
+        return np.asarray(integers, np.float32)
 
     def real(self, x: str, multiplier: Factor, output: str) -> str:
         """See the base class."""
@@ -48,7 +52,11 @@ class StrictOperators(IntegerOperators):
 
     def integer(self, x: str, grid: Grid, output: str) -> str:
         """See the base class."""
-        bounds = [self.builder.constant(np.float32(bound)) for bound in (grid.low, grid.high)]
+        return self.saturated(x, grid.low, grid.high, output)
+
+    def saturated(self, x: str, low: int, high: int, output: str) -> str:
+        """``x`` rounded half to even, then clamped."""
+        bounds = [self.builder.constant(self.stored(bound)) for bound in (low, high)]
         rounded = self.builder.node("Round", [x], f"{output}.rounded")
         return self.builder.node("Clip", [rounded, *bounds], output)
 
@@ -62,70 +70,47 @@ class StrictOperators(IntegerOperators):
 
     def shifted(self, x: str, output: str) -> str:
         """``x + 128``."""
-        return self.builder.node("Add", [x, self.builder.constant(np.float32(ZERO))], output)
+        return self.builder.node("Add", [x, self.builder.constant(self.stored(ZERO))], output)
 
     def image(self, grid: Grid, output: str) -> str:
         """See the base class."""
         scale = self.builder.constant(np.float32(grid.scale), "image_scale")
         return self.rounded_image(self.builder.node("Div", [INPUT, scale], f"{output}.real"), grid, output)
 
-    def raw_image(self, grid: Grid, gain: Array, offset: Array, output: str, *, channels_last: bool) -> str:
+    def scaled_pixels(self, pixels: str, gain: Array, output: str) -> str:
         """See the base class."""
-        pixels = INPUT
-        if channels_last:
-            pixels = self.builder.node("Transpose", [INPUT], f"{output}.first", perm=TO_FIRST)
         real = self.builder.node("Cast", [pixels], f"{output}.pixels", to=FLOAT)
         factor = self.builder.constant(gain.reshape(1, 3, 1, 1), "image_gain")
-        scaled = self.builder.node("Mul", [real, factor], f"{output}.scaled")
-        shift = self.builder.constant(offset.reshape(1, 3, 1, 1), "image_offset")
-        return self.rounded_image(
-            self.builder.node("Add", [scaled, shift], f"{output}.shifted"), grid, output
-        )
+        return self.builder.node("Mul", [real, factor], f"{output}.scaled")
 
     def rounded_image(self, x: str, grid: Grid, output: str) -> str:
         """See the base class; relative to the zero point."""
-        bounds = [
-            self.builder.constant(np.float32(bound - grid.zero_point)) for bound in (grid.low, grid.high)
-        ]
-        rounded = self.builder.node("Round", [x], f"{output}.rounded")
-        return self.builder.node("Clip", [rounded, *bounds], output)
+        return self.saturated(x, grid.low - grid.zero_point, grid.high - grid.zero_point, output)
 
-    def vector(self, values: Array, width: int, output: str) -> str:
-        """See the base class."""
-        return self.builder.constant(values.astype(np.float32).reshape(1, -1, 1, 1), output)
-
-    def image_vector(self, x: str, channels: int, width: int, output: str) -> str:
-        """See the base class."""
-        return self.builder.node("Transpose", [x], output, perm=TO_FIRST)
+    def is_repeated(self, channels: int, width: int) -> bool:
+        """Never: what is gained by it is onnxruntime's integer operators."""
+        return False
 
     def sign(self, x: str, conv: BinaryConv, width: int, output: str) -> str:
         """See the base class."""
-        low, high = (self.builder.constant(np.float32(sign * ACCUMULATOR_UNIT)) for sign in (-1, 1))
-        return self.builder.node("Where", [self.positive(x, conv, width, output), high, low], output)
+        return self.selected_sign(x, conv, width, output)
 
-    def convolution(
-        self,
-        x: str,
-        x_zero: int,
-        weight: str,
-        weight_zero: Array,
-        layer: Affine | BinaryConv,
-        grid: Grid,
-        output: str,
-        strides: int,
-        pads: int,
-    ) -> str:
+    def convolution(self, products: Products, layer: Affine | BinaryConv, grid: Grid, output: str) -> str:
         """See the base class."""
-        weights = self.builder.node("Cast", [weight], f"{output}.weight_real", to=FLOAT)
-        if weight_zero.any():
-            zero = self.builder.constant(np.float32(ZERO))
+        weights = self.builder.node("Cast", [products.weight], f"{output}.weight_real", to=FLOAT)
+        if products.weight_zero.any():
+            zero = self.builder.constant(self.stored(ZERO))
             weights = self.builder.node("Sub", [weights, zero], f"{output}.weights")
-        products = self.builder.node(
-            "Conv", [x, weights], f"{output}.products", strides=[strides] * 2, pads=[pads] * 4
+        unscaled = self.builder.node(
+            "Conv",
+            [products.x, weights],
+            f"{output}.products",
+            strides=[products.stride] * 2,
+            pads=[products.padding] * 4,
         )
-        bias = layer.bias.astype(np.float32).reshape(1, -1, 1, 1)
+        bias = self.stored(layer.bias).reshape(1, -1, 1, 1)
         total = self.builder.node(
-            "Add", [products, self.builder.constant(bias, f"{output}.bias")], f"{output}.total"
+            "Add", [unscaled, self.builder.constant(bias, f"{output}.bias")], f"{output}.total"
         )
         # Rounding changes no integer; without it, runtimes fold the multiplier into the weights.
         total = self.builder.node("Round", [total], f"{output}.accumulator")
@@ -144,11 +129,16 @@ class StrictOperators(IntegerOperators):
     def mean(self, x: str, channels: int, pixels: int, multiplier: Array, output: str) -> str:
         """See the base class."""
         _require_exact(ZERO * pixels, output)
-        last = self.builder.node("Transpose", [x], f"{output}.last", perm=TO_LAST)
+        return super().mean(x, channels, pixels, multiplier, output)
+
+    def sums(self, x: str, channels: int, pixels: int, output: str) -> str:
+        """See the base class."""
         axes = self.builder.constant(np.array([1, 2]))
-        total = self.builder.node("ReduceSum", [last, axes], f"{output}.sum")
-        factor = self.builder.constant(per_pixel(multiplier, pixels), f"{output}.multiplier")
-        return self.builder.node("Mul", [total, factor], output)
+        return self.builder.node("ReduceSum", [x, axes], f"{output}.sum")
+
+    def multiplied_sums(self, sums: str, factor: str, output: str) -> str:
+        """See the base class."""
+        return self.builder.node("Mul", [sums, factor], output)
 
     def pool2x2(self, x: str, channels: int, output: str) -> str:
         """See the base class."""

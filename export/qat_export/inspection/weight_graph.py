@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from qat.errors import CheckpointError, first_line
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS, InspectedLayer, Range
-from qat_export.graphs.operators import ZERO
+from qat_export.graphs.storage import ZERO
 
 Array = NDArray[Any]
 _SUB_BLOCK: Final = r"(feature\.\d+\.\w+)"

@@ -9,8 +9,6 @@ them are damaged. Reading follows the annotations of the dataclasses; these may 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.errors import CheckpointError
+from qat.system.tensor_hash import tensors_sha256
 
 #: What a message calls the types of a tree.
 _NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number with a point", str: "a text"}
@@ -40,11 +39,10 @@ def named_arrays(value: object, name: str = "") -> Iterator[tuple[str, NDArray[A
 def digest(array: NDArray[Any]) -> str:
     """SHA-256 of an array's type, shape and values, as 64 hexadecimal digits.
 
-    Over the JSON text ``[type, shape]``, a line feed, and the values in C order, little-endian.
+    The facts that :func:`qat.system.tensor_hash.tensors_sha256` covers are ``[type, shape]``.
     """
-    opening = json.dumps([array.dtype.name, list(array.shape)], separators=(",", ":"))
     values = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-    return hashlib.sha256(f"{opening}\n".encode() + values).hexdigest()
+    return tensors_sha256([([array.dtype.name, list(array.shape)], values)])
 
 
 def to_tree(value: object) -> Any:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qat import __version__
 from qat.errors import CheckpointError, QuantizationError
 from qat.system.files import write_atomically
-from qat_export.integer.check import check_network
+from qat_export.integer.consistency import check_network
 from qat_export.integer.fields import from_tree, named_arrays, to_tree
 from qat_export.integer.network import IntegerNetwork
 
@@ -43,9 +43,8 @@ def save_network(network: IntegerNetwork, path: Path) -> None:
         path: file to create or replace.
 
     Raises:
-        CheckpointError: the network is not consistent (:func:`qat_export.integer.check.check_network`), or a
-        field
-            is not of the type that the description states: :func:`load_network` would refuse it.
+        CheckpointError: the network is not consistent, or a field is not of the type that the description
+            states: :func:`load_network` would refuse it.
         OutputError: ``path`` cannot be written.
     """
     # safetensors takes memory as it lies there, and would scramble what is not contiguous.

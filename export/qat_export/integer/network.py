@@ -26,6 +26,8 @@ Float32 = NDArray[np.float32]
 
 #: Thresholds lie in -128 … 128: at -128 every input is +1, at 128 none is.
 ALWAYS, NEVER = -128, 128
+#: Grid of a gain vector. What its integers stand for is folded into the multipliers before and after it.
+GAIN = Grid(1.0, 8, signed=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,12 +27,10 @@ from numpy.typing import NDArray
 
 from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT, Dyadic
-from qat_export.integer.network import Affine, Attention, BinaryConv, IntegerNetwork, Slopes, SubBlock
+from qat_export.integer.network import GAIN, Affine, Attention, BinaryConv, IntegerNetwork, Slopes, SubBlock
 
 Array = NDArray[Any]
 F32 = np.float32
-#: Integers of a gain vector. What they stand for is folded into the multipliers before and after it.
-GAIN = Grid(1.0, 8, signed=True)
 
 
 def saturate(values: Array, grid: Grid) -> Array:

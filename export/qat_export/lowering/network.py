@@ -26,7 +26,7 @@ from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.quantize.sub_block_constants import BranchIntegers
-from qat_export.integer.check import check_network
+from qat_export.integer.consistency import check_network
 from qat_export.integer.network import (
     NEVER,
     Affine,

@@ -11,8 +11,9 @@ from functools import partial
 import onnx
 from onnx import numpy_helper
 
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.native import emit_native
-from qat_export.graphs.portable import InputKind, emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.figures import TensorExactness
 
@@ -25,7 +26,7 @@ def compare_constants(
     Empty where the graphs differ in more than values: it comes from another version of the exporter, or was
     changed by another tool. A constant is named after the node that reads it, as "NODE, input 4".
     """
-    for emitter in (emit, partial(emit, strict=True), emit_native):
+    for emitter in (emit_portable, partial(emit_portable, strict=True), emit_native):
         fresh = emitter(network, image_size, input_kind=kind)
         if _structure(fresh.graph) == _structure(model.graph):
             return [

@@ -33,8 +33,7 @@ from qat.data.split import Split
 from qat.errors import CheckpointError, DataError
 from qat.grid import Grid
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
-from qat_export.graphs.metadata import OUTPUT
-from qat_export.graphs.portable import InputKind
+from qat_export.graphs.metadata import OUTPUT, InputKind
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter, convolve, signs
 from qat_export.verify.agreement import REFERENCE_IMAGES, reference_count
@@ -59,7 +58,7 @@ from qat_export.verify.probes import (
     with_sums,
 )
 
-__all__ = ["exactness", "sample"]
+__all__ = ["check_exactness", "sample"]
 
 Array = NDArray[Any]
 #: Pixels, over all images, whose tensors are held at the same time.
@@ -70,7 +69,7 @@ FEW_BATCHES: Final = 4
 SUM_IMAGES: Final = 2
 
 
-def exactness(
+def check_exactness(
     model: Path | onnx.ModelProto,
     network: IntegerNetwork,
     images: Tensor,
@@ -125,8 +124,9 @@ def exactness(
 
 
 def sample(split: Split, image_size: int, seed: int = 0) -> Tensor:
-    """Images for :func:`exactness`, uint8 (N, 3, S, S): half of ``split``, the others noise of any contrast.
+    """Images for :func:`check_exactness`: uint8 (N, 3, S, S).
 
+    Half of them are from ``split``, the others are noise of random contrast and brightness.
     As many as the interpreter can be given: 32 up to 32×32 pixels, 2 at 224×224.
     """
     count = reference_count(image_size, REFERENCE_IMAGES)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from qat.errors import CheckpointError, DataError, NativeLibraryError, first_line, nearest
 from qat.recipe.schema import Data
-from qat_export.graphs.metadata import INPUT, OUTPUT
-from qat_export.graphs.portable import InputKind
+from qat_export.graphs.metadata import INPUT, OUTPUT, InputKind
 from qat_export.verify.sessions import create_session
 
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 from qat_export.bench import comparison as bench
 from qat_export.bench.comparison import Report, bench_files, bench_random
-from qat_export.bench.measure import Candidate, Conditions, Measurement
+from qat_export.bench.measurement import Candidate, Conditions, Measurement
 from qat_export.graphs.float32 import FORMAT
 
 from qat.errors import CheckpointError, QatError

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from qat_export.bench import peak_memory as peakmemory
 from qat_export.bench.peak_memory import own_peak_rss_bytes, peak_rss_bytes
 
 from qat.errors import CheckpointError
@@ -59,14 +58,12 @@ def test_a_failure_there_names_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no getrusage")
-def test_without_proc_the_system_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peakmemory, "_STATUS", tmp_path / "none")
-    found = own_peak_rss_bytes()
+def test_without_proc_the_system_is_asked(tmp_path: Path) -> None:
+    found = own_peak_rss_bytes(tmp_path / "none")
     assert found is not None
     assert found > 2**25
 
 
 def test_where_nothing_tells_the_peak_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peakmemory, "_STATUS", tmp_path / "none")
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert own_peak_rss_bytes() is None
+    assert own_peak_rss_bytes(tmp_path / "none") is None

@@ -10,9 +10,9 @@ import pytest
 import torch
 from qat_export.bench import targets
 from qat_export.bench.any_model import AnyModel
-from qat_export.bench.measure import Candidate
+from qat_export.bench.measurement import Candidate
 from qat_export.bench.targets import TARGETS, Subject, Target, export_targets
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 
 from qat.errors import QatError, VerificationError
 from qat.models.bnext import Architecture
@@ -66,7 +66,7 @@ def test_an_integer_target_that_computes_something_else_is_refused(
     def wrong(subject: Subject, path: Path) -> None:
         head = subject.network.head
         classifier = replace(head.classifier, bias=head.classifier.bias + np.int32(1))
-        model = emit(replace(subject.network, head=replace(head, classifier=classifier)))
+        model = emit_portable(replace(subject.network, head=replace(head, classifier=classifier)))
         path.write_bytes(model.SerializeToString())
 
     monkeypatch.setitem(TARGETS, "native", Target(wrong, exact=True))

@@ -26,7 +26,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from qat_export.graphs.float32 import OPSET, emit_float
+from qat_export.graphs.builder import OPSET
+from qat_export.graphs.float32 import emit_float
 from qat_export.verify.model import OnnxModel
 from torch import Tensor, nn
 

@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from qat_export.graphs.metadata import InputKind
 from qat_export.graphs.native import FORMAT, emit_native, packed_weight
-from qat_export.graphs.portable import InputKind, emit
-from qat_export.inspection.file import inspect_onnx
+from qat_export.graphs.portable import emit_portable
+from qat_export.inspection.exports import inspect_onnx
 from qat_export.nativelibrary import DOMAIN
-from qat_export.verify.exactness import exactness
+from qat_export.verify.exactness import check_exactness
 from qat_export.verify.model import OnnxModel
 
 from qat.errors import NativeLibraryError, QuantizationError
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS
-from qat.native import library as nativelibrary
 from qat.native.library import KERNELS_VARIABLE, LIBRARY_VARIABLE
 from tests.helpers.native_models import KERNELS, needs_library
 from tests.helpers.networks import (
@@ -45,7 +45,7 @@ def random(count: int, size: int) -> torch.Tensor:
 
 def problems(network: object, model: onnx.ModelProto, size: int, count: int = 4) -> list[str]:
     """What is missing or differs in a single element."""
-    result = exactness(model, network, random(count, size), batches=(1, count))  # type: ignore[arg-type]
+    result = check_exactness(model, network, random(count, size), batches=(1, count))  # type: ignore[arg-type]
     assert result.constants_compared
     return [*result.missing, *(t.name for t in result.tensors if t.different), *result.problems()]
 
@@ -57,7 +57,7 @@ def test_every_tensor_of_a_network_equals_the_interpreter_with_each_set_of_kerne
 ) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, kernels)
     network = ordinary()[1]
-    result = exactness(emit_native(network), network, random(8, 16), batches=(1, 8))
+    result = check_exactness(emit_native(network), network, random(8, 16), batches=(1, 8))
     assert (result.missing, result.problems()) == ((), [])
     compared = {tensor.name for tensor in result.tensors if tensor.optimizations == "on"}
     assert {f"{sub.name}/y" for sub in network.sub_blocks()} <= compared
@@ -157,16 +157,15 @@ def test_a_model_without_its_library_is_refused_in_words_that_say_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(emit_native(ordinary()[1]), tmp_path / "native.onnx")
-    monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(nativelibrary, "_FOLDER", tmp_path)
-    with pytest.raises(NativeLibraryError, match=r"native\.onnx: has native operators; .*were not built"):
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "none.so"))
+    said = r"native\.onnx: has native operators; .*none\.so: no such file"
+    with pytest.raises(NativeLibraryError, match=said):
         OnnxModel(path)
 
 
 def test_portable_models_need_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(emit(ordinary()[1]), tmp_path / "model.onnx")
-    monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(nativelibrary, "_FOLDER", tmp_path)
+    path = saved(emit_portable(ordinary()[1]), tmp_path / "model.onnx")
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     assert OnnxModel(path).num_classes == 10
 
 
@@ -174,7 +173,7 @@ def test_portable_models_need_no_library(tmp_path: Path, monkeypatch: pytest.Mon
 def test_inspection_finds_every_layer_with_its_bits(tmp_path: Path) -> None:
     network = ordinary()[1]
     native = inspect_onnx(saved(emit_native(network), tmp_path / "native.onnx"))
-    portable = inspect_onnx(saved(emit(network), tmp_path / "model.onnx"))
+    portable = inspect_onnx(saved(emit_portable(network), tmp_path / "model.onnx"))
     assert native.format == "bnext-qat ONNX model, native"
     assert [
         (x.name, x.kind, x.shapes, x.values, x.in_use, x.result, x.multiplier) for x in native.layers

@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 from qat_export.graphs.builder import GraphBuilder, shorten_names, tensor_info
+from qat_export.graphs.metadata import kind_of_input
 from qat_export.graphs.operators import IntegerOperators
-from qat_export.graphs.portable import kind_of_input
 from qat_export.integer.network import ALWAYS, NEVER, BinaryConv, Slopes
 from qat_export.integer.reference import pool2x2, prelu, signs
 

@@ -20,10 +20,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from qat_export.graphs.portable import OPSET, InputKind, emit
+from qat_export.graphs.builder import OPSET
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import ALWAYS, NEVER, IntegerNetwork
 from qat_export.integer.reference import Interpreter
-from qat_export.verify.exactness import exactness
+from qat_export.verify.exactness import check_exactness
 
 from qat.data.augment import normalize
 from qat.models.bnext import BNext
@@ -52,7 +54,7 @@ def assert_parity(torch_model: BNext, size: int, *, seed: int = 9) -> IntegerNet
     network = lowered(torch_model)
     images = pixels(seed, 5, size)
     # Both batches in one comparison: preparing the sessions takes most of its time.
-    result = exactness(emit(network, size), network, images, batches=(1, 5))
+    result = check_exactness(emit_portable(network, size), network, images, batches=(1, 5))
     assert result.missing == ()
     assert [tensor for tensor in result.tensors if tensor.different] == []
     # Sub-blocks alone too, once: their result does not depend on the images.
@@ -196,9 +198,9 @@ def test_images_outside_of_the_pixel_range_saturate_alike() -> None:
 def test_vectors_repeated_along_the_width_or_not_compute_the_same(
     channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qat_export.graphs.operators.REPEATED_CHANNELS", channels)
+    monkeypatch.setattr("qat_export.graphs.storage.REPEATED_CHANNELS", channels)
     network = ordinary()[1]
-    model = emit(network, 15)
+    model = emit_portable(network, 15)
     assert ("Tile" in {node.op_type for node in model.graph.node}) == bool(channels)
     assert list(parity_problems(network, model, pixels(3, 2, 15).numpy())) == []
 
@@ -214,7 +216,7 @@ def test_a_model_of_raw_pixels_gives_the_logits_of_the_float_one(kind: InputKind
     raw.reshape(4, 3, 256)[:, :] = np.arange(256)  # every value in every channel
     raw[1:] = np.random.default_rng(0).permuted(raw[1:], axis=2)
     images = normalize(torch.from_numpy(raw), network.mean, network.std).numpy()
-    pixel_model = emit(network, input_kind=kind, strict=strict)
+    pixel_model = emit_portable(network, input_kind=kind, strict=strict)
     (value,) = pixel_model.graph.input
     fed = raw if kind == "uint8 NCHW" else raw.transpose(0, 2, 3, 1)
     dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -267,12 +269,12 @@ def test_input_and_output_have_a_dynamic_batch_and_the_network_s_shapes() -> Non
     assert (image.name, shape(image)) == ("image", ["batch", 3, 16, 16])
     assert (logits.name, shape(logits)) == ("logits", ["batch", 10])
     assert {v.type.tensor_type.elem_type for v in (image, logits)} == {onnx.TensorProto.FLOAT}
-    assert shape(emit(network, 24).graph.input[0]) == ["batch", 3, 24, 24]
+    assert shape(emit_portable(network, 24).graph.input[0]) == ["batch", 3, 24, 24]
 
 
 def test_emitting_twice_gives_the_same_bytes() -> None:
     network = ordinary()[1]
-    first, second = (emit(network).SerializeToString(deterministic=True) for _ in range(2))
+    first, second = (emit_portable(network).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
 
 
@@ -280,9 +282,10 @@ def test_fresh_processes_with_other_hash_seeds_emit_the_same_bytes(tmp_path: Pat
     network = ordinary()[1]
     (tmp_path / "network.pickle").write_bytes(pickle.dumps(network))
     script = (
-        "import pickle, sys; from pathlib import Path; from qat_export.graphs.portable import emit\n"
+        "import pickle, sys; from pathlib import Path; from qat_export.graphs.portable import emit_portable\n"
         "network = pickle.loads(Path(sys.argv[1], 'network.pickle').read_bytes())\n"
-        "Path(sys.argv[1], 'model.onnx').write_bytes(emit(network).SerializeToString(deterministic=True))\n"
+        "content = emit_portable(network).SerializeToString(deterministic=True)\n"
+        "Path(sys.argv[1], 'model.onnx').write_bytes(content)\n"
         "assert 'torch' not in sys.modules"
     )
     for seed in ("1", "2"):
@@ -291,7 +294,7 @@ def test_fresh_processes_with_other_hash_seeds_emit_the_same_bytes(tmp_path: Pat
             [sys.executable, "-c", script, str(tmp_path)], check=True, env=environment, cwd=tmp_path
         )
         written = (tmp_path / "model.onnx").read_bytes()
-        assert written == emit(network).SerializeToString(deterministic=True)
+        assert written == emit_portable(network).SerializeToString(deterministic=True)
 
 
 def evaluated(model: onnx.ModelProto, output: str) -> np.ndarray[Any, Any]:
@@ -318,7 +321,7 @@ def evaluated(model: onnx.ModelProto, output: str) -> np.ndarray[Any, Any]:
 def test_binary_weights_unpack_to_the_signs_of_the_latent_weights_exactly(widths: tuple[int, ...]) -> None:
     torch_model = toy(7, widths=widths)
     network = lowered(torch_model)
-    model = emit(network)
+    model = emit_portable(network)
     for sub in network.sub_blocks():
         weight = evaluated(model, f"{sub.name}/binary_weight")
         assert weight.dtype == np.int8
@@ -332,7 +335,7 @@ def test_binary_weights_unpack_to_the_signs_of_the_latent_weights_exactly(widths
 
 def test_a_weight_of_a_binary_convolution_takes_one_bit_in_the_file() -> None:
     network = lowered(toy(8, widths=(64, 128), size=8), size=8)
-    model = emit(network)
+    model = emit_portable(network)
     weights = sum(int(np.prod(sub.conv.shape)) for sub in network.sub_blocks())
     bits = [t for t in model.graph.initializer if t.name.endswith("/binary_weight.bits")]
     assert sum(len(t.raw_data) for t in bits) == weights // 8
@@ -417,7 +420,7 @@ def test_metadata_are_complete_and_parse_as_json() -> None:
 
 
 def test_the_metadata_name_the_image_size_of_the_export() -> None:
-    metadata = {entry.key: entry.value for entry in emit(ordinary()[1], 24).metadata_props}
+    metadata = {entry.key: entry.value for entry in emit_portable(ordinary()[1], 24).metadata_props}
     assert metadata["image_size"] == "24"
 
 

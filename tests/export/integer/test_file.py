@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.file import load_network, save_network
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter
@@ -99,8 +99,10 @@ def test_a_loaded_network_does_not_depend_on_its_file(saved: Path) -> None:
 
 def test_what_is_emitted_from_a_loaded_network_has_the_same_bytes(saved: Path) -> None:
     _, network, model = ordinary()
-    assert emit(network).SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
-    again = emit(load_network(saved))
+    assert emit_portable(network).SerializeToString(deterministic=True) == model.SerializeToString(
+        deterministic=True
+    )
+    again = emit_portable(load_network(saved))
     assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
 
 
@@ -157,7 +159,7 @@ from pathlib import Path
 import numpy as np
 from qat_export.integer.file import load_network, save_network
 from qat_export.integer.reference import Interpreter
-from qat_export.integer.describe import describe
+from qat_export.integer.listing import describe
 folder = Path(sys.argv[1])
 network = load_network(folder / "network.safetensors")
 np.save(folder / "logits.npy", Interpreter(network)(np.load(folder / "images.npy")))

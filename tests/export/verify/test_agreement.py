@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from qat_export.graphs.float32 import emit_float
-from qat_export.graphs.portable import InputKind, emit
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.integer.reference import Interpreter
 from qat_export.verify.agreement import LOGIT_DIFFERENCE, TOP1_AGREEMENT, Comparison, compare
@@ -68,7 +69,7 @@ def test_a_model_that_takes_raw_pixels_equals_both_too(
     kind: InputKind, tmp_path: Path, split: MemorySplit
 ) -> None:
     model, network, _ = ordinary()
-    exported = OnnxModel(saved(emit(network, input_kind=kind), tmp_path / "model.onnx"))
+    exported = OnnxModel(saved(emit_portable(network, input_kind=kind), tmp_path / "model.onnx"))
     result = compare(predictor(model), exported, network, split, DATA)
     assert (result.n, result.agreement, result.largest, result.reference_equal) == (40, 100.0, 0.0, 100.0)
 
@@ -94,7 +95,7 @@ def test_torch_and_the_export_agree_on_photographs(count: int, tmp_path: Path) -
     photographs = cifar10(count)
     model = toy(6, size=32, widths=(8, 16, 16), stem_stride=2)
     network = lowered(model, 32)
-    exported = OnnxModel(saved(emit(network), tmp_path / "model.onnx"))
+    exported = OnnxModel(saved(emit_portable(network), tmp_path / "model.onnx"))
     data = DATA.model_copy(update={"image_size": 32, "eval_batch_size": 500})
     result = compare(predictor(model), exported, network, photographs, data)
     assert (result.n, result.reference_n) == (count, 32)
@@ -145,7 +146,7 @@ def test_an_ablated_export_passes_its_verification(
 ) -> None:
     model = toy(4, quantization(trunk=trunk, se=trunk), **options)
     network = lowered(model)
-    exported = OnnxModel(saved(emit(network), tmp_path / "model.onnx"))
+    exported = OnnxModel(saved(emit_portable(network), tmp_path / "model.onnx"))
     result = compare(predictor(model), exported, network, split, DATA)
     assert (result.largest, result.reference_equal) == (0.0, 100.0)
     result.require()
@@ -179,7 +180,7 @@ def test_one_wrong_constant_in_the_file_fails_the_verification(
 ) -> None:
     _, network, model = ordinary()
     good = OnnxModel(saved(model, tmp_path / "good.onnx"))
-    bad = OnnxModel(saved(emit(damaged(network, kind)), tmp_path / "bad.onnx"))
+    bad = OnnxModel(saved(emit_portable(damaged(network, kind)), tmp_path / "bad.onnx"))
     result = compare(good, bad, network, split, DATA)
     assert result.reference_equal < 100.0
     with pytest.raises(VerificationError, match="of the logits equal the integer reference"):
@@ -187,7 +188,7 @@ def test_one_wrong_constant_in_the_file_fails_the_verification(
 
 
 def test_a_model_of_another_network_fails_on_every_bound(tmp_path: Path, split: MemorySplit) -> None:
-    other = OnnxModel(saved(emit(lowered(toy(50))), tmp_path / "other.onnx"))
+    other = OnnxModel(saved(emit_portable(lowered(toy(50))), tmp_path / "other.onnx"))
     torch_model, network, _ = ordinary()
     result = compare(predictor(torch_model), other, network, split, DATA)
     with pytest.raises(VerificationError) as caught:

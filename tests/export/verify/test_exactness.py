@@ -15,11 +15,11 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import BinaryConv, IntegerNetwork, SubBlock
 from qat_export.integer.reference import Interpreter, convolve, signs
 from qat_export.verify import exactness as module
-from qat_export.verify.exactness import exactness, sample
+from qat_export.verify.exactness import check_exactness, sample
 from qat_export.verify.figures import HEADINGS, Exactness
 from qat_export.verify.model import input_array, open_session
 from qat_export.verify.probes import sub_block_inputs, tensor_names, with_outputs, with_sums
@@ -62,7 +62,7 @@ def digits(count: int = 32) -> Tensor:
 def small() -> tuple[IntegerNetwork, onnx.ModelProto]:
     """A network of one block with three sub-blocks: not to be changed."""
     network = lowered(toy(1, widths=(8, 16)))
-    return network, emit(network)
+    return network, emit_portable(network)
 
 
 # A fresh export.
@@ -78,8 +78,8 @@ TARGETS = {
 
 def assert_exact(target: str, images: Tensor) -> Exactness:
     network = ordinary()[1]
-    model = emit(network, images.shape[-1], **TARGETS[target])
-    result = exactness(model, network, images, batches=(1, 32))
+    model = emit_portable(network, images.shape[-1], **TARGETS[target])
+    result = check_exactness(model, network, images, batches=(1, 32))
     assert (result.missing, result.problems()) == ((), [])
     assert {(tensor.different, tensor.largest) for tensor in result.tensors} == {(0, 0.0)}
     result.require()
@@ -107,7 +107,7 @@ def test_every_element_of_a_fresh_export_equals_the_reference_on_photographs(tar
 @pytest.mark.parametrize("options", [{"elm_attention": False}, {"infor_recoupling": False}], ids=str)
 def test_an_ablated_network_is_exact_too(options: dict[str, bool]) -> None:
     network = lowered(toy(4, **options))
-    assert exactness(emit(network), network, random(8)).problems() == []
+    assert check_exactness(emit_portable(network), network, random(8)).problems() == []
 
 
 def test_extreme_parameters_and_images_out_of_range_stay_exact() -> None:
@@ -115,12 +115,12 @@ def test_extreme_parameters_and_images_out_of_range_stay_exact() -> None:
     make_extreme(model, 3)
     network = lowered(model)
     images = 40 * torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert exactness(emit(network), network, images, batches=(2, 6)).problems() == []
+    assert check_exactness(emit_portable(network), network, images, batches=(2, 6)).problems() == []
 
 
 def test_every_named_tensor_of_the_network_is_compared() -> None:
     network, model = ordinary()[1:]
-    result = exactness(model, network, random(2))
+    result = check_exactness(model, network, random(2))
     compared = {tensor.name for tensor in result.tensors if tensor.optimizations == "on"}
     sums = {f"{sub.name}/sum" for sub in network.sub_blocks()}
     assert compared == {*network.grids, *sums, "logits"}
@@ -133,7 +133,7 @@ def test_a_tensor_that_the_model_lacks_is_a_problem() -> None:
     for node in renamed.graph.node:
         for names in (node.input, node.output):
             names[:] = [name.replace("feature.2/trunk_mid", "feature.2/other") for name in names]
-    result = exactness(renamed, network, random(2))
+    result = check_exactness(renamed, network, random(2))
     pointwise = [sub.name for sub in network.blocks[1].pointwise]
     assert result.missing == ("feature.2/trunk_mid", *(f"{name}/sum" for name in pointwise))
     assert result.problems()[0] == "the model has no tensor 'feature.2/trunk_mid'"
@@ -144,7 +144,7 @@ def test_large_images_are_compared_in_slices_and_logits_in_full_batches(
 ) -> None:
     network, model = ordinary()[1:]
     monkeypatch.setattr(module, "SLICE_PIXELS", 2 * 16**2)
-    result = exactness(model, network, random(5), batches=(1, 8))
+    result = check_exactness(model, network, random(5), batches=(1, 8))
     assert (result.problems(), result.batches, result.logit_batches) == ([], (1, 2), (1, 8))
     found = {(level.name, level.optimizations): level.elements for level in result.levels()}
     assert found["logits", "off"] == (2 + 5) * 10
@@ -196,7 +196,7 @@ def test_the_sums_inside_the_graph_s_own_operators_equal_the_reference_integer_f
     widths: tuple[int, ...],
 ) -> None:
     network = lowered(toy(2, widths=widths))
-    model = emit(network)
+    model = emit_portable(network)
     images = pixels(3, 2, 16)
     interpreter = Interpreter(network)
     interpreter(images.numpy())
@@ -244,7 +244,7 @@ def test_one_flipped_sign_bit_is_seen_in_each_convolution_and_named() -> None:
     for seed, sub in enumerate(network.sub_blocks()):
         bit = int(np.random.default_rng(seed).integers(np.prod(sub.conv.shape)))
         wrong = with_conv(wrong, sub.name, sign_bits=flipped(sub.conv, bit))
-    result = exactness(emit(wrong), network, random(4))
+    result = check_exactness(emit_portable(wrong), network, random(4))
     sums = {tensor.name: tensor.largest for tensor in result.tensors if tensor.name.endswith("/sum")}
     assert sums == {f"{sub.name}/sum": 2 * ACCUMULATOR_UNIT for sub in network.sub_blocks()}
 
@@ -259,8 +259,8 @@ def constant(result: Exactness) -> str:
 def test_the_sums_of_convolutions_behind_a_flipped_sign_bit_are_not_blamed(target: str) -> None:
     network = small()[0]
     sub = network.blocks[0].spatial
-    wrong = emit(with_conv(network, sub.name, sign_bits=flipped(sub.conv, 5)), **TARGETS[target])
-    result = exactness(wrong, network, random(4))
+    wrong = emit_portable(with_conv(network, sub.name, sign_bits=flipped(sub.conv, 5)), **TARGETS[target])
+    result = check_exactness(wrong, network, random(4))
     assert {t.name for t in result.tensors if t.name.endswith("/sum") and t.different} == {f"{sub.name}/sum"}
     with pytest.raises(VerificationError, match=rf"binary sums.* in {sub.name}/sum; none may"):
         result.require()
@@ -274,7 +274,7 @@ def test_a_flipped_sign_bit_that_changes_no_result_is_seen_too() -> None:
     multiplier[0] = 2.0**-22  # channel 0 is a constant
     network = with_conv(network, sub.name, multiplier=multiplier)
     wrong = with_conv(network, sub.name, sign_bits=flipped(network.blocks[0].spatial.conv, 3))
-    result = exactness(emit(wrong), network, random(4))
+    result = check_exactness(emit_portable(wrong), network, random(4))
     different = {tensor.name for tensor in result.tensors if tensor.different}
     assert different - {f"{sub.name}/sum"} == {constant(result)}
     assert len(result.problems()) == 3  # the constant, and the sums with optimizations off and on
@@ -339,7 +339,7 @@ def off_by_one(network: IntegerNetwork, kind: str) -> tuple[IntegerNetwork, str]
 def test_a_constant_off_by_one_step_is_seen_and_the_first_wrong_tensor_named(kind: str) -> None:
     network = small()[0]
     wrong, shows = off_by_one(network, kind)
-    result = exactness(emit(wrong), network, random(8))
+    result = check_exactness(emit_portable(wrong), network, random(8))
     assert result.problems()
     with pytest.raises(VerificationError, match="the exported model is not exact: "):
         result.require()
@@ -353,7 +353,7 @@ def test_a_constant_off_by_one_step_is_seen_and_the_first_wrong_tensor_named(kin
 def test_the_table_shows_share_and_difference_and_the_lines_below_the_tensor() -> None:
     network = ordinary()[1]
     wrong, shows = off_by_one(network, "stem bias")
-    result = exactness(emit(wrong), network, random(8))
+    result = check_exactness(emit_portable(wrong), network, random(8))
     rows = {row[0]: row for row in result.rows()}
     assert list(rows) == [*LEVELS, "logits alone"]
     assert {len(row) for row in rows.values()} == {len(HEADINGS)}
@@ -367,7 +367,7 @@ def test_the_table_shows_share_and_difference_and_the_lines_below_the_tensor() -
 
 def test_the_json_form_has_the_same_figures() -> None:
     network = small()[0]
-    result = exactness(emit(off_by_one(network, "stem bias")[0]), network, random(8))
+    result = check_exactness(emit_portable(off_by_one(network, "stem bias")[0]), network, random(8))
     content = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert (content["images"], content["batches"], content["logit_batches"]) == (8, [1, 8], [1, 32])
     stem = next(level for level in content["levels"] if level["level"] == "stem")
@@ -394,8 +394,8 @@ def edited(model: onnx.ModelProto, **changes: str | None) -> onnx.ModelProto:
 
 def test_a_file_is_checked_as_a_model_in_memory_is(tmp_path: Path) -> None:
     network, model = small()
-    in_memory = exactness(model, network, random(3))
-    assert exactness(saved(model, tmp_path / "m.onnx"), network, random(3)) == in_memory
+    in_memory = check_exactness(model, network, random(3))
+    assert check_exactness(saved(model, tmp_path / "m.onnx"), network, random(3)) == in_memory
 
 
 @pytest.mark.parametrize(
@@ -418,28 +418,28 @@ def test_a_model_that_is_not_of_this_network_is_refused_naming_file_and_cause(
     network, model = small()
     path = saved(edited(model, **changes), tmp_path / "m.onnx")
     with pytest.raises(CheckpointError, match=message) as caught:
-        exactness(path, network, random(2))
+        check_exactness(path, network, random(2))
     assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_a_model_of_other_weights_is_refused_by_its_grids(tmp_path: Path) -> None:
-    path = saved(emit(lowered(toy(50, widths=(8, 16)))), tmp_path / "m.onnx")
+    path = saved(emit_portable(lowered(toy(50, widths=(8, 16)))), tmp_path / "m.onnx")
     with pytest.raises(CheckpointError, match=r"another network: its grid of '.*' is Grid\(scale="):
-        exactness(path, small()[0], random(2))
+        check_exactness(path, small()[0], random(2))
 
 
 def test_images_of_another_size_are_refused() -> None:
     network, model = small()
     with pytest.raises(DataError, match="takes 3×16×16 images, given 3×8×8"):
-        exactness(model, network, random(2, size=8))
+        check_exactness(model, network, random(2, size=8))
     with pytest.raises(DataError, match="takes 3×16×16 images, given 3×32×32"):
-        exactness(emit(network, input_kind="uint8 NHWC"), network, random(2, size=32))
+        check_exactness(emit_portable(network, input_kind="uint8 NHWC"), network, random(2, size=32))
 
 
 def test_normalized_images_are_no_pixels() -> None:
     network = small()[0]
     with pytest.raises(ValueError, match=r"'uint8 NCHW' was given torch\.float32 images"):
-        exactness(emit(network, input_kind="uint8 NCHW"), network, pixels(0, 2, 16))
+        check_exactness(emit_portable(network, input_kind="uint8 NCHW"), network, pixels(0, 2, 16))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -453,7 +453,7 @@ def test_a_damaged_file_ends_in_an_error_of_ours_or_in_a_problem(seed: int, tmp_
     path.write_bytes(content)
     message = ""
     try:
-        problems = exactness(path, network, random(2), batches=(2,)).problems()
+        problems = check_exactness(path, network, random(2), batches=(2,)).problems()
     except QatError as error:
         message = str(error)
     assert message.startswith(f"{path}: ") or problems
@@ -491,6 +491,6 @@ def test_the_normalization_is_that_of_the_network() -> None:
     images = random(3)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     by_hand = (images.float() / 255 - mean) / std
-    wrong = emit(off_by_one(network, "stem bias")[0])
-    assert exactness(wrong, network, images) == exactness(wrong, network, by_hand)
-    assert exactness(model, network, by_hand).problems() == []
+    wrong = emit_portable(off_by_one(network, "stem bias")[0])
+    assert check_exactness(wrong, network, images) == check_exactness(wrong, network, by_hand)
+    assert check_exactness(model, network, by_hand).problems() == []

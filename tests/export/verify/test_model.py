@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from qat_export.graphs.float32 import emit_float
-from qat_export.graphs.portable import emit
+from qat_export.graphs.portable import emit_portable
 from qat_export.verify.model import OnnxModel, input_array, open_session
 
 from qat.data.split import MemorySplit
@@ -100,7 +100,7 @@ def test_a_model_with_our_metadata_but_no_fixed_size_is_refused(tmp_path: Path) 
 def test_a_model_of_raw_pixels_is_given_pixels_and_has_the_logits_of_the_other_kind(
     kind: Any, path: Path, tmp_path: Path
 ) -> None:
-    model = OnnxModel(saved(emit(ordinary()[1], input_kind=kind), tmp_path / "m.onnx"))
+    model = OnnxModel(saved(emit_portable(ordinary()[1], input_kind=kind), tmp_path / "m.onnx"))
     assert (model.takes_pixels, model.input_kind) == (True, kind)
     assert (model.image_size, model.num_classes) == (16, 10)
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,7 @@ def test_a_model_that_does_not_say_what_it_takes_takes_normalized_images(tmp_pat
 def test_an_input_that_is_not_what_the_metadata_say_is_refused(
     real: Any, said: str | None, message: str, tmp_path: Path
 ) -> None:
-    target = saved(with_input(emit(ordinary()[1], input_kind=real), said), tmp_path / "m.onnx")
+    target = saved(with_input(emit_portable(ordinary()[1], input_kind=real), said), tmp_path / "m.onnx")
     with pytest.raises(CheckpointError, match=message) as caught:
         OnnxModel(target)
     assert str(caught.value).startswith(f"{target}: ")
@@ -184,7 +184,7 @@ def test_pixel_models_and_float_exports_are_evaluated_like_the_networks_they_cam
     split = MemorySplit([str(i) for i in range(10)], images, torch.arange(40) % 10)
     integer = evaluate(OnnxModel(path), split, DATA)
     for kind in ("uint8 NCHW", "uint8 NHWC"):
-        exported = emit(ordinary()[1], input_kind=kind)
+        exported = emit_portable(ordinary()[1], input_kind=kind)
         assert evaluate(OnnxModel(saved(exported, tmp_path / f"{kind}.onnx")), split, DATA) == integer
     network = float_network()
     exported = emit_float(network, image_size=16, mean=MEAN, std=STD)

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from qat_export.bench import measure as benchmark
+from qat_export.bench import measurement as benchmark
 from qat_export.bench.any_model import AnyModel
-from qat_export.bench.measure import (
+from qat_export.bench.measurement import (
     FEWEST_ROUNDS,
     MOST_ROUNDS,
     WARM_UP_ROUNDS,
@@ -98,7 +98,7 @@ def test_no_model_has_a_place_or_a_predecessor_of_its_own(models: int) -> None:
 def test_as_many_rounds_as_fit_into_the_time(seconds: float, rounds: int) -> None:
     clock = Clock()
     runs = [clock.run(name, iter(lambda: seconds, 0)) for name in "ab"]
-    assert benchmark._rounds(runs, clock) == rounds
+    assert benchmark.rounds_in_time(runs, clock) == rounds
 
 
 def test_the_repeats_asked_for_are_taken(pair: list[Candidate]) -> None:

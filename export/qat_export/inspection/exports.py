@@ -19,9 +19,9 @@ from qat.inspection.facts import (
 )
 from qat_export.graphs.native import FORMAT as NATIVE_FORMAT
 from qat_export.inspection.weight_graph import Array, WeightGraph, exact_share, value_range
-from qat_export.integer.describe import layers as describe_layers
 from qat_export.integer.fields import named_arrays
 from qat_export.integer.file import load_network
+from qat_export.integer.listing import layers as describe_layers
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.model import OnnxModel, normalization
 

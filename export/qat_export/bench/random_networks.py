@@ -97,7 +97,7 @@ def random_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BNext.from_architecture(architecture)
-        fill_at_random(model, random_images(seed, _batch(image_size), image_size, mean, std))
+        fill_at_random(model, random_images(seed, statistics_batch(image_size), image_size, mean, std))
     return model
 
 
@@ -121,11 +121,11 @@ def quantized(
     tensors = (*model.parameters(), *model.buffers())
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     prepare(shared, Quantization(), image_grid(mean, std))
-    images = random_images(seed + 1, _batch(image_size), image_size, mean, std)
+    images = random_images(seed + 1, statistics_batch(image_size), image_size, mean, std)
     calibrate(shared, lambda: shared(images))
     return shared.eval()
 
 
-def _batch(image_size: int) -> int:
+def statistics_batch(image_size: int) -> int:
     """How many images to take statistics of: up to 16, at least 2 (the last layers see few pixels each)."""
     return max(2, min(16, _BATCH_PIXELS // image_size**2))

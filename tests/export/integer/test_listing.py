@@ -6,8 +6,8 @@ import math
 import re
 
 import pytest
-from qat_export.integer.describe import describe, layers
 from qat_export.integer.fields import named_arrays
+from qat_export.integer.listing import describe, layers
 from qat_export.integer.network import IntegerNetwork
 
 from tests.helpers.network_changes import changed

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 from qat_export.graphs.float32 import emit_float
-from qat_export.graphs.portable import InputKind, emit
-from qat_export.inspection.file import inspect_network, inspect_onnx
-from qat_export.integer.describe import layers as described
+from qat_export.graphs.metadata import InputKind
+from qat_export.graphs.portable import emit_portable
+from qat_export.inspection.exports import inspect_network, inspect_onnx
 from qat_export.integer.file import save_network
+from qat_export.integer.listing import layers as described
 
 from qat.errors import CheckpointError
 from qat.inspection.facts import SIGN_BITS, Inspection
@@ -34,7 +35,7 @@ FORMS: dict[str, tuple[InputKind, bool]] = {
 @functools.cache
 def model(form: str) -> onnx.ModelProto:
     kind, strict = FORMS[form]
-    return emit(ordinary()[1], input_kind=kind, strict=strict)
+    return emit_portable(ordinary()[1], input_kind=kind, strict=strict)
 
 
 def floating(network: BNext) -> onnx.ModelProto:
@@ -103,7 +104,7 @@ def test_bits_are_those_that_the_initializers_hold(tmp_path: Path) -> None:
 
 def test_weights_that_fill_no_whole_byte_are_counted_as_they_are_used(tmp_path: Path) -> None:
     network = lowered(toy(widths=(2, 2)))
-    found = inspect_onnx(saved(emit(network), tmp_path / "m"))
+    found = inspect_onnx(saved(emit_portable(network), tmp_path / "m"))
     (spatial, pointwise) = found.binary_layers
     assert (spatial.weights, spatial.size) == (36, 5)
     assert (pointwise.weights, pointwise.size) == (4, 1)
@@ -112,7 +113,7 @@ def test_weights_that_fill_no_whole_byte_are_counted_as_they_are_used(tmp_path: 
 
 def test_four_bit_attention_is_used_at_four_bits_and_stored_at_eight(tmp_path: Path) -> None:
     network = lowered(toy(bits=quantization(se_weight=4)))
-    found = inspect_onnx(saved(emit(network), tmp_path / "m"))
+    found = inspect_onnx(saved(emit_portable(network), tmp_path / "m"))
     attentions = {(x.in_use, x.bits) for x in found.rest_layers if x.kind == "attention"}
     assert attentions == {("int4", 8)}
     assert verdict(found).line.endswith("; rest int4 and int8")

@@ -179,7 +179,7 @@ def _timed(
         results.append(Measurement(candidate, (), size, load_ms, None, model.metadata))
     runs = [partial(model.run, model.input.random(conditions.seed)) for model in models]
     with _collector_held():
-        repeats = conditions.repeats or _rounds(runs, clock)
+        repeats = conditions.repeats or rounds_in_time(runs, clock)
         say(f"measuring {len(runs)} models, {repeats} rounds")
         times = alternate(runs, repeats, clock)
     return [
@@ -247,7 +247,7 @@ def _loaded(
     return model, 1e3 * statistics.median(times)
 
 
-def _rounds(runs: Sequence[Callable[[], object]], clock: Callable[[], float]) -> int:
+def rounds_in_time(runs: Sequence[Callable[[], object]], clock: Callable[[], float]) -> int:
     """As many rounds as fit into :data:`SECONDS`, guessed from one."""
     start = clock()
     alternate(runs, 1, clock)

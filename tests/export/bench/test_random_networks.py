@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from qat_export.bench.random_network import _batch, quantized, random_images, random_network
+from qat_export.bench.random_networks import quantized, random_images, random_network, statistics_batch
 from qat_export.lowering.network import lower
 from torch import Tensor, nn
 
@@ -140,4 +140,4 @@ def test_images_are_normalized_8_bit_pixels() -> None:
 
 
 def test_large_images_are_fewer() -> None:
-    assert [_batch(size) for size in (8, 112, 224, 384, 2048)] == [16, 16, 4, 2, 2]
+    assert [statistics_batch(size) for size in (8, 112, 224, 384, 2048)] == [16, 16, 4, 2, 2]

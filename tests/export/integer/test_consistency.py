@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qat_export.integer.check import check_network
+from qat_export.integer.consistency import check_network
 from qat_export.integer.network import IntegerNetwork
 
 from qat.errors import QuantizationError

@@ -1,0 +1,37 @@
+"""All that a record takes from the project, in one place, and the version that it calls itself."""
+
+# The version is part of checkpoints and exported models, and modules take it over when they are imported.
+# ruff: noqa: E402
+from typing import Final
+
+import qat
+
+VERSION: Final = "0"
+qat.__version__ = VERSION
+
+from qat.cli import main
+from qat.models.bnext import WIDTHS, BNext, binary_convolutions, set_temperature
+from qat.native.bindings import torch_alone
+from qat.native.library import has_library, kernels_in_use
+from qat.quantize.calibration import calibrate
+from qat.recipe.loading import load_recipe
+from qat.recipe.schema import Quantization
+from qat.train.finetuning import finetune
+from qat.train.precision import autocast
+
+__all__ = [
+    "VERSION",
+    "WIDTHS",
+    "BNext",
+    "Quantization",
+    "autocast",
+    "binary_convolutions",
+    "calibrate",
+    "finetune",
+    "has_library",
+    "kernels_in_use",
+    "load_recipe",
+    "main",
+    "set_temperature",
+    "torch_alone",
+]
