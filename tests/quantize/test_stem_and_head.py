@@ -32,7 +32,6 @@ from qat.quantize.quantizers import ActivationQuantizer, activation_quantizers, 
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.train.precision import autocast
-from tests.conftest import toy_images
 from tests.helpers.networks import (
     MEAN,
     STD,
@@ -47,6 +46,7 @@ from tests.helpers.networks import (
     trunk_outputs,
 )
 from tests.helpers.networks import toy as random_toy
+from tests.helpers.toy_networks import toy_images
 
 POSITIVE = st.floats(2.0**-13, 2.0**13, width=32)
 #: As wide as real networks begin: at 8 channels one product is worth so many steps of ``y`` that the integer

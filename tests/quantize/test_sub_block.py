@@ -21,8 +21,8 @@ from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantiz
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
-from tests.conftest import build_float_toy, toy_images
 from tests.helpers.networks import toy
+from tests.helpers.toy_networks import build_float_toy, toy_images
 
 
 def observe(point: Quantizer, x: Tensor) -> None:

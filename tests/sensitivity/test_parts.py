@@ -18,8 +18,8 @@ from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization
 from qat.sensitivity.parts import GROUPS, Part, Sensitivity, measure_parts, parts_of, ranks_of, without
 from qat.sensitivity.variants import Grids, Measure, Variants, grids_of, signal_to_noise
-from tests.conftest import build_float_toy
 from tests.helpers import toy_runs as toyruns
+from tests.helpers.toy_networks import build_float_toy
 from tests.helpers.toy_runs import image_folder
 from tests.helpers.toy_variants import FULL, Counter, layer_of, make_variants
 
