@@ -19,8 +19,8 @@ from qat.system import collectives as distributed
 from qat.system.launch import Share, World
 from qat.train.parallel import check_parallel
 from qat.train.state_file import newest_state
-from tests.helpers.killed import differences, outcome, timeless, unfinished
-from tests.helpers.processes import LONG, arguments, by_launcher, codes, rows, send, the_run, together
+from tests.helpers.joined_processes import LONG, arguments, by_launcher, codes, rows, send, the_run, together
+from tests.helpers.killed_training import differences, outcome, timeless, unfinished
 from tests.helpers.toy_runs import image_folder, qat
 
 # Its processes start from a server, and its runs from a run, of which one is enough.

@@ -20,7 +20,16 @@ import pytest
 from qat.recipe.loading import load_recipe, recipe_yaml
 from qat.train.resume import open_run
 from qat.train.state_file import State, newest_state, write_state
-from tests.helpers.killed import WIDTHS, Ended, arguments, differences, outcome, resume, train, unfinished
+from tests.helpers.killed_training import (
+    WIDTHS,
+    Ended,
+    arguments,
+    differences,
+    outcome,
+    resume,
+    train,
+    unfinished,
+)
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runs import fail, pretrain_toy, settings, succeed
 

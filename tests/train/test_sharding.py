@@ -40,8 +40,18 @@ from qat.train.sharding import (
 )
 from qat.train.state_file import newest_state
 from qat.train.weight_average import WeightAverage
-from tests.helpers.killed import differences, timeless, unfinished
-from tests.helpers.processes import LONG, arguments, by_launcher, call, codes, rows, send, the_run, together
+from tests.helpers.joined_processes import (
+    LONG,
+    arguments,
+    by_launcher,
+    call,
+    codes,
+    rows,
+    send,
+    the_run,
+    together,
+)
+from tests.helpers.killed_training import differences, timeless, unfinished
 from tests.helpers.toy_networks import toy_images
 from tests.helpers.toy_runs import qat, succeed
 from tests.train.test_parallel import ACCELERATE, EVERYTHING, TORCHRUN, alone, launched, left, require_same

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qat.cli.group import main
-from tests.helpers.forked import PROCESSES
+from tests.helpers.fork_server import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 
 #: Seconds after which a process that says nothing hangs.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.group import main
-from tests.helpers.forked import PROCESSES
+from tests.helpers.fork_server import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 
 #: One block beside the stem, of the kind that has most layers.
