@@ -215,10 +215,10 @@ def send(number: int, to: int, at: int, rank: int) -> None:
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from qat.system import collectives as distributed
+    from qat.system import collectives
 
     # A killed process never says why it ended: the others need not wait long to hear it.
-    distributed._PATIENCE = timedelta(seconds=1)  # type: ignore[misc]
+    collectives.PATIENCE = timedelta(seconds=1)
     steps = []
 
     def passed(*_: object) -> None:
