@@ -13,6 +13,12 @@ from qat.recipe.schema import Quantization, TrunkGroup
 
 #: Stem, a block that stays, one that doubles (stride 2), one that stays, one that doubles.
 TOY_WIDTHS = (8, 8, 16, 16, 32)
+#: The architecture whole, and without either or both of its parts.
+ABLATIONS = [
+    {"elm_attention": elm, "infor_recoupling": recoupling}
+    for elm in (True, False)
+    for recoupling in (True, False)
+]
 
 
 def toy_images(count: int = 16, seed: int = 1) -> Tensor:

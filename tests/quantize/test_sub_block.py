@@ -22,7 +22,7 @@ from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
 from tests.helpers.networks import toy
-from tests.helpers.toy_networks import build_float_toy, toy_images
+from tests.helpers.toy_networks import ABLATIONS, build_float_toy, toy_images
 
 
 def observe(point: Quantizer, x: Tensor) -> None:
@@ -91,9 +91,6 @@ def plain(block: FakeQuantSubBlock, x: Tensor) -> Tensor:
 
 def sub_blocks(model: nn.Module) -> list[tuple[str, FakeQuantSubBlock]]:
     return [(name, block) for name, block in model.named_modules() if isinstance(block, FakeQuantSubBlock)]
-
-
-ABLATIONS = [{"elm_attention": e, "infor_recoupling": i} for e in (True, False) for i in (True, False)]
 
 
 #: Shape, frozen, spread: each pair of values of any two.
