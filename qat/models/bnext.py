@@ -104,7 +104,7 @@ class BNext(nn.Module):
         num_classes: rows of the classifier. size: ``tiny``, ``small``, ``middle`` or ``large``. quant:
         ``True`` (or a :class:`qat.recipe.loading.Quantization`) inserts fake quantization at every point
             of the quantization table through :func:`qat.quantize.preparation.prepare`. Points whose ranges
-            clip, by default the trunk's, stay in float until :func:`qat.quantize.preparation.calibrate` finds
+            clip, by default the trunk's, stay in float until :func:`qat.quantize.calibration.calibrate` finds
             the ranges; a training before that warns.
         widths: other channel widths than a published size's.
         stem_stride: ``None`` means 2 at 1000 classes, else 1.

@@ -65,7 +65,9 @@ def update_running_statistics(
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     # No momentum means the plain average of all batches, as in torch.
-    momentum = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
+    momentum: float | Tensor | None = norm.momentum
+    if momentum is None:
+        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     unbiased = variance * _correction(count)
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)

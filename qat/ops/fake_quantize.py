@@ -1,4 +1,4 @@
-"""Values put on a grid of integers while training, in few passes over memory.
+"""Fake quantization: values put on a grid of integers while training, in few passes over memory.
 
 With integers ``q = round(x / s)``: the value is ``clamp(q, low, high) · s`` in float32, its gradient 1 where
 ``q`` lies inside of the range and 0 beyond. Values and gradients are those of
@@ -39,7 +39,7 @@ def fake_quantize(
         bits: width of the integers.
         signed: whether they take both signs; unsigned ones start at 0.
         extremes: of ``x``, where they are known.
-        overwrite: the result may take the memory of ``x``: nobody needs ``x`` any more, no gradient either.
+        overwrite: the result may take the memory of ``x``, which neither the caller nor a gradient needs.
 
     Returns:
         Same shape and type.

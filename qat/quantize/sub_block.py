@@ -12,7 +12,7 @@ from qat.ops.norm_prelu import quantized_norm_prelu
 from qat.ops.planes import without_autocast
 from qat.ops.prelu import prelu
 from qat.ops.scale_add import quantized_scale_add
-from qat.quantize.constant_cache import held_integers
+from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import CONSTANT_BITS
 from qat.quantize.integer_sub_block import computes_integers, integer_sub_block
 from qat.quantize.quantizers import fake_quantize_symmetric
@@ -34,7 +34,9 @@ class FakeQuantSubBlock(SubBlockPoints):
         t = Q_branch(g ⊙ y), or Q_branch(Q_product(g ⊙ y) ⊙ r)    (scale kind)
         out = [t + [B2]_branch]_branch + r                        y + r without BN2
 
-    Gradients pass the grids straight through. The trunk's quantizer follows.
+    BN1's result is quantized before PReLU2 rather than after: then PReLU2 is a function of one 8-bit integer,
+    which every runtime computes exactly. Gradients pass the grids straight through. The trunk's quantizer
+    follows.
     """
 
     def integers(self) -> SubBlockIntegers:
@@ -45,7 +47,7 @@ class FakeQuantSubBlock(SubBlockPoints):
         """(N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
         if computes_integers(self):
             with without_autocast(x):  # which would round the sums
-                return integer_sub_block(self, held_integers(self), x)
+                return integer_sub_block(self, integers_of(self), x)
         signs = shifted_sign(x, self.move.bias, zero_is_positive=True)
         y = quantized_norm_prelu(self.binary_conv(signs), self.norm1, self.slope(self.activation2), self.y)
         trunk, scale_kind = self.source.quantizer, self.kind == "scale"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qat.models.bnext import BNext, set_temperature
 from qat.nn.layers import BinaryConv2d, SqueezeExcitation
 from qat.nn.sub_block import SubBlock
-from qat.quantize.preparation import calibrate
+from qat.quantize.calibration import calibrate
 from qat.recipe.schema import Quantization, TrunkGroup
 
 #: Stem, a block that stays, one that doubles (stride 2), one that stays, one that doubles.

@@ -14,9 +14,10 @@ from qat.nn.layers import pool2x2
 from qat.nn.sub_block import SubBlock
 from qat.ops.batch_norm import folded_batch_norm
 from qat.ops.binary import binarize_activation
+from qat.quantize.calibration import calibrate
 from qat.quantize.folding import CONSTANT_BITS, largest_gain_step
 from qat.quantize.observers import Observer
-from qat.quantize.preparation import calibrate, prepare
+from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantize_symmetric, freeze_observers
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
