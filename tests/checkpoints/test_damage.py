@@ -20,6 +20,7 @@ from qat.checkpoints.format import FORMAT, as_stored, load_checkpoint, save_chec
 from qat.checkpoints.loading import build
 from qat.errors import CheckpointError
 from qat.models.bnext import binary_convolutions
+from tests.helpers.cases import combinations
 from tests.helpers.checkpoints import CONV, all_files, recipe, toy
 
 
@@ -200,8 +201,7 @@ def test_flipped_bytes_never_raise_anything_but_a_checkpoint_error(
     _loads(path)
 
 
-@pytest.mark.parametrize("quant", [False, True])
-@pytest.mark.parametrize("float_dtype", ["float32", "float16"])
+@combinations({"float_dtype": ["float32", "float16"], "quant": [False, True]})
 def test_a_network_as_stored_is_the_network_that_comes_back(
     tmp_path: Path, float_dtype: Literal["float32", "float16"], quant: bool
 ) -> None:

@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 import qat.gate.paired_statistics
 from qat.gate.paired_statistics import detectable_drop, images_needed, power_to_fail, power_to_pass
-from tests.helpers.cases import exhaustive
+from tests.helpers.cases import exhaustive, slow
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,9 @@ from tests.helpers.cases import exhaustive
     [
         (0.02, 0.03, 0.95, 0.8),
         exhaustive(0.05, 0.03, 0.95, 0.8),
-        (0.05, 0.02, 0.9, 0.9),
-        (0.2, 0.03, 0.95, 0.8),
-        (0.02, 0.01, 0.95, 0.5),
+        slow(0.05, 0.02, 0.9, 0.9),
+        slow(0.2, 0.03, 0.95, 0.8),
+        slow(0.02, 0.01, 0.95, 0.5),
         exhaustive(0.005, 0.0025, 0.95, 0.8),
         exhaustive(0.2, 0.01, 0.99, 0.8),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 from qat.errors import QuantizationError
 from qat.models.bnext import WIDTHS, Architecture, BNext, binary_convolutions, is_binary, set_temperature
 from qat.nn.layers import BinaryConv2d
+from tests.helpers.cases import combinations, exhaustive, slow
 from tests.helpers.toy_networks import ABLATIONS
 
 FULL = ABLATIONS[0]
@@ -37,10 +38,8 @@ def test_a_published_size_has_its_published_parameter_counts(size: str, binary: 
 @pytest.mark.parametrize(
     ("size", "ablation"),
     [
-        # Each size, and each ablation of the smallest.
-        pytest.param(
-            size, ablation, marks=[] if size == "tiny" or ablation == FULL else pytest.mark.exhaustive
-        )
+        # Each size, and each ablation of the smallest; the others are slow or exhaustive.
+        (pytest.param if size == "tiny" else slow if ablation == FULL else exhaustive)(size, ablation)
         for size in WIDTHS
         for ablation in ABLATIONS
     ],
@@ -108,8 +107,7 @@ def test_the_stem_has_stride_2_at_1000_classes_unless_told(
     assert model.feature[0](torch.randn(2, 3, 12, 12)).shape == (2, 4, 12 // expected, 12 // expected)
 
 
-@pytest.mark.parametrize("side", [(1, 1), (7, 7), (15, 13), (9, 16), (33, 31)])
-@pytest.mark.parametrize("quantized", [False, True])
+@combinations({"quantized": [False, True], "side": [(1, 1), (7, 7), (15, 13), (9, 16), (33, 31)]})
 def test_odd_and_oblong_images_have_logits(
     side: tuple[int, int], quantized: bool, float_toy: BNext, toy: BNext
 ) -> None:

@@ -16,6 +16,7 @@ from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import ActivationQuantizer, activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.train.precision import autocast
+from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import (
     MEAN,
     STD,
@@ -84,14 +85,14 @@ def test_an_uncalibrated_network_computes_no_integers_nor_does_calibration(
 #: A point that is not calibrated, and the modules that then don't compute integers.
 MISSING = [
     ("feature.0.trunk", {"feature.0", "feature.1.Attention"}),
-    ("feature.1.trunk_mid", {"feature.1.Attention", "feature.1.FFN"}),
+    slow("feature.1.trunk_mid", {"feature.1.Attention", "feature.1.FFN"}),
     ("feature.4.trunk_out", {"feature.4.FFN_1", "feature.4.FFN_2", "pool"}),
     ("feature.2.Attention.y", {"feature.2.Attention"}),
-    ("feature.2.Attention.product", {"feature.2.Attention"}),
-    ("feature.2.Attention.branch", {"feature.2.Attention"}),
+    slow("feature.2.Attention.product", {"feature.2.Attention"}),
+    slow("feature.2.Attention.branch", {"feature.2.Attention"}),
     ("feature.3.FFN.se.pooled", {"feature.3.FFN"}),
-    ("feature.3.FFN.se.hidden", {"feature.3.FFN"}),
-    ("feature.3.FFN.se.logits", {"feature.3.FFN"}),
+    slow("feature.3.FFN.se.hidden", {"feature.3.FFN"}),
+    slow("feature.3.FFN.se.logits", {"feature.3.FFN"}),
     ("fc.input", {"pool", "fc"}),
 ]
 
@@ -125,12 +126,12 @@ def test_evaluating_with_gradients_enabled_gives_the_same_numbers_without_a_warn
 
 
 PARTLY = [
-    Quantization(stem=StemGroup(enabled=False)),
-    Quantization(se=Group(enabled=False)),
-    Quantization(classifier=Group(enabled=False)),
+    slow(Quantization(stem=StemGroup(enabled=False))),
+    slow(Quantization(se=Group(enabled=False))),
+    slow(Quantization(classifier=Group(enabled=False))),
     Quantization(trunk=TrunkGroup(enabled=False)),
     Quantization(exclude=["feature.2.*"]),
-    Quantization(exclude=["*.trunk_mid", "prelu"]),
+    slow(Quantization(exclude=["*.trunk_mid", "prelu"])),
     Quantization(include=["feature.1.*", "fc"]),
 ]
 
@@ -186,8 +187,7 @@ def test_an_integer_network_gives_the_same_logits_within_autocast(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", ABLATIONS, ids=str)
-@pytest.mark.parametrize("extreme", [False, True])
+@combinations({"extreme": [False, True], "options": ABLATIONS})
 def test_a_bfloat16_network_computes_the_integers_of_its_parameters_in_float32(
     options: dict[str, bool], extreme: bool
 ) -> None:
