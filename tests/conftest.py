@@ -63,7 +63,7 @@ def with_report() -> None:
 def _without_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report, which takes longer than a toy's training, where a test doesn't ask for it."""
     if "with_report" not in request.fixturenames:
-        monkeypatch.setattr("qat.cli.training._report", lambda run: None)
+        monkeypatch.setattr("qat.cli.training.report_on", lambda run: None)
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -122,7 +122,7 @@ def toys(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toys")
     shutil.copy(start, folder / "float.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qat.cli.training._report", lambda run: None)
+        patch.setattr("qat.cli.training.report_on", lambda run: None)
         succeed(*finetune_arguments(folder / "runs", folder / "float.safetensors"))
     succeed("export", "--onnx", folder / "model.onnx", "--runs", folder / "runs")
     return folder

@@ -171,7 +171,7 @@ def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> Non
     import qat.cli.training
     import qat.train.finetuning
 
-    qat.cli.training._report = lambda run: None  # type: ignore[assignment]
+    qat.cli.training.report_on = lambda run: None  # type: ignore[assignment]
     qat.train.finetuning.remove_states = lambda path: None  # what a finished run ends with is compared
     if prepare is not None:
         prepare(int(os.environ["RANK"]))

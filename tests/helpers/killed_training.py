@@ -124,7 +124,7 @@ def _child(
         (os, "fsync", written),
         (Path, "replace", renamed),
         (RunDirectory, "log", logged),
-        (qat.cli.training, "_report", lambda run: None),
+        (qat.cli.training, "report_on", lambda run: None),
         *([] if tidy else [(qat.train.finetuning, "remove_states", lambda path: None)]),
     ):
         setattr(owner, name, function)

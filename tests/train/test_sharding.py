@@ -278,6 +278,7 @@ def test_alone_it_makes_no_difference(start: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, its[key]) for key, value in mine.items())
 
 
+@pytest.mark.slow
 def test_in_bfloat16_parts_train_as_copies_do(tmp_path: Path) -> None:
     half = (*LONG, SMALL, "precision=bfloat16", "schedule.epochs=1", "schedule.temperature.share=0.5")
     for name in ("ddp", "fsdp"):
@@ -311,6 +312,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_stopped_run_that_is_killed_as_it_goes_on_with_parts_ends_with_the_same_bytes(
     undisturbed: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
