@@ -1,23 +1,44 @@
 # make finetune   set everything up, fine-tune the default recipe, export it to ONNX
-# make test       set everything up, run linters, type checker, import contract and all tests
+# make test       set everything up, run linters, type checker, import contract and the fast tests
+# make test-all   everything that must hold before a change lands: make test, and all of the following four
+# make test-slow  the slow tests: sanitizers, wheels, a browser, launchers, and every repetition of a fast test
+# make test-instruction-sets  the numerical tests with the instructions of other processors
 # make gate       fine-tune and export the default recipe anew, compare it with the recorded baseline (EPOCHS=2: shorter)
+# make test-nightly  campaigns of hours: many more cases of what the other tests hold
+# make lint       linters, type checker, import contract
 # make bench-train  training speed against a plain implementation, in one run
 # make native     build the native operators again, after a change of qat/native/src
 # make sanitize   the native operators' tests with a library that sanitizers watch
-# make baseline   record that baseline from the newest run under runs/
+# make baseline   record the gate's baseline from the newest run under runs/
+# make pretrain   train the checkpoint that the default recipe starts from
+# make clean      remove the environment and all caches
 VENV ?= .venv
 RECIPE ?= recipes/tiny_int8.yaml
 BIN := $(VENV)/bin
 BASELINE := tests/baselines/tiny_int8_digits.json
+# Workers as there are cores, and tests that share what they make in one of them.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: finetune test lint gate bench-train native sanitize baseline pretrain clean
+# Each test that starts processes loads PyTorch in them: without stored bytecode that takes ten times as long.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: finetune test test-all test-slow test-instruction-sets test-nightly lint gate bench-train native sanitize \
+	baseline pretrain clean
 
 finetune: $(VENV)/.user
 	$(BIN)/qat finetune --recipe $(RECIPE)
 	$(BIN)/qat export --onnx
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(PYTEST)
+
+test-all: test test-slow test-instruction-sets gate
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m "slow and not exhaustive"
+
+test-nightly: $(VENV)/.dev
+	$(PYTEST) -m exhaustive
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -50,13 +71,16 @@ pretrain: $(VENV)/.user
 	$(BIN)/qat pretrain --recipe recipes/tiny_digits_pretrain.yaml
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # A development environment serves users' commands too.
 $(VENV)/.user: pyproject.toml
 	@[ -e $(VENV)/.dev ] && [ $(VENV)/.dev -nt pyproject.toml ] || .ci/install $(VENV)
 	@touch $@
 
+# Collecting the tests stores the bytecode of all that they load, which each worker would compile for itself. A test
+# that can't be loaded is not the environment's matter.
 $(VENV)/.dev: pyproject.toml
 	.ci/install $(VENV) dev
+	@$(BIN)/python -m pytest -q --collect-only >/dev/null 2>&1 || true
 	@touch $@

@@ -18,6 +18,7 @@ from qat.recipe.files import recipes_dir
 from qat.recipe.loading import load_recipe, resolve_checkpoint
 from qat.runs import newest_run
 from qat.train.finetuning import pretrain, pretrained
+from tests.helpers.cases import slow
 from tests.helpers.cifar10 import cifar10
 from tests.helpers.toy_runs import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed
 
@@ -34,7 +35,7 @@ def evaluated(*arguments: object) -> dict[str, float]:
     return content
 
 
-@pytest.mark.parametrize("path", [DIGITS, CIFAR10], ids=["digits", "cifar10"])
+@pytest.mark.parametrize("path", [DIGITS, slow(CIFAR10)], ids=["digits", "cifar10"])
 def test_a_shipped_checkpoint_is_binary_and_small(path: Path) -> None:
     assert path.stat().st_size <= 10e6
     stored = load_checkpoint(path)

@@ -73,11 +73,11 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
         run = run_finetune(loaded, reporter, resumed)
     if world.rank:
         return
-    _report(run.path)
+    report_on(run.path)
     click.echo(f"{run.path}: done. Export it with: qat export --onnx --run {run.path}")
 
 
-def _report(run: Path) -> None:
+def report_on(run: Path) -> None:
     """Write the report on a finished run, which stays a success whatever goes wrong here."""
     try:
         with spinner("writing the report"):

@@ -84,7 +84,7 @@ def render(template: str, **context: object) -> str:
     ``context`` lacks is a programming error (``jinja2.UndefinedError``). Half surrogates, as names of files
     that are not UTF-8 have them, become question marks: the result can always be written as UTF-8.
     """
-    text = _environment().get_template(template).render(version=__version__, **context)
+    text = environment().get_template(template).render(version=__version__, **context)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -94,8 +94,9 @@ def breakable(text: str) -> Markup:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """What templates are read and filled in with; made once."""
+    found = Environment(
         loader=PackageLoader("qat.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -103,5 +104,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["breakable"] = breakable
-    return environment
+    found.filters["breakable"] = breakable
+    return found

@@ -23,8 +23,8 @@ from qat.system.launch import World, launched
 
 _FAILURES: Final = "qat/failures"
 _FAILED: Final = "qat/failed"
-#: How long a process that lost another one waits to hear why.
-_PATIENCE: Final = timedelta(seconds=5)
+#: How long a process that lost another one waits to hear why. To be changed by tests alone.
+PATIENCE = timedelta(seconds=5)
 
 _ALONE: Final = World()
 _world = _ALONE
@@ -42,6 +42,17 @@ def is_main() -> bool:
 
 
 @contextmanager
+def as_one_of(found: World) -> Iterator[World]:
+    """While entered, :func:`world` is ``found``. This alone connects the process with no other."""
+    global _world
+    before, _world = _world, found
+    try:
+        yield found
+    finally:
+        _world = before
+
+
+@contextmanager
 def joined() -> Iterator[World]:
     """While entered, this process is one of those that its launcher started; of one alone nothing changes.
 
@@ -50,7 +61,7 @@ def joined() -> Iterator[World]:
     Raises:
         QatError: the others can't be reached.
     """
-    global _world, _store
+    global _store
     found = launched()
     if found.size == 1:
         yield _ALONE
@@ -63,10 +74,9 @@ def joined() -> Iterator[World]:
         raise QatError(
             f"{found.size} processes were launched, which don't find each other: {first_line(error)}"
         ) from error
-    _world = found
-    yield found
-    total([0.0])  # nobody leaves before all are done
-    _world = _ALONE
+    with as_one_of(found):
+        yield found
+        total([0.0])  # nobody leaves before all are done
     dist.destroy_process_group()
 
 
@@ -86,12 +96,12 @@ def speaks(code: int, message: str, error: BaseException) -> tuple[int, str | No
     try:
         if lost:
             with _expected():
-                _store.wait([_FAILED], _PATIENCE)
+                _store.wait([_FAILED], PATIENCE)
             code, message = 2, "another process of this training ended without a word; --resume goes on"
         if int(_store.add(_FAILURES, 1)) == 1:
             _store.set(_FAILED, f"{code}\n{message}")
             return code, message
-        _store.wait([_FAILED], _PATIENCE)
+        _store.wait([_FAILED], PATIENCE)
         their_code, _, theirs = bytes(_store.get(_FAILED)).decode().partition("\n")
     except RuntimeError:  # the launcher is gone, too
         return code, message

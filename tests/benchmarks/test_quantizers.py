@@ -30,6 +30,7 @@ def toy(toys: Path, tmp_path: Path) -> list[str]:
     return ["--recipe", "tiny_int8", *(word for one in wanted for word in ("--set", one))]
 
 
+@pytest.mark.slow
 def test_each_row_is_measured_once_and_shown_with_bits_and_export(
     toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cases import slow
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / ".ci" / "uvsettings.py"
@@ -73,7 +74,7 @@ def test_what_is_nearer_counts_and_other_commands_do_not(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "setting", ["no-index = true", "only-binary = :all:", "trusted-host = a", "pre = true"]
+    "setting", ["no-index = true", *map(slow, ("only-binary = :all:", "trusted-host = a", "pre = true"))]
 )
 def test_what_uv_might_not_follow_is_left_to_pip(tmp_path: Path, setting: str) -> None:
     status, found, message = told(tmp_path, f"[global]\n{setting}\n")

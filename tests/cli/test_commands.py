@@ -21,7 +21,7 @@ from qat.checkpoints.loading import build
 from qat.cli.group import main
 from qat.models.bnext import set_temperature
 from qat.recipe.files import recipes_dir
-from tests.helpers.killed import train
+from tests.helpers.killed_training import train
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runs import fail, qat, succeed, tune, tuned
 

@@ -23,6 +23,7 @@ from qat.checkpoints.loading import build
 from qat.cli.group import main
 from qat.commands import export as export_command
 from qat.models.bnext import set_temperature
+from tests.helpers.cases import fast_where
 from tests.helpers.native_models import KERNELS
 from tests.helpers.network_changes import differences
 from tests.helpers.toy_runs import fail, qat, succeed, tune, tuned
@@ -105,7 +106,7 @@ def accuracies(toys: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return accuracy(toys / "model.onnx"), accuracy(tuned(toys))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", fast_where(["float32", "uint8 NHWC", "native uint8 NHWC"], FORMS))
 def test_each_form_takes_its_images_and_has_the_accuracy_of_the_checkpoint(
     toys: Path, tmp_path: Path, accuracies: tuple[dict[str, Any], dict[str, Any]], form: str
 ) -> None:

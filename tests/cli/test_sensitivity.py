@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from qat.recipe.loading import load_recipe
+from tests.helpers.cases import slow
 from tests.helpers.toy_runs import fail, qat, recipe, succeed, tune
 
 # One process: each would measure for itself.
@@ -133,7 +134,7 @@ def test_the_page_has_charts_and_every_layer(outcome: tuple[dict[str, Any], Path
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize(("by", "absent"), [("group", "layers"), ("layer", "groups")])
+@pytest.mark.parametrize(("by", "absent"), [("group", "layers"), slow("layer", "groups")])
 def test_by_leaves_out_the_other_kind(toys: Path, tmp_path: Path, by: str, absent: str) -> None:
     command = [*arguments(toys, tmp_path), "--images", "8", "--bits", "8", "--group", "se", "--by", by]
     out = tmp_path / "page.html"

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from qat.cli.group import main
+from tests.helpers.cases import fast_where, slow
 from tests.helpers.tiny_models import image_model
 from tests.helpers.toy_runs import fail, image_folder, qat, settings, succeed, tune, tuned
 
@@ -80,7 +81,7 @@ def verified(*arguments: object) -> dict[str, Any]:
 # What is right
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", fast_where(["uint8 NHWC"], FORMS))
 def test_each_form_of_a_model_is_verified(toys: Path, tmp_path: Path, form: str) -> None:
     path = tmp_path / "m.onnx"
     succeed("export", "--onnx", path, "--checkpoint", tuned(toys), *FORMS[form].split())
@@ -162,8 +163,8 @@ def test_help_fits_eighty_columns_and_says_what_each_option_is_for() -> None:
 @pytest.mark.parametrize(
     ("tensor", "place"),
     [
-        ("feature.1.FFN/binary_weight.bits", "feature.1.FFN/conv"),
-        ("feature.2.Attention/hidden.weight", "feature.2.Attention/hidden"),
+        slow("feature.1.FFN/binary_weight.bits", "feature.1.FFN/conv"),
+        slow("feature.2.Attention/hidden.weight", "feature.2.Attention/hidden"),
         ("fc.weight", "fc/products"),
     ],
 )

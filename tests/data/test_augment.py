@@ -10,7 +10,7 @@ import torch
 from qat.data.augment import Augmenter, shifted
 from qat.recipe.schema import Augment, RandAugment
 from qat.system.launch import Share
-from tests.helpers.processes import call
+from tests.helpers.joined_processes import call
 
 CHANGES: list[dict[str, Any]] = [
     {"pad": 3},

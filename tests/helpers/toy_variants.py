@@ -16,8 +16,8 @@ from qat.sensitivity.bitwidths import Limits, Width, measure_widths, settings_of
 from qat.sensitivity.parts import GROUPS
 from qat.sensitivity.suggestion import Candidate, Suggestion, suggest
 from qat.sensitivity.variants import Grids, Measure, Variants, grids_of
-from tests.conftest import build_float_toy
 from tests.helpers import toy_runs as toyruns
+from tests.helpers.toy_networks import build_float_toy
 
 FULL = Quantization()
 SETTINGS = settings_of(FULL, GROUPS)

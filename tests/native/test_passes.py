@@ -19,7 +19,7 @@ from qat.native import passes as nativepasses
 from qat.native.bindings import PASSES, torch_alone, usable
 from qat.native.passes import Affine
 from qat.ops.scale_add import scaled, scaled_norm_add
-from tests.conftest import need_passes
+from tests.helpers.native_passes import need_passes
 
 GRID = Grid(0.02, 8, signed=True)
 

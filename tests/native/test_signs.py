@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.native import signs as nativesigns
 from qat.native.bindings import library, torch_alone
 from qat.native.signs import can_sum, sign_sums
-from tests.conftest import need_passes
+from tests.helpers.native_passes import need_passes
 
 
 @pytest.fixture(autouse=True)

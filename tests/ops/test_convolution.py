@@ -10,7 +10,7 @@ from torch import Tensor
 from qat.native.bindings import torch_alone
 from qat.ops.convolution import binary_conv2d, training_conv2d
 from qat.ops.winograd import tiny_conv3x3
-from tests.conftest import need_passes
+from tests.helpers.native_passes import need_passes
 
 Convolve = Callable[..., Tensor]
 

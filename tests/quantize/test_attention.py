@@ -14,7 +14,7 @@ from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import ActivationQuantizer
 from qat.recipe.schema import Quantization
-from tests.conftest import build_float_toy
+from tests.helpers.toy_networks import build_float_toy
 
 
 def attentions(model: nn.Module) -> list[FakeQuantSqueezeExcitation]:

@@ -23,6 +23,7 @@ from qat.quantize.backends import backend_of
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers, freeze_observers, power_of_two_above
 from qat.recipe.schema import Quantization
+from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import (
     float_network,
     lowered,
@@ -65,8 +66,7 @@ def train(model: BNext, steps: int = 4) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("bits", [8, 4])
+@combinations({"bits": [8, 4], "power_of_two": [False, True]})
 def test_networks_of_both_backends_with_equal_scales_are_the_same_network(
     bits: int, power_of_two: bool
 ) -> None:
@@ -99,7 +99,7 @@ def test_the_comparison_of_descriptions_sees_one_scale_in_the_last_place() -> No
     assert ".blocks.1.pointwise.0.y_grid.scale" in differences(lowered(one), lowered(other))
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, slow(True)])
 def test_a_network_trained_with_learned_scales_equals_its_export(power_of_two: bool) -> None:
     model = toy(2, settings(backend="brevitas", power_of_two=power_of_two))
     before = {key: value.clone() for key, value in model.state_dict().items() if "log_scale" in key}

@@ -11,7 +11,7 @@ from qat.models.bnext import BNext
 from qat.quantize.constant_cache import integers_of, keeping_constants
 from qat.recipe.schema import Data
 from qat.system.launch import WHOLE
-from tests.conftest import toy_images
+from tests.helpers.toy_networks import toy_images
 
 
 class Twin:

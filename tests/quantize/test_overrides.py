@@ -12,6 +12,7 @@ from qat.errors import QuantizationError
 from qat.quantize.preparation import prepare, quantization_map
 from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import LayerOverride, Quantization
+from tests.helpers.cases import slow
 from tests.helpers.networks import (
     float_network,
     lowered,
@@ -174,7 +175,7 @@ MIXED: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "torch_ao") for name in MIXED),
+        *((slow if name != "every point differs" else pytest.param)(name, "torch_ao") for name in MIXED),
         ("every point differs", "brevitas"),
         pytest.param("trunk", "brevitas", marks=pytest.mark.exhaustive),
         pytest.param("W4A8 and W4A4 attention", "brevitas", marks=pytest.mark.exhaustive),

@@ -22,8 +22,9 @@ from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantiz
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
-from tests.conftest import build_float_toy, toy_images
+from tests.helpers.cases import combinations, exhaustive
 from tests.helpers.networks import toy
+from tests.helpers.toy_networks import ABLATIONS, build_float_toy, toy_images
 
 
 def observe(point: Quantizer, x: Tensor) -> None:
@@ -94,22 +95,19 @@ def sub_blocks(model: nn.Module) -> list[tuple[str, FakeQuantSubBlock]]:
     return [(name, block) for name, block in model.named_modules() if isinstance(block, FakeQuantSubBlock)]
 
 
-ABLATIONS = [{"elm_attention": e, "infor_recoupling": i} for e in (True, False) for i in (True, False)]
-
-
 #: Shape, frozen, spread: each pair of values of any two.
 HALF = [((7, 6), False, 1.0), ((7, 6), True, 3.0), ((2, 2), False, 3.0), ((2, 2), True, 1.0)]
 OTHER_HALF = [(shape, not frozen, spread) for shape, frozen, spread in HALF]
 
 
-@pytest.mark.parametrize(
-    ("shape", "frozen", "spread"),
-    [*HALF, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHER_HALF)],
-    ids=str,
+@combinations(
+    {
+        "observer": ["percentile", "moving_average"],
+        "options": ABLATIONS,
+        "shape, frozen, spread": [*HALF, *(exhaustive(*case) for case in OTHER_HALF)],
+    }
 )
-@pytest.mark.parametrize("options", ABLATIONS, ids=str)
 @pytest.mark.usefixtures("passes")
-@pytest.mark.parametrize("observer", ["percentile", "moving_average"])
 def test_training_computes_the_plain_formula_and_its_gradients(
     options: dict[str, bool], spread: float, frozen: bool, shape: tuple[int, int], observer: Observer
 ) -> None:

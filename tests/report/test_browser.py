@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 from tests.helpers.reports import answers, binary_layer, layer, page
 
 # A worker looks at each page once, and makes the report on a run once.
-pytestmark = pytest.mark.xdist_group("reports")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("reports")]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 VIEWS = {"phone": (375, 812), "desktop": (1280, 900)}

@@ -18,6 +18,7 @@ from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, WeightQ
 from qat.quantize.stem_and_head import FakeQuantStem
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.report.layer_statistics import LayerStatistics, measure
+from tests.helpers.cases import combinations
 
 #: What a recipe may leave in float.
 PARTS = {
@@ -257,8 +258,7 @@ def test_weights_that_are_not_yet_binary_are_found(toy: BNext, images: Tensor) -
 # --- what is listed ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("recoupling", [True, False])
+@combinations({"recoupling": [True, False], "part": list(PARTS)})
 def test_every_line_of_the_quantization_map_is_measured(
     make_toy: Callable[..., BNext], images: Tensor, part: str, recoupling: bool
 ) -> None:

@@ -22,11 +22,11 @@ def page(monkeypatch: pytest.MonkeyPatch) -> object:
     """Renders a page whose content is a template's text."""
 
     def rendered(body: str, **context: object) -> str:
-        environment = qat.report.page._environment()
+        environment = qat.report.page.environment()
         text = '{% extends "base.html" %}' + PARTS + "{% block title %}T{% endblock %}"
         loader = jinja2.DictLoader({"test.html": text + "{% block content %}" + body + "{% endblock %}"})
         overlay = environment.overlay(loader=jinja2.ChoiceLoader([loader, environment.loader]))  # type: ignore[list-item]
-        monkeypatch.setattr(qat.report.page, "_environment", lambda: overlay)
+        monkeypatch.setattr(qat.report.page, "environment", lambda: overlay)
         return render("test.html", **context)
 
     return rendered

@@ -18,8 +18,9 @@ from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization
 from qat.sensitivity.parts import GROUPS, Part, Sensitivity, measure_parts, parts_of, ranks_of, without
 from qat.sensitivity.variants import Grids, Measure, Variants, grids_of, signal_to_noise
-from tests.conftest import build_float_toy
 from tests.helpers import toy_runs as toyruns
+from tests.helpers.cases import slow
+from tests.helpers.toy_networks import build_float_toy
 from tests.helpers.toy_runs import image_folder
 from tests.helpers.toy_variants import FULL, Counter, layer_of, make_variants
 
@@ -143,7 +144,7 @@ def test_the_figures_are_those_of_the_variants(variants: Variants, grids: Grids)
     [
         ("feature.2.trunk_mid", 0.02),
         pytest.param("feature.1.trunk_out", 60.0, marks=pytest.mark.exhaustive),
-        ("feature.2.Attention", 60.0),
+        slow("feature.2.Attention", 60.0),
     ],
 )
 def test_a_ruined_layer_ranks_first_everywhere(

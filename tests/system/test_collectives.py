@@ -28,8 +28,8 @@ from qat.system.collectives import (
 )
 from qat.system.launch import Share, World, launched
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
-from tests.conftest import toy_images
-from tests.helpers.processes import call, together
+from tests.helpers.joined_processes import call, together
+from tests.helpers.toy_networks import toy_images
 
 NAN = float("nan")
 

@@ -15,7 +15,7 @@ from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.schema import Quantization
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
-from tests.conftest import build_float_toy, toy_images
+from tests.helpers.toy_networks import build_float_toy, toy_images
 
 STATISTICS = ("running_mean", "running_var")
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from qat.errors import RecipeError
-from qat.system import collectives as distributed
+from qat.system.collectives import as_one_of
 from qat.system.launch import World
 from qat.train.device import choose_device
 
 
 @pytest.fixture
-def third_of_four(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def third_of_four(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """One of four processes on a machine with two GPUs."""
-    monkeypatch.setattr(distributed, "_world", World(2, 4, 2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    return monkeypatch
+    with as_one_of(World(2, 4, 2)):
+        yield monkeypatch
 
 
 def test_each_process_gets_the_gpu_of_its_number_on_its_machine(third_of_four: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    third_of_four.setattr(distributed, "_world", World(2, 4, 1))
     third_of_four.setattr(torch.cuda, "set_device", chosen.append)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    with as_one_of(World(2, 4, 1)):
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert chosen == [1, 1]
 
 

@@ -23,6 +23,7 @@ from qat.runs import RunDirectory
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
 from qat.train.finetuning import apply_freezes, calibration_pass, finetune, pretrain, splits_of
 from tests.helpers import toy_runs as toyruns
+from tests.helpers.cases import slow
 from tests.helpers.toy_runs import Silent
 
 
@@ -88,7 +89,7 @@ def test_frozen_scales_and_statistics_do_not_move(checkpoint: Path, tmp_path: Pa
         assert not all(torch.equal(states["free"][key], calibrated[key]) for key in keys)
 
 
-@pytest.mark.parametrize("ema", ["null", "0.9"])
+@pytest.mark.parametrize("ema", ["null", slow("0.9")])
 def test_statistics_are_averaged_anew_after_the_last_step_and_before_the_evaluation(
     checkpoint: Path, tmp_path: Path, ema: str
 ) -> None:
@@ -244,7 +245,7 @@ def test_no_epochs_calibrate_and_stop(checkpoint: Path, tmp_path: Path) -> None:
     assert summary["int8"] == summary["calibrated"]
 
 
-@pytest.mark.parametrize("size", ["1400", "64"])
+@pytest.mark.parametrize("size", ["1400", slow("64")])
 def test_annealing_reaches_its_end_however_few_the_steps(tmp_path: Path, size: str) -> None:
     overrides = (f"data.batch_size={size}", "schedule.temperature.share=1.0", "schedule.temperature.end=9e-8")
     best = toyruns.pretrain_toy(tmp_path, *overrides)
@@ -309,10 +310,10 @@ def test_a_recipe_that_quantizes_the_stem_alone_needs_no_calibration(
     ("weights", "batch"),
     [
         pytest.param("float32", "320", id="float32-within an epoch"),
-        pytest.param("float32", "1400", id="float32-in its last step"),
+        pytest.param("float32", "1400", id="float32-in its last step", marks=pytest.mark.slow),
         # Where no checkpoint is due, how it would store weights doesn't matter.
         pytest.param("float16", "320", id="float16-within an epoch", marks=pytest.mark.exhaustive),
-        pytest.param("float16", "1400", id="float16-in its last step"),
+        pytest.param("float16", "1400", id="float16-in its last step", marks=pytest.mark.slow),
     ],
 )
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(

@@ -15,12 +15,12 @@ import torch
 from qat.checkpoints.format import load_checkpoint
 from qat.errors import RecipeError
 from qat.recipe.loading import load_recipe
-from qat.system import collectives as distributed
+from qat.system.collectives import as_one_of
 from qat.system.launch import Share, World
 from qat.train.parallel import check_parallel
 from qat.train.state_file import newest_state
-from tests.helpers.killed import differences, outcome, timeless, unfinished
-from tests.helpers.processes import LONG, arguments, by_launcher, codes, rows, send, the_run, together
+from tests.helpers.joined_processes import LONG, arguments, by_launcher, codes, rows, send, the_run, together
+from tests.helpers.killed_training import differences, outcome, timeless, unfinished
 from tests.helpers.toy_runs import image_folder, qat
 
 # Its processes start from a server, and its runs from a run, of which one is enough.
@@ -232,8 +232,8 @@ def test_what_accelerate_is_configured_for_and_this_can_not_do_is_refused(
     recipe = load_recipe("tiny_digits_pretrain").recipe
     monkeypatch.setenv(name, "true")
     check_parallel(recipe)  # alone
-    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
-    with pytest.raises(RecipeError, match=r"accelerate is configured for .*, allowed: distributed data"):
+    refused = pytest.raises(RecipeError, match=r"accelerate is configured for .*, allowed: distributed data")
+    with as_one_of(World(0, 2, 0)), refused:
         check_parallel(recipe)
 
 

@@ -12,7 +12,7 @@ import pytest
 from qat.errors import QatError
 from qat.system.collectives import world
 from qat.train.provenance import check_alike
-from tests.helpers.processes import call
+from tests.helpers.joined_processes import call
 
 
 def resumed(path: str) -> Any:

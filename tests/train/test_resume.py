@@ -20,7 +20,17 @@ import pytest
 from qat.recipe.loading import load_recipe, recipe_yaml
 from qat.train.resume import open_run
 from qat.train.state_file import State, newest_state, write_state
-from tests.helpers.killed import WIDTHS, Ended, arguments, differences, outcome, resume, train, unfinished
+from tests.helpers.cases import slow
+from tests.helpers.killed_training import (
+    WIDTHS,
+    Ended,
+    arguments,
+    differences,
+    outcome,
+    resume,
+    train,
+    unfinished,
+)
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runs import fail, pretrain_toy, settings, succeed
 
@@ -75,7 +85,7 @@ def kill(reference: Callable[..., Reference], start: Path) -> Callable[..., Path
 # Killed and resumed
 
 
-@pytest.mark.parametrize("task", ["finetune", pytest.param("pretrain", marks=EXHAUSTIVE)])
+@pytest.mark.parametrize("task", [slow("finetune"), pytest.param("pretrain", marks=EXHAUSTIVE)])
 def test_a_run_killed_twice_at_random_ends_with_the_same_bytes(
     reference: Callable[..., Reference], kill: Callable[..., Path], task: str
 ) -> None:
@@ -139,6 +149,7 @@ def test_mixing_averaging_and_accumulation_go_on_to_the_same_bytes(
     assert differences(outcome(run), expected) == []
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_goes_on_with_that_teacher_alone(
     reference: Callable[..., Reference], kill: Callable[..., Path], start: Path, tmp_path: Path
 ) -> None:

@@ -21,8 +21,7 @@ from qat.nn.block import bounded
 from qat.nn.layers import BinaryConv2d
 from qat.recipe.loading import load_recipe
 from qat.recipe.schema import Optimizer, Recipe
-from qat.system import collectives as distributed
-from qat.system.collectives import world
+from qat.system.collectives import as_one_of, world
 from qat.system.launch import World
 from qat.train.loop import _spoilt
 from qat.train.optimizer import make_optimizer
@@ -40,9 +39,19 @@ from qat.train.sharding import (
 )
 from qat.train.state_file import newest_state
 from qat.train.weight_average import WeightAverage
-from tests.conftest import toy_images
-from tests.helpers.killed import differences, timeless, unfinished
-from tests.helpers.processes import LONG, arguments, by_launcher, call, codes, rows, send, the_run, together
+from tests.helpers.joined_processes import (
+    LONG,
+    arguments,
+    by_launcher,
+    call,
+    codes,
+    rows,
+    send,
+    the_run,
+    together,
+)
+from tests.helpers.killed_training import differences, timeless, unfinished
+from tests.helpers.toy_networks import toy_images
 from tests.helpers.toy_runs import qat, succeed
 from tests.train.test_parallel import ACCELERATE, EVERYTHING, TORCHRUN, alone, launched, left, require_same
 
@@ -269,6 +278,7 @@ def test_alone_it_makes_no_difference(start: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, its[key]) for key, value in mine.items())
 
 
+@pytest.mark.slow
 def test_in_bfloat16_parts_train_as_copies_do(tmp_path: Path) -> None:
     half = (*LONG, SMALL, "precision=bfloat16", "schedule.epochs=1", "schedule.temperature.share=0.5")
     for name in ("ddp", "fsdp"):
@@ -302,6 +312,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_stopped_run_that_is_killed_as_it_goes_on_with_parts_ends_with_the_same_bytes(
     undisturbed: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
@@ -364,12 +375,12 @@ def _recipe(name: str, *overrides: str) -> Recipe:
 def test_where_processes_share_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, asks = _recipe("tiny_digits_pretrain"), _recipe("tiny_digits_pretrain", FSDP)
     assert not shards(asks)  # alone
-    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
-    assert shards(asks)
-    assert not shards(plain)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert shards(plain)
-    check_parallel(plain)
+    with as_one_of(World(0, 2, 0)):
+        assert shards(asks)
+        assert not shards(plain)
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        assert shards(plain)
+        check_parallel(plain)
 
 
 def test_what_is_refused_is_said_in_one_line_before_there_is_a_run(tmp_path: Path) -> None:
@@ -389,10 +400,10 @@ def test_fine_tuning_with_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_parallel(_recipe("tiny_int8"))  # alone
-    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
-    with pytest.raises(
+    refused = pytest.raises(
         RecipeError, match="configured for FSDP, allowed for `qat finetune`: distributed data"
-    ):
+    )
+    with as_one_of(World(0, 2, 0)), refused:
         check_parallel(_recipe("tiny_int8"))
 
 
@@ -400,12 +411,12 @@ def test_fine_tuning_with_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_options_of_accelerate_that_would_be_ignored_at_a_cost_are_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "_world", World(0, 2, 0))
     monkeypatch.setenv(name, "true")
-    check_parallel(_recipe("tiny_digits_pretrain", FSDP))  # torchrun knows nothing of it
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match=name):
-        check_parallel(_recipe("tiny_digits_pretrain"))
+    with as_one_of(World(0, 2, 0)):
+        check_parallel(_recipe("tiny_digits_pretrain", FSDP))  # torchrun knows nothing of it
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(RecipeError, match=name):
+            check_parallel(_recipe("tiny_digits_pretrain"))
 
 
 # Launchers

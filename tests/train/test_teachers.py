@@ -21,6 +21,7 @@ from qat.recipe.loading import LoadedRecipe
 from qat.train.finetuning import finetune, pretrain
 from qat.train.teachers import Input, Teacher, Teachers, load_teachers
 from tests.helpers import toy_runs as toyruns
+from tests.helpers.cases import slow
 from tests.helpers.toy_runs import Silent, fail, finetune_arguments, settings
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_an_absent_teacher_is_refused_before_there_is_a_run(start: Path, tmp_pat
     assert "distillation.teachers[0]: found 'timm:', allowed: the path of a checkpoint, or" in message
 
 
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+@pytest.mark.parametrize("task", [slow("pretrain"), "finetune"])
 def test_teachers_change_training_and_are_named_absolutely(
     start: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from qat.errors import RecipeError
 from qat.recipe.schema import Tracking
 from qat.train.trackers import check_trackers
-from tests.helpers.processes import LONG, arguments, call, codes, rows, send, the_run, together
+from tests.helpers.joined_processes import LONG, arguments, call, codes, rows, send, the_run, together
 from tests.helpers.toy_runs import fail, qat
 
 BOARD = ("tracking.trackers=[tensorboard]", "tracking.every=2", *LONG)

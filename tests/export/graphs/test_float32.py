@@ -38,6 +38,7 @@ from qat.nn.sub_block import SubBlock
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
+from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import MEAN, STD, float_network, make_extreme, pixels, quantization, toy
 from tests.helpers.paths import ROOT
 
@@ -184,8 +185,7 @@ def test_every_architecture_equals_torch(build: Any, infor_recoupling: bool, elm
     assert_parity(model, exported(model), pixels(3, 8, 16))
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 9, 15, 33])
-@pytest.mark.parametrize("stem_stride", [1, 2])
+@combinations({"stem_stride": [1, 2], "size": [1, 2, 7, 9, 15, 33]})
 def test_odd_sides_equal_torch(size: int, stem_stride: int) -> None:
     model = float_network(2, widths=(8, 8, 16, 16, 32), stem_stride=stem_stride, elm_attention=size != 9)
     assert_parity(model, exported(model, size), pixels(4, 4, size))
@@ -399,7 +399,7 @@ def shared_network(build: Any) -> BNext:
     ],
 )
 @pytest.mark.parametrize(("value", "named"), [(float("nan"), "NaN"), (float("-inf"), "an infinity")])
-@pytest.mark.parametrize("build", [float_network, toy])
+@pytest.mark.parametrize("build", [float_network, slow(toy)])
 def test_a_value_that_is_not_finite_is_refused_by_the_tensor_s_name(
     key: str, value: float, named: str, build: Any
 ) -> None:

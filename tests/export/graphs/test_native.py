@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from qat_export.verify.model import OnnxModel
 from qat.errors import NativeLibraryError, QuantizationError
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS
 from qat.native.library import KERNELS_VARIABLE, LIBRARY_VARIABLE
+from tests.helpers.cases import combinations, exhaustive, slow
 from tests.helpers.native_models import KERNELS, needs_library
 from tests.helpers.networks import (
     float_network,
@@ -33,7 +33,6 @@ from tests.helpers.networks import (
     with_conv,
 )
 
-further = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 #: What an operator's name is followed by in the domain's list.
 OPERATORS = {"Stem", "BinaryConv", "ChannelAttention", "TrunkUpdate", "ChannelSums"}
 
@@ -67,29 +66,28 @@ def test_every_tensor_of_a_network_equals_the_interpreter_with_each_set_of_kerne
 
 
 @needs_library
-@pytest.mark.parametrize("size", [1, further(8), 9, further(13), 31])
-@pytest.mark.parametrize("stem_stride", [1, 2])
+@combinations({"stem_stride": [1, 2], "size": [1, exhaustive(8), 9, exhaustive(13), 31]})
 def test_images_of_any_size_are_exact(size: int, stem_stride: int) -> None:
     network = lowered(toy(1, stem_stride=stem_stride))
     assert problems(network, emit_native(network, size), size) == []
 
 
 @needs_library
-@pytest.mark.parametrize("options", [{"elm_attention": False}, {"infor_recoupling": False}], ids=str)
+@pytest.mark.parametrize("options", [{"elm_attention": False}, slow({"infor_recoupling": False})], ids=str)
 def test_an_ablated_network_is_exact_too(options: dict[str, bool]) -> None:
     network = lowered(toy(4, **options))
     assert problems(network, emit_native(network), 16) == []
 
 
 @needs_library
-@pytest.mark.parametrize("bits", [2, 3, further(4), further(6)])
+@pytest.mark.parametrize("bits", [2, 3, exhaustive(4), exhaustive(6)])
 def test_every_width_in_bits_is_exact(bits: int) -> None:
     network = lowered(toy(2, quantization(trunk=bits, se=bits, se_weight=bits, classifier=bits)))
     assert problems(network, emit_native(network), 16) == []
 
 
 @needs_library
-@pytest.mark.parametrize("seed", [0, 1, 2, *(further(seed) for seed in (3, 4, 5))])
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2), *map(exhaustive, (3, 4, 5))])
 def test_extreme_parameters_are_exact(seed: int) -> None:
     model = float_network(seed, size=12)
     make_extreme(model, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pickle
@@ -29,6 +28,7 @@ from qat_export.verify.exactness import check_exactness
 
 from qat.data.augment import normalize
 from qat.models.bnext import BNext
+from tests.helpers.cases import combinations, exhaustive, slow
 from tests.helpers.networks import (
     float_network,
     lowered,
@@ -46,7 +46,6 @@ from tests.helpers.paths import ROOT
 
 #: Two of three blocks: for claims about numbers, not about how blocks are put together.
 FEW_WIDTHS = (8, 8, 16)
-further = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 def assert_parity(torch_model: BNext, size: int, *, seed: int = 9) -> IntegerNetwork:
@@ -66,7 +65,7 @@ def assert_parity(torch_model: BNext, size: int, *, seed: int = 9) -> IntegerNet
 # Parity with the interpreter.
 
 
-@pytest.mark.parametrize("examples", [10, further(40)])
+@pytest.mark.parametrize("examples", [10, exhaustive(40)])
 def test_torch_interpreter_and_graph_are_equal_on_random_networks(examples: int) -> None:
     # Shrinking would rebuild networks for minutes; an example is printed as drawn.
     settings(
@@ -104,9 +103,7 @@ def equal_on_a_random_network(data: st.DataObject) -> None:
     assert_parity(model, size, seed=seed)
 
 
-@pytest.mark.parametrize("elm_attention", [True, False])
-@pytest.mark.parametrize("infor_recoupling", [True, False])
-@pytest.mark.parametrize("stem_stride", [1, 2])
+@combinations({"stem_stride": [1, 2], "infor_recoupling": [True, False], "elm_attention": [True, False]})
 def test_every_architecture_equals_the_interpreter_at_8_bits(
     elm_attention: bool, infor_recoupling: bool, stem_stride: int
 ) -> None:
@@ -114,21 +111,20 @@ def test_every_architecture_equals_the_interpreter_at_8_bits(
     assert_parity(model, 17)
 
 
-@pytest.mark.parametrize("size", [1, 2, further(9), 15, further(16), 17, further(33)])
+@pytest.mark.parametrize("size", [1, slow(2), exhaustive(9), 15, exhaustive(16), slow(17), exhaustive(33)])
 def test_the_graph_equals_the_interpreter_at_other_image_sizes_than_the_network_was_trained_at(
     size: int,
 ) -> None:
     assert_parity(ordinary()[0], size)
 
 
-@pytest.mark.parametrize("trunk", [2, 3, *(further(bits) for bits in (4, 6)), 5, 7, 8])
+@pytest.mark.parametrize("trunk", [2, slow(3), exhaustive(4), exhaustive(6), slow(5), slow(7), 8])
 def test_the_graph_equals_the_interpreter_for_every_width_of_the_activations(trunk: int) -> None:
     bits = quantization(trunk=trunk, se=10 - trunk, classifier=trunk, se_weight=trunk, stem_weight=10 - trunk)
     assert_parity(toy(2, bits, widths=FEW_WIDTHS), 15)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(further(seed) for seed in (2, 3, 4)), 5])
-@pytest.mark.parametrize("when", ["before", "after"])
+@combinations({"when": ["before", "after"], "seed": [0, 1, *map(exhaustive, (2, 3, 4)), 5]})
 def test_extreme_parameters_keep_the_parity(seed: int, when: str) -> None:
     model = float_network(seed, widths=FEW_WIDTHS)
     if when == "before":
@@ -139,9 +135,11 @@ def test_extreme_parameters_keep_the_parity(seed: int, when: str) -> None:
     assert_parity(model, 9)
 
 
-@pytest.mark.parametrize("factor", [1e-7, further(1e-3), further(1e3), 1e7])
-@pytest.mark.parametrize(
-    "points", [(".y", ".branch"), ("trunk", "trunk_mid", "trunk_out"), (".product",), (".logits",)]
+@combinations(
+    {
+        "points": [(".y", ".branch"), ("trunk", "trunk_mid", "trunk_out"), (".product",), (".logits",)],
+        "factor": [1e-7, exhaustive(1e-3), exhaustive(1e3), 1e7],
+    }
 )
 def test_grids_of_very_different_scales_keep_the_parity(factor: float, points: tuple[str, ...]) -> None:
     model = toy(3, widths=FEW_WIDTHS)
@@ -161,7 +159,8 @@ def test_moves_beyond_every_trunk_value_keep_the_parity() -> None:
 
 
 @pytest.mark.parametrize(
-    "slopes", [(0.0,), (1.0,), (-1.0, -0.5), (1.5, 0.1), (-4.0, 4.0), (100.0, 1e-6), (1e-9,)]
+    "slopes",
+    [(0.0,), slow((1.0,)), slow((-1.0, -0.5)), slow((1.5, 0.1)), (-4.0, 4.0), (100.0, 1e-6), slow((1e-9,))],
 )
 def test_prelu_slopes_of_every_kind_keep_the_parity(slopes: tuple[float, ...]) -> None:
     model = float_network(5, widths=FEW_WIDTHS)
@@ -208,8 +207,7 @@ def test_vectors_repeated_along_the_width_or_not_compute_the_same(
 # Input.
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind", ["uint8 NCHW", "uint8 NHWC"])
+@combinations({"kind": ["uint8 NCHW", "uint8 NHWC"], "strict": [False, True]})
 def test_a_model_of_raw_pixels_gives_the_logits_of_the_float_one(kind: InputKind, strict: bool) -> None:
     _, network, model = ordinary()
     raw = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16)).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from qat_export.integer.reference import Interpreter
 
 from qat.errors import QuantizationError
 from qat.grid import Grid
+from tests.helpers.cases import exhaustive, slow
 from tests.helpers.networks import (
     float_network,
     lowered,
@@ -28,8 +28,6 @@ from tests.helpers.networks import (
     quantization,
     toy,
 )
-
-further = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 def extreme(seed: int) -> IntegerNetwork:
@@ -48,7 +46,7 @@ def test_it_has_no_quantized_operator_over_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "size"), [((8, 8), 16), ((4, 3), 9), further((8, 8), 9), further((4, 3), 16)]
+    ("bits", "size"), [((8, 8), 16), slow((4, 3), 9), exhaustive((8, 8), 9), exhaustive((4, 3), 16)]
 )
 def test_it_equals_the_interpreter_in_onnxruntime(size: int, bits: tuple[int, int]) -> None:
     network = lowered(toy(2, quantization(trunk=bits[0], se=bits[1], stem_weight=bits[0])))
@@ -56,7 +54,7 @@ def test_it_equals_the_interpreter_in_onnxruntime(size: int, bits: tuple[int, in
     assert list(parity_problems(network, model, pixels(1, 3, size).numpy())) == []
 
 
-@pytest.mark.parametrize("seed", [0, 1, further(2), further(3)])
+@pytest.mark.parametrize("seed", [0, slow(1), exhaustive(2), exhaustive(3)])
 def test_extreme_parameters_keep_the_parity(seed: int) -> None:
     network = extreme(seed)
     model = emit_portable(network, strict=True)
@@ -92,8 +90,8 @@ def in_openvino(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndar
 
 @pytest.mark.parametrize(
     ("kind", "seed"),
-    [("ordinary", 0), ("extreme", 0), ("extreme", 1)]
-    + [further(*case) for case in (("ordinary", 1), ("ordinary", 2), ("extreme", 2))],
+    [("ordinary", 0), ("extreme", 0), slow("extreme", 1)]
+    + [exhaustive(*case) for case in (("ordinary", 1), ("ordinary", 2), ("extreme", 2))],
 )
 def test_openvino_computes_the_interpreter_s_logits_bit_for_bit(kind: str, seed: int) -> None:
     network = ordinary(seed)[1] if kind == "ordinary" else extreme(seed)

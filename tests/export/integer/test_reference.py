@@ -21,6 +21,7 @@ from qat.quantize.dyadic import Dyadic
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD
 from qat.quantize.quantizers import FixedQuantizer
+from tests.helpers.cases import slow
 from tests.helpers.networks import (
     MEAN,
     STD,
@@ -179,7 +180,7 @@ def expected_sub_block(sub: SubBlock, x: Array, source: Grid, output: Grid) -> A
 
 @pytest.mark.parametrize("elm_attention", [True, False])
 @pytest.mark.parametrize("infor_recoupling", [True, False])
-@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize("side", [7, slow(8)])
 def test_a_sub_block_of_each_kind_equals_an_independent_computation(
     elm_attention: bool, infor_recoupling: bool, side: int
 ) -> None:

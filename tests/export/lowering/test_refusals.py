@@ -21,6 +21,7 @@ from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
+from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import MEAN, STD, float_network, lowered, quantization, toy
 
 
@@ -126,7 +127,7 @@ def put(name: str, value: float) -> Callable[[BNext], None]:
     return change
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), slow(float("inf")), slow(-float("inf"))])
 @pytest.mark.parametrize(
     "name",
     [
@@ -175,7 +176,7 @@ HUGE = [
 ]
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, slow(-1)])
 @pytest.mark.parametrize(("name", "message"), HUGE)
 def test_a_huge_parameter_is_refused_by_the_name_of_its_layer(name: str, message: str, sign: int) -> None:
     model = fresh()
@@ -211,8 +212,9 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("step", "said"), [(0.0, "0"), (-0.1, "-0.1"), (1e-45, "1.4e-45"), (3e38, "3e+38")])
-@pytest.mark.parametrize("name", POINTS)
+@combinations(
+    {"name": POINTS, "step, said": [(0.0, "0"), (-0.1, "-0.1"), (1e-45, "1.4e-45"), (3e38, "3e+38")]}
+)
 def test_a_step_without_a_rule_is_refused_by_the_name_of_the_point(name: str, step: float, said: str) -> None:
     model = fresh()
     dict(activation_quantizers(model))[name].scale.fill_(step)

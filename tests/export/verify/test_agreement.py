@@ -21,6 +21,7 @@ from qat.data.split import MemorySplit
 from qat.errors import CheckpointError, VerificationError
 from qat.evaluation import collect_logits, predictor
 from qat.recipe.schema import Data
+from tests.helpers.cases import combinations
 from tests.helpers.cifar10 import COUNT, cifar10
 from tests.helpers.networks import (
     MEAN,
@@ -139,8 +140,7 @@ def test_a_float_export_is_refused_by_name(tmp_path: Path, split: MemorySplit) -
         compare(model, model, ordinary()[1], split, DATA)
 
 
-@pytest.mark.parametrize("options", [{"elm_attention": False}, {"infor_recoupling": False}], ids=str)
-@pytest.mark.parametrize("trunk", [3, 8])
+@combinations({"trunk": [3, 8], "options": [{"elm_attention": False}, {"infor_recoupling": False}]})
 def test_an_ablated_export_passes_its_verification(
     options: dict[str, bool], trunk: int, tmp_path: Path, split: MemorySplit
 ) -> None:

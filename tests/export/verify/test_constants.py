@@ -11,6 +11,7 @@ from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.verify.constants import compare_constants
 
+from tests.helpers.cases import slow
 from tests.helpers.networks import lowered, toy
 
 
@@ -32,7 +33,7 @@ def test_all_constants_of_a_fresh_export_are_equal(kind: InputKind, strict: bool
     assert sum(tensor.elements for tensor in found) > weights + signs
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, slow(True)])
 def test_one_flipped_bit_in_any_constant_is_seen(strict: bool) -> None:
     model = emit_portable(small(), strict=strict)
     for index, tensor in enumerate(model.graph.initializer):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qat.cli.group import main
-from tests.helpers.forked import PROCESSES
+from tests.helpers.fork_server import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 
 #: Seconds after which a process that says nothing hangs.
@@ -171,7 +171,7 @@ def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> Non
     import qat.cli.training
     import qat.train.finetuning
 
-    qat.cli.training._report = lambda run: None  # type: ignore[assignment]
+    qat.cli.training.report_on = lambda run: None  # type: ignore[assignment]
     qat.train.finetuning.remove_states = lambda path: None  # what a finished run ends with is compared
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
@@ -215,10 +215,10 @@ def send(number: int, to: int, at: int, rank: int) -> None:
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from qat.system import collectives as distributed
+    from qat.system import collectives
 
     # A killed process never says why it ended: the others need not wait long to hear it.
-    distributed._PATIENCE = timedelta(seconds=1)  # type: ignore[misc]
+    collectives.PATIENCE = timedelta(seconds=1)
     steps = []
 
     def passed(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Read once by the server of tests/forked.py, so that processes forked from it have it in memory."""
+"""Read once by the server of fork_server.py, so that processes forked from it have it in memory."""
 
 from qat.data.loading import load_splits
 from qat.recipe.schema import Data

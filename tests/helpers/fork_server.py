@@ -18,6 +18,6 @@ PROCESSES.set_forkserver_preload(
         "accelerate",
         "torch._dynamo",
         "torch.distributed.fsdp",
-        "tests.helpers.warmed",
+        "tests.helpers.fork_server_preload",
     ]
 )

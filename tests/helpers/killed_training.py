@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.group import main
-from tests.helpers.forked import PROCESSES
+from tests.helpers.fork_server import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 
 #: One block beside the stem, of the kind that has most layers.
@@ -124,7 +124,7 @@ def _child(
         (os, "fsync", written),
         (Path, "replace", renamed),
         (RunDirectory, "log", logged),
-        (qat.cli.training, "_report", lambda run: None),
+        (qat.cli.training, "report_on", lambda run: None),
         *([] if tidy else [(qat.train.finetuning, "remove_states", lambda path: None)]),
     ):
         setattr(owner, name, function)
