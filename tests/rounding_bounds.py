@@ -143,7 +143,8 @@ def assert_within(found: Tensor, exact: Tensor, bound: Tensor | float, what: str
         what: said if it fails.
     """
     assert found.shape == exact.shape, what
-    distance = (found.detach().double() - exact.detach().double()).abs()
+    found, exact = found.detach().double(), exact.detach().double()
+    distance = (found - exact).abs()
     allowed = torch.as_tensor(bound, dtype=torch.float64).detach().expand(distance.shape)
     wrong = ~(distance <= allowed)
     if wrong.any():
