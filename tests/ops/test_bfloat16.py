@@ -8,12 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.ops.bfloat16 import emulated_autocast, is_emulated
+from tests.helpers.rounding_bounds import assert_within, gamma, rounded_bound, sum_bound, unit_roundoff
 
 CPU = torch.device("cpu")
+#: Largest relative error of torch's fastest exponential, which attention takes: 20 units in the last place.
+OF_EXP = 40 * unit_roundoff(torch.float32)
 
 
 def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().double()
+
+
+def once(exact: Tensor, magnitudes: Tensor, terms: int) -> Tensor:
+    """Bound on sums in float32 that are rounded once. Products of bfloat16 are exact in float32."""
+    return rounded_bound(exact, sum_bound(magnitudes, terms, torch.float32), torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +35,10 @@ def test_a_convolution_sums_rounded_factors_and_rounds_once(stride: int) -> None
     with emulated_autocast():
         found = layer(x)
     assert found.dtype == torch.bfloat16
-    bias = rounded(layer.bias.detach())
-    exact = F.conv2d(rounded(x), rounded(layer.weight.detach()), bias, stride, 1)
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+    factors = rounded(x), rounded(layer.weight.detach()), rounded(layer.bias.detach())
+    exact = F.conv2d(*factors, stride, 1)
+    magnitudes = F.conv2d(*(factor.abs() for factor in factors), stride, 1)
+    assert_within(found, exact, once(exact, magnitudes, 6 * 9 + 1))
 
 
 def test_a_linear_layer_does_so_by_name_too_and_has_gradients_in_float32() -> None:
@@ -37,13 +46,14 @@ def test_a_linear_layer_does_so_by_name_too_and_has_gradients_in_float32() -> No
     with emulated_autocast():
         found = F.linear(x, weight=weight)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        found.double(), rounded(x) @ rounded(weight.detach()).t(), rtol=2**-8, atol=1e-5
-    )
+    factor, across = rounded(x), rounded(weight.detach()).t()
+    exact = factor @ across
+    assert_within(found, exact, once(exact, factor.abs() @ across.abs(), 7))
     found.sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
-    torch.testing.assert_close(weight.grad.double(), rounded(x).sum(0).expand(5, 7), rtol=2**-8, atol=1e-5)
+    sums = factor.sum(0).expand(5, 7)
+    assert_within(weight.grad, sums, once(sums, factor.abs().sum(0).expand(5, 7), 3))
 
 
 @pytest.mark.parametrize(
@@ -64,9 +74,23 @@ def test_attention_of_a_teacher_does_so_too() -> None:
     mask = torch.rand(9, 9) > 0.3
     with emulated_autocast():
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    exact = F.scaled_dot_product_attention(*map(rounded, (query, key, value)), attn_mask=mask)
+    query, key, value = map(rounded, (query, key, value))
+    exact = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+    assert_within(found, exact, rounded_bound(exact, of_attention(query, key, value, mask), torch.bfloat16))
+
+
+def of_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Bound on the error of softmax(Q Kᵀ / √d) V in float32.
+
+    A weight is an exponential over a sum of them. An error of a score is a relative one of its exponential;
+    that of the sum is at most the largest one of its terms, and what adding them makes.
+    """
+    count, width = key.shape[-2:]
+    scores = (query.abs() @ key.abs().mT / width**0.5).amax((-2, -1), keepdim=True)
+    of_weights = 2 * (sum_bound(scores, width + 4, torch.float32) + OF_EXP)
+    magnitudes = F.scaled_dot_product_attention(query, key, value.abs(), attn_mask=mask)
+    return magnitudes * (of_weights.exp() * (1 + gamma(2 * count + 4, torch.float32)) - 1)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.int64])

@@ -11,6 +11,7 @@ from qat.native.bindings import torch_alone
 from qat.ops.convolution import binary_conv2d, training_conv2d
 from qat.ops.winograd import tiny_conv3x3
 from tests.helpers.native_passes import need_passes
+from tests.helpers.rounding_bounds import assert_within, random_sum_bound, tiny_conv_bounds
 
 Convolve = Callable[..., Tensor]
 
@@ -183,10 +184,11 @@ def test_images_of_some_sizes_take_fewer_products(
     with torch_alone():
         found = training_conv2d(x, weight, 1, signs)
     assert bool(calls) == fewer
-    expected = F.conv2d(x, weight, padding=1)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
     if signs or not fewer:
-        assert torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+        assert torch.equal(found.double(), exact)
+    else:
+        assert_within(found, exact, tiny_conv_bounds(x, weight, exact, torch.float32)[0])
 
 
 def test_half_precision_that_has_instructions_never_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +232,46 @@ def test_widened_sums_and_gradients_are_those_of_float32_rounded_once(
     weight = torch.randn(256, 256, 3, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         ours = training_conv2d(x, weight, 1)
-    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    wide = training_conv2d(x, weight, 1)
     grad = torch.randn(ours.shape).bfloat16()
     found = torch.autograd.grad(ours, (x, weight), grad)
-    expected = torch.autograd.grad(exact, (x, weight), grad.double())
-    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-3)
-    torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=2**-8, atol=1e-3)
+    expected = torch.autograd.grad(wide, (x, weight), grad.float())
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, wide.bfloat16())
+    assert torch.equal(found[0], expected[0].bfloat16().float())
     # Of weights, which stay float32, neither values nor gradients are rounded.
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-2)
+    assert torch.equal(found[1], expected[1])
+
+
+def conv(x: Tensor, weight: Tensor) -> Tensor:
+    """A 3×3 convolution in float64."""
+    return F.conv2d(x.double(), weight.double(), padding=1)
+
+
+def direct_bounds(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds on errors of that convolution in float32, and of its gradients by ``x`` and ``weight``."""
+    squares = [one.detach().double().square().requires_grad_() for one in (x, weight)]
+    sums = conv(*squares)
+    by_x, by_weight = torch.autograd.grad(sums, squares, grad.double().square())
+    # Each term is a product; as many as there are taps of channels or pixels of images are added.
+    return (
+        random_sum_bound(sums.detach(), 1 + weight[0].numel(), torch.float32),
+        random_sum_bound(by_x, 1 + weight[:, 0].numel(), torch.float32),
+        random_sum_bound(by_weight, 1 + grad[:, 0].numel(), torch.float32),
+    )
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 7])
+def test_sums_in_float32_and_their_gradients_are_exact_up_to_rounding(side: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 256, side, side).sign().requires_grad_()
+    weight = torch.randn(256, 256, 3, 3, requires_grad=True)
+    found, exact, grad = training_conv2d(x, weight, 1), conv(x, weight), torch.randn(32, 256, side, side)
+    bounds = tiny_conv_bounds(x, weight, grad, torch.float32) if side < 7 else direct_bounds(x, weight, grad)
+    for one, other, bound in zip(
+        (found, *torch.autograd.grad(found, (x, weight), grad)),
+        (exact, *torch.autograd.grad(exact, (x, weight), grad.double())),
+        bounds,
+        strict=True,
+    ):
+        assert_within(one, other, bound)
