@@ -1,0 +1,36 @@
+"""All that a record takes from the project, in one place, and the version that it calls itself."""
+
+# The version is part of checkpoints and exported models, and modules take it over when they are imported.
+# ruff: noqa: E402
+from typing import Final
+
+import qat
+
+VERSION: Final = "0"
+qat.__version__ = VERSION
+
+from qat.bnext import WIDTHS, BNext, binary_convolutions, set_temperature
+from qat.cli import main
+from qat.nativecalls import torch_alone
+from qat.nativelibrary import has_library, kernels_in_use
+from qat.precision import autocast
+from qat.prepare import calibrate
+from qat.recipe import Quantization, load_recipe
+from qat.train import finetune
+
+__all__ = [
+    "VERSION",
+    "WIDTHS",
+    "BNext",
+    "Quantization",
+    "autocast",
+    "binary_convolutions",
+    "calibrate",
+    "finetune",
+    "has_library",
+    "kernels_in_use",
+    "load_recipe",
+    "main",
+    "set_temperature",
+    "torch_alone",
+]
