@@ -26,6 +26,6 @@ Floating-point sums depend on the processor and on torch: records are compared o
 packages, which a record names under ``environment``. ``BNEXT_QAT_KERNELS=avx2 ATEN_CPU_CAPABILITY=avx2
 ONEDNN_MAX_CPU_ISA=AVX2`` makes the record of a processor with AVX2 alone, where bfloat16 is emulated.
 
-``--quick`` leaves out BNext-Tiny and the shipped networks. On one core that takes 50 seconds, all of it three
-to four minutes.
+``--quick`` leaves out BNext-Tiny and the shipped networks. On one core that takes about a minute, all of it
+about three.
 """

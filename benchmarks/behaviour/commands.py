@@ -8,9 +8,8 @@ from typing import Final
 
 from click.testing import CliRunner, Result
 
-from benchmarks.behaviour.project import main
+from benchmarks.behaviour.project import ROOT, main
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 #: Settings of a toy network that trains in a second.
 TOY: Final = ("model.widths=[8,8,16]", "data.image_size=12", "threads=1", "device=cpu")
 

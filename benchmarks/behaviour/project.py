@@ -2,12 +2,15 @@
 
 # The version is part of checkpoints and exported models, and modules take it over when they are imported.
 # ruff: noqa: E402
+from pathlib import Path
 from typing import Final
 
 import qat
 
 VERSION: Final = "0"
 qat.__version__ = VERSION
+#: Folder of the repository, or the one that the package was installed in.
+ROOT: Final = Path(qat.__file__).resolve().parents[1]
 
 from qat.cli import main
 from qat.models.bnext import WIDTHS, BNext, binary_convolutions, set_temperature
@@ -20,6 +23,7 @@ from qat.train.finetuning import finetune
 from qat.train.precision import autocast
 
 __all__ = [
+    "ROOT",
     "VERSION",
     "WIDTHS",
     "BNext",

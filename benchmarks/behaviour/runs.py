@@ -17,7 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.behaviour.commands import TOY, alike, qat, settings, succeed
-from benchmarks.behaviour.project import VERSION, has_library, kernels_in_use
+from benchmarks.behaviour.project import ROOT, VERSION, has_library, kernels_in_use
 from benchmarks.behaviour.values import Values, digest, tensors_digest, timeless
 
 #: 3 epochs of 4 steps, a state after every third step.
@@ -43,7 +43,12 @@ TASKS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def environment() -> Values:
-    """What the numbers depend on beside the code; ends the program if the version would show in them."""
+    """What the numbers depend on beside the code.
+
+    Ends the program where it would record another checkout's code, or the version would show in the numbers.
+    """
+    if Path(__file__).resolve().parents[2] != ROOT:
+        raise SystemExit(f"the package is imported from {ROOT}: use the environment of this checkout")
     shown = qat("--version").stdout.split()[-1]
     if shown != VERSION:
         raise SystemExit(f"the package calls itself {shown}: its version was taken over before it was set")
