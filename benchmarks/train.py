@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainBNext, optimizer
 from qat.models.bnext import BNext, binary_convolutions, set_temperature
+from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
-from qat.quantize.preparation import calibrate, prepare
+from qat.quantize.preparation import prepare
 from qat.recipe.schema import Optimizer, Quantization
 from qat.system.memory import keep_pages
 from qat.train.batch_norm_reestimation import reestimate_batch_norm

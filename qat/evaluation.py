@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.data.augment import normalize
 from qat.data.split import Split
-from qat.quantize.constant_cache import unchanged
+from qat.quantize.constant_cache import keeping_constants
 from qat.recipe.schema import Data
 from qat.system.collectives import rows_of_all
 from qat.system.launch import WHOLE
@@ -99,7 +99,7 @@ def collect_logits(
     changes a network.
     """
     rows = []
-    with unchanged():
+    with keeping_constants():
         for images, _ in split.batches(data.eval_batch_size):
             before_batch()
             # Without an image of its own it has nothing to say, whatever the number of classes.

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext, set_temperature
 from qat.native.bindings import torch_alone, usable
-from qat.nn.layers import BinaryConv2d, SqueezeExcitation, SubBlock
-from qat.quantize.preparation import calibrate
+from qat.nn.layers import BinaryConv2d, SqueezeExcitation
+from qat.nn.sub_block import SubBlock
+from qat.quantize.calibration import calibrate
 from qat.recipe.schema import Quantization, TrunkGroup
 from tests.helpers.toy_runs import finetune_arguments, pretrain_toy, succeed, tuned
 

@@ -17,7 +17,8 @@ from qat.checkpoints.tensor_checks import dtype_name, listed
 from qat.errors import CheckpointError
 from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS, InspectedLayer, Inspection, Range, Total, facts_of
 from qat.models.bnext import BNext
-from qat.nn.layers import Stem, SubBlock
+from qat.nn.layers import Stem
+from qat.nn.sub_block import SubBlock
 from qat.quantize.quantizers import Quantizer, WeightQuantizer
 
 #: What the formats of :class:`qat.checkpoints.format.Checkpoint` are, in words.

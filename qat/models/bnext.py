@@ -10,7 +10,9 @@ from typing import Final
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError, nearest
-from qat.nn.layers import BinaryActivation, BinaryConv2d, Block, GlobalAveragePool, Kind, Stem
+from qat.nn.block import Block
+from qat.nn.layers import BinaryActivation, BinaryConv2d, GlobalAveragePool, Stem
+from qat.nn.sub_block import Kind
 from qat.quantize.preparation import prepare
 from qat.recipe.schema import Quantization
 
@@ -102,7 +104,7 @@ class BNext(nn.Module):
         num_classes: rows of the classifier. size: ``tiny``, ``small``, ``middle`` or ``large``. quant:
         ``True`` (or a :class:`qat.recipe.loading.Quantization`) inserts fake quantization at every point
             of the quantization table through :func:`qat.quantize.preparation.prepare`. Points whose ranges
-            clip, by default the trunk's, stay in float until :func:`qat.quantize.preparation.calibrate` finds
+            clip, by default the trunk's, stay in float until :func:`qat.quantize.calibration.calibrate` finds
             the ranges; a training before that warns.
         widths: other channel widths than a published size's.
         stem_stride: ``None`` means 2 at 1000 classes, else 1.

@@ -1,1 +1,5 @@
-"""The network's layers, as plain PyTorch modules."""
+"""The layers of the float network, as PyTorch modules.
+
+Imports :mod:`qat.ops` and what lies below. Begin with ``sub_block``: its docstring is the formula that the
+whole project is about.
+"""

@@ -1,4 +1,4 @@
-"""The parts of a BNext network: stem, binary sub-blocks, blocks (arXiv 2211.12933).
+"""The layers that BNext is made of (arXiv 2211.12933).
 
 Attribute names follow the published checkpoints, so that their keys load as they are. Shapes are
 (N, C, H, W) throughout.
@@ -7,8 +7,7 @@ Attribute names follow the published checkpoints, so that their keys load as the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,7 @@ from qat.ops import pooling
 from qat.ops.batch_norm import BatchNorm2d
 from qat.ops.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.ops.convolution import binary_conv2d, training_conv2d
-from qat.ops.norm_activation import can_fuse, norm_prelu, prelu, scaled_norm, shifted_sign
-from qat.ops.pooling import moments
 
-Kind = Literal["scale", "bias"]
 #: Channel reduction inside the channel attention (SE).
 SE_REDUCTION = 8
 
@@ -150,99 +146,6 @@ class SqueezeExcitation(nn.Module):
         return attention
 
 
-class SubBlock(nn.Module):
-    """One binary convolution with its normalization, activation, attention and residual.
-
-    With pooled input ``p``, ``y = PReLU2(BN1(conv(sign(x + bias))))``,
-    ``a = SE(scale · mean(p) + (1 − scale) · mean(y))``:
-
-    - bias kind (and every 1×1): ``BN2(a ⊙ y) + p``
-    - scale kind: ``BN2(a ⊙ y ⊙ r) + r`` with ``r`` the pooled ``PReLU1(x)``
-
-    Without information recoupling ``a = 1``, and the bias kind is ``y + p``.
-    """
-
-    def __init__(
-        self, channels: int, kernel_size: int, stride: int, kind: Kind, infor_recoupling: bool = True
-    ) -> None:
-        """Make a sub-block that keeps ``channels`` and divides the side by ``stride``."""
-        super().__init__()
-        self.channels, self.kernel_size, self.stride, self.kind = channels, kernel_size, stride, kind
-        self.infor_recoupling = infor_recoupling
-        self.move = LearnableBias(channels)
-        self.binary_activation = BinaryActivation()
-        self.binary_conv = BinaryConv2d(channels, kernel_size, stride)
-        self.norm1 = BatchNorm2d(channels)
-        self.norm2 = BatchNorm2d(channels)
-        self.activation1 = nn.PReLU(channels)
-        self.activation2 = nn.PReLU(channels)
-        if infor_recoupling:
-            self.scale = nn.Parameter(torch.full((1, channels, 1, 1), 0.5))
-            self.se = SqueezeExcitation(channels)
-
-    def mix_scale(self) -> Tensor:
-        """The mix scale in [0, 1], (1, C, 1, 1); kept there in place while training."""
-        if self.training:
-            with torch.no_grad():
-                self.scale.clamp_(0.0, 1.0)
-            return self.scale
-        return self.scale.clamp(0.0, 1.0)
-
-    def mix_means(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean of ``scale · pooled(x) + (1 − scale) · y``, taken from the two means: (N, C, 1, 1)."""
-        scale = self.mix_scale()
-        x = pad_to_even(x) if self.stride == 2 else x
-        return scale * spatial_mean(x) + (1 - scale) * spatial_mean(y)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """``x`` at the resolution of the sub-block's output."""
-        return pool2x2(x) if self.stride == 2 else x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if can_fuse(self.norm1) and can_fuse(self.norm2):
-            return self._forward_fused(x)
-        signs = self.binary_activation(self.move(x))
-        y = self.activation2(self.norm1(self.binary_conv(signs)))
-        branch = y
-        if self.infor_recoupling:
-            branch = self.se(self.mix_means(x, y)) * y
-        if self.kind == "scale":
-            residual = self.pool(self.activation1(x))
-            out: Tensor = self.norm2(branch * residual) + residual
-            return out
-        residual = self.pool(x)
-        out = self.norm2(branch) if self.infor_recoupling else branch
-        return out + residual
-
-    def _forward_fused(self, x: Tensor) -> Tensor:
-        """The same with batch statistics, in few passes over memory."""
-        signs = shifted_sign(x, self.move.bias, self.binary_activation.zero_is_positive)
-        y = norm_prelu(self.binary_conv(signs), self.norm1, self.activation2)
-        scale_kind = self.kind == "scale"
-        residual = self.pool(prelu(x, self.activation1.weight) if scale_kind else x)
-        if not (scale_kind or self.infor_recoupling):
-            return y + residual
-        branch = y * residual if scale_kind else y
-        mean, variance = moments(branch)
-        attention = torch.ones_like(mean)
-        if self.infor_recoupling:
-            scale = self.mix_scale().flatten()
-            x_mean = pooling.spatial_mean(pad_to_even(x) if self.stride == 2 else x)
-            y_mean = pooling.spatial_mean(y) if scale_kind else mean
-            attention = self.se.vector(scale * x_mean + (1 - scale) * y_mean)
-        return scaled_norm(branch, attention, mean, variance, self.norm2, residual)
-
-
-def bounded(model: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
-    """Parameters that a training pass keeps within bounds, in place, before it uses them; and the bounds."""
-    for module in model.modules():
-        if isinstance(module, BinaryConv2d) and module.weight.requires_grad:
-            yield module.weight, -LATENT_CLIP, LATENT_CLIP
-        elif isinstance(module, SubBlock) and module.infor_recoupling:
-            yield module.scale, 0.0, 1.0
-
-
 class Stem(nn.Module):
     """``BN(conv3×3(image))``, in float32 until it is quantized. ``prelu`` is in the state dict, unused."""
 
@@ -258,38 +161,4 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
         out: Tensor = self.trunk(self.bn1(self.conv1(x)))
-        return out
-
-
-class Block(nn.Module):
-    """A 3×3 sub-block, then one 1×1 sub-block, or two whose outputs are concatenated (width doubles)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        kind: Kind,
-        elm_attention: bool = True,
-        infor_recoupling: bool = True,
-    ) -> None:
-        """Make a block; ``kind`` is that of its 3×3 sub-block, "bias" without ``elm_attention``."""
-        super().__init__()
-        if not elm_attention:
-            kind = "bias"
-        #: Child names: the 3×3 sub-block, then the 1×1 ones, as the published checkpoints call them.
-        self.spatial_name = "Attention" if elm_attention else "FFN_3x3"
-        self.pointwise_names = ("FFN",) if in_channels == out_channels else ("FFN_1", "FFN_2")
-        self.add_module(self.spatial_name, SubBlock(in_channels, 3, stride, kind, infor_recoupling))
-        #: Slots of the trunk quantizers after the 3×3 sub-block and after the block.
-        self.trunk_mid: nn.Module = nn.Identity()
-        for name in self.pointwise_names:
-            self.add_module(name, SubBlock(in_channels, 1, 1, "bias", infor_recoupling))
-        self.trunk_out: nn.Module = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C or 2C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        x = self.trunk_mid(self.get_submodule(self.spatial_name)(x))
-        outs = [self.get_submodule(name)(x) for name in self.pointwise_names]
-        out: Tensor = self.trunk_out(outs[0] if len(outs) == 1 else torch.cat(outs, dim=1))
         return out

@@ -1,4 +1,4 @@
-"""Batch normalization whose statistics are those of all processes' images.
+"""Batch normalization: statistics of all processes' images, running statistics, folding to a gain and offset.
 
 What a batch normalization computes from a batch depends on the whole batch, so with several processes the
 moments of each are put together by the number of its values, forward and backward. Alone it is torch's own.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.ops.planes import apply
+from qat.ops.pooling import moments
 from qat.system.collectives import of_each, summed, world
 
 
@@ -42,11 +44,101 @@ def global_moments(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor
     return mean, variance, total
 
 
-def correction(count: float | Tensor) -> float | Tensor:
-    """``n / (n − 1)``, by which a variance is multiplied that is to be unbiased; 1 for a single value."""
+def takes_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether ``norm`` is in training, and its running statistics are moving averages."""
+    return norm.training and norm.momentum is not None and norm.track_running_stats and norm.affine
+
+
+def update_running_statistics(
+    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float | Tensor
+) -> None:
+    """Count a batch, and let the running statistics follow its moments.
+
+    Args:
+        norm: with running statistics; changed in place.
+        mean: (C,).
+        variance: (C,), without correction; the running one is unbiased, ``n / (n − 1)`` times as large.
+        count: n, values per channel.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    # No momentum means the plain average of all batches, as in torch.
+    momentum: float | Tensor | None = norm.momentum
+    if momentum is None:
+        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    unbiased = variance * _correction(count)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+
+
+def _correction(count: float | Tensor) -> float | Tensor:
+    """``n / (n − 1)``; 1 for a single value."""
     if isinstance(count, Tensor):
         return count / (count - 1).clamp_min(1)
     return count / max(count - 1, 1)
+
+
+def folded_batch_norm(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Gain and offset with running statistics: ``BN(x) = gain ⊙ x + offset``, differentiable, (C,) each.
+
+    Args:
+        norm: with running statistics.
+        dtype: to compute in; the type of the parameters by default. What is exported is folded in float64
+            (:mod:`qat.quantize.folding`).
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias, mean, variance = (tensor if dtype is None else tensor.to(dtype) for tensor in tensors)
+    gain = weight * torch.rsqrt(variance + norm.eps)
+    return gain, bias - mean * gain
+
+
+def batch_gain_and_offset(
+    norm: nn.BatchNorm2d, factor: Tensor, mean: Tensor, variance: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    """Gain and offset of ``BN(factor ⊙ x) = gain ⊙ factor ⊙ x + offset`` with batch statistics.
+
+    They follow from the moments of each image of ``x``: the variance of a channel is the mean of the images'
+    variances and the variance of their means, so that no difference of large numbers occurs. The batch is
+    that of all processes, and counts for the running statistics.
+
+    Args:
+        norm: in training, with running statistics.
+        factor, mean, variance: (N, C), the last two of ``x``.
+        pixels: of an image of ``x``.
+
+    Returns:
+        (C,) each.
+    """
+    means = factor * mean
+    center = means.mean(0)
+    spread = (factor.square() * variance).mean(0) + (means - center).square().mean(0)
+    center, spread, count = global_moments(center, spread, len(mean) * pixels)
+    with torch.no_grad():
+        update_running_statistics(norm, center, spread, count)
+    gain = norm.weight * torch.rsqrt(spread + norm.eps)
+    return gain, norm.bias - center * gain
+
+
+def gain_and_offset(
+    norm: nn.BatchNorm2d, factor: Tensor, x: Tensor, times: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gain and offset of ``BN(factor ⊙ x)``, or of ``BN(factor ⊙ x ⊙ times)``: (C,) each.
+
+    With the batch's statistics in training, else with the running ones.
+
+    Args:
+        norm: with running statistics.
+        factor: (N, C).
+        x, times: (N, C, H, W).
+    """
+    if not norm.training:
+        return folded_batch_norm(norm)
+    product = x if times is None else x * times
+    return batch_gain_and_offset(norm, factor, *moments(product), x.shape[2:].numel())
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -66,21 +158,13 @@ def synced_batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         x: (N, C, H, W), this process's images.
         norm: affine, with running statistics.
     """
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
     with torch.no_grad():
         wide = x if x.dtype == torch.float64 else x.float()
         variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
         mean, variance, count = global_moments(mean, variance, x.numel() // x.shape[1])
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        unbiased = variance * correction(count)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+        update_running_statistics(norm, mean, variance, count)
         invstd = torch.rsqrt(variance + norm.eps)
-    result: Tensor = _SyncedNorm.apply(x, norm.weight, norm.bias, mean, invstd, count)  # type: ignore[no-untyped-call]
-    return result
+    return apply(_SyncedNorm, x, norm.weight, norm.bias, mean, invstd, count)
 
 
 def _channels(values: Tensor, like: Tensor) -> Tensor:

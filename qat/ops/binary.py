@@ -1,7 +1,6 @@
 """The arithmetic of binarization: sign functions and their straight-through estimators.
 
-Pure functions at the bottom of the project; layers are built from them elsewhere. Each estimator is one
-custom autograd function: one pass forward, one pass backward.
+Each estimator is one custom autograd function: one pass over memory forward, one backward.
 """
 
 from __future__ import annotations
@@ -10,6 +9,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qat.native import passes
+from qat.native.bindings import usable
+from qat.ops.planes import apply, channel_sums, spread
 
 #: At and above this temperature a weight is ``clamp(w / T, -1, 1)``; below it, exactly ``sign(w)``.
 BINARY_TEMPERATURE: Final = 1e-7
@@ -22,7 +26,7 @@ LATENT_CLIP: Final = 1.5
 def sign(x: Tensor) -> Tensor:
     """``+1`` where ``x >= 0``, else ``-1``: the sign that one bit can hold. Float, same shape and dtype.
 
-    Without a gradient. What is no number has either sign.
+    Without a gradient. NaN gives +1 or -1, by its sign bit.
     """
     # Two passes, which torch vectorizes; the sum gives -0 the sign of 0.
     shifted = x.detach() + 0.0
@@ -74,8 +78,7 @@ def binarize_activation(x: Tensor, zero_is_positive: bool = False) -> Tensor:
         zero_is_positive: the sign of 0 is +1 if True (fake-quantized and exported networks, where one
             bit must hold the result), 0 if False (the float network, as its authors trained it).
     """
-    result: Tensor = _BinarizeActivation.apply(x, zero_is_positive)  # type: ignore[no-untyped-call]  # torch leaves it without types
-    return result
+    return apply(_BinarizeActivation, x, zero_is_positive)
 
 
 def binarize_weight(weight: Tensor, temperature: float) -> Tensor:
@@ -88,5 +91,51 @@ def binarize_weight(weight: Tensor, temperature: float) -> Tensor:
         weight: latent weights, any shape.
         temperature: ``T > 0``.
     """
-    result: Tensor = _BinarizeWeight.apply(weight, temperature)  # type: ignore[no-untyped-call]  # torch leaves it without types
-    return result
+    return apply(_BinarizeWeight, weight, temperature)
+
+
+def shifted_sign(x: Tensor, bias: Tensor, zero_is_positive: bool = False) -> Tensor:
+    """``sign(x + bias)`` with the gradient of :func:`binarize_activation`.
+
+    Args:
+        x: (N, C, H, W).
+        bias: (1, C, 1, 1).
+        zero_is_positive: see :func:`binarize_activation`.
+
+    Returns:
+        (N, C, H, W).
+    """
+    function = _NativeShiftedSign if usable(x) else _ShiftedSign
+    return apply(function, x, bias, zero_is_positive)
+
+
+class _ShiftedSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, zero_is_positive: bool) -> Tensor:
+        shifted = x + spread(bias.flatten(), x)
+        ctx.save_for_backward(shifted)
+        ctx.bias_type = bias.dtype
+        return sign(shifted) if zero_is_positive else torch.sign(shifted)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (shifted,) = ctx.saved_tensors
+        grad = torch.ops.aten.hardtanh_backward(grads[0], shifted, -ACTIVATION_CLIP, ACTIVATION_CLIP)
+        bias = channel_sums(grad, ctx.bias_type)[None, :, None, None] if ctx.needs_input_grad[1] else None
+        return grad, bias, None
+
+
+class _NativeShiftedSign(torch.autograd.Function):
+    """``sign(x + bias)``; bias (1, C, 1, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, zero_is_positive: bool) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        return passes.sign(x, bias.flatten(), zero_is_positive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, bias = ctx.saved_tensors
+        grad, sums = passes.sign_gradient(grads[0], x, bias.flatten(), ACTIVATION_CLIP)
+        return grad, sums.sum(0).to(bias.dtype).view_as(bias), None

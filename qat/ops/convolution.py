@@ -1,4 +1,4 @@
-"""Convolutions of training and of signs: fewer products, or faster ones, where images are small."""
+"""Convolutions of training and of signs, by the fastest way for each size, type and processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.native.signs import can_sum, sign_sums
-from qat.ops.bfloat16 import widens
+from qat.ops.bfloat16 import is_emulated
 from qat.ops.planes import apply, without_autocast
 from qat.ops.winograd import are_exact, has_transforms, tiny_conv3x3, tiny_gradients
 
@@ -25,29 +25,30 @@ LEAST_WIDTH: Final = 256
 
 
 def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False) -> Tensor:
-    """``conv2d`` with zero padding of half the kernel, whose gradients are as fast as its values.
+    """``conv2d`` with zero padding of half the kernel, and gradients that are as fast as its values.
 
-    At 2×2 pixels, where the last blocks work on small images, 20 of a 3×3 kernel's 36 products are with
-    padding, and at 4×4 still 44 of 144: there 9 and 36 products of transformed images and weights do
-    (:mod:`qat.ops.winograd`). In bfloat16 a product costs less than transforming. There, at 2×2, each tap is
-    one matrix product of the pixels that meet; at 4×4 the general algorithm for the weights' gradient takes
-    twice as long as the values, and it is computed as what it is, a convolution of the images with the
-    gradients, batch and channels exchanged. The sums are the same, in another order. A processor without
-    instructions for bfloat16 goes the ways of float32, with weights that are not rounded; images and what
-    gradients need of them stay in bfloat16.
+    The last blocks of a network work on small images. At 2×2 pixels 20 of a 3×3 kernel's 36 products are with
+    padding, at 4×4 still 44 of 144; 9 and 36 products of transformed images and weights are enough
+    (:mod:`qat.ops.winograd`). In bfloat16 transforming costs more than it saves. There, at 2×2, each tap of
+    the kernel is one matrix product of the pixels that meet; and at 4×4, where torch's algorithm for the
+    weights' gradient takes twice as long as the values, that gradient is computed by its definition: the
+    images convolved with the incoming gradients, batch and channels exchanged. All of these give the same
+    sums in another order. A processor without instructions for bfloat16 computes in float32, with weights
+    that are not rounded; images, and what gradients keep of them, stay in bfloat16.
 
     Args:
         x: (N, C, H, W).
         weight: (O, C, k, k), k odd.
         stride: of both axes.
-        signs: whether ``x`` and ``weight`` hold nothing but -1, 0 and 1, whose sums are exact integers, soon.
+        signs: whether ``x`` and ``weight`` hold nothing but -1, 0 and 1. Their sums are exact integers, which
+            XNOR and popcount compute several times as fast.
 
     Returns:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         half = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(half), weight if widens(x.device, half) else weight.to(half)
+        x, weight = x.to(half), weight if is_emulated(x.device, half) else weight.to(half)
     sums = _popcounts(x, weight, stride) if signs else None
     if sums is not None:
         return sums
@@ -62,22 +63,22 @@ def training_conv2d(x: Tensor, weight: Tensor, stride: int, signs: bool = False)
 
 
 def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """``conv2d`` of -1, 0 and 1 with padding of half the kernel: exact integers, soon.
+    """``conv2d`` of -1, 0 and 1 with zero padding of half the kernel: exact integers, by the fastest way.
 
     On a CPU by XNOR and popcount (:mod:`qat.native.signs`) where no sign is 0, else by sums of transformed
-    signs of images up to 2×2, which are exact as well (:mod:`qat.ops.winograd`), else by torch. In float32
-    and float64; autocast has each sum rounded once.
+    signs of images up to 2×2, which are exact as well (:mod:`qat.ops.winograd`), else by torch. Sums are
+    exact in float32 and float64; under autocast each is rounded once.
 
     Args:
         signs: (N, C, H, W).
-        weight: (O, C, k, k), k odd; -1, 0 and 1, too.
+        weight: (O, C, k, k), k odd, of -1, 0 and 1.
         stride: of both axes.
 
     Returns:
         (N, O, ⌈H/stride⌉, ⌈W/stride⌉).
     """
     sums = _popcounts(signs, weight, stride)
-    if sums is not None:  # as autocast has it, which leaves float64 alone
+    if sums is not None:  # rounded as autocast would; it leaves float64 alone
         rounds = torch.is_autocast_enabled("cpu") and sums.dtype != torch.float64
         return sums.to(torch.get_autocast_dtype("cpu")) if rounds else sums
     on_cpu = signs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
@@ -87,18 +88,18 @@ def binary_conv2d(signs: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 def _popcounts(signs: Tensor, weight: Tensor, stride: int) -> Tensor | None:
-    """Sums by the native library, with gradients; ``None`` where it can't be used, or a sign is 0."""
+    """Sums by XNOR and popcount, with gradients; ``None`` where the library can't be used, or a sign is 0."""
     if not can_sum(signs, weight, stride):
         return None
     sums = sign_sums(signs.detach(), weight.detach(), stride)
-    # In a list, since what a function is given and returns as it is would be another tensor.
+    # In a list: autograd replaces a tensor that a function takes and returns unchanged by a view of it.
     return None if sums is None else apply(_OfSums, signs, weight, stride, [sums])
 
 
 def _has_transforms(x: Tensor, weight: Tensor, stride: int) -> bool:
     fits = weight.shape[-1] == 3 and stride == 1
-    # In half precision a direct product costs less than transforming, if there are instructions for it.
-    wide = x.dtype in (torch.float32, torch.float64) or widens(x.device, x.dtype)
+    # In half precision transforming costs more than it saves, if there are instructions for products.
+    wide = x.dtype in (torch.float32, torch.float64) or is_emulated(x.device, x.dtype)
     return fits and wide and has_transforms(*x.shape[2:])
 
 
@@ -112,7 +113,10 @@ def _fewer_products(x: Tensor, weight: Tensor, stride: int, exact: bool) -> bool
 
 
 def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
-    """Each tap that meets a pixel: row, column, indices into output and input (N, H, W, C)."""
+    """Each tap of the kernel that meets a pixel: row, column, and the pixels of output and input it joins.
+
+    Both are indices into (N, H, W, C).
+    """
     for i, j in product(range(kernel), repeat=2):
         down, right = i - kernel // 2, j - kernel // 2
         if abs(down) < height and abs(right) < width:
@@ -125,16 +129,16 @@ def _meetings(kernel: int, height: int, width: int) -> Iterator[tuple[int, int, 
 
 
 def _inside(shift: int, length: int) -> slice:
-    """Positions that stay inside when they are reached from ``shift`` before them."""
+    """Positions of an axis from which ``position - shift`` still lies on the axis."""
     return slice(max(shift, 0), length + min(shift, 0))
 
 
 class _OfSums(torch.autograd.Function):
-    """Convolution of signs whose sums are known."""
+    """A convolution of signs whose sums are known already: it adds their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, sums: list[Tensor]) -> Tensor:
-        # Where the weights are frozen nobody asks for the signs again: their shape and type are kept.
+        # With frozen weights no gradient needs the signs: their shape and type are kept, not their memory.
         like = x if ctx.needs_input_grad[1] else x.new_empty(()).expand(x.shape)
         ctx.save_for_backward(like, weight)
         ctx.stride = stride
@@ -146,7 +150,7 @@ class _OfSums(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if x.dtype == torch.bfloat16:
             return *_half_gradients(grads[0], x, weight, ctx.stride, wanted), None, None
-        # At 4×4 transforming pays for both gradients, not for one.
+        # At 4×4 pixels transforming saves time if both gradients are wanted, not for one alone.
         if _fewer_products(x, weight, ctx.stride, exact=not all(wanted)):
             return *tiny_gradients(grads[0], x, weight, wanted), None, None
         return *_gradients(grads[0], x, weight, ctx.stride, wanted), None, None
@@ -160,7 +164,7 @@ class _Half(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         padding = weight.shape[-1] // 2
-        if widens(x.device, x.dtype):
+        if is_emulated(x.device, x.dtype):
             return F.conv2d(x.float(), weight.float(), stride=stride, padding=padding).to(x.dtype)
         if _tap_by_tap(x, weight, stride):
             return _tap_values(x, weight)
@@ -179,7 +183,7 @@ def _half_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> Gradients:
     """Gradients of a convolution in bfloat16."""
-    if widens(x.device, x.dtype):
+    if is_emulated(x.device, x.dtype):
         if _fewer_products(x, weight, stride, exact=not all(wanted)):
             return tiny_gradients(grad, x, weight, wanted)
         wide = _gradients(grad.float(), x.float(), weight.float(), stride, wanted)
@@ -207,7 +211,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Seq
 def _transposed_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> Gradients:
-    """That of the weights as a convolution of images with gradients, batch and channels exchanged."""
+    """Gradients, the weights' one as a convolution of images with gradients, batch and channels exchanged."""
     kernel = weight.shape[-1]
     by_x = by_weight = None
     if wanted[0]:
@@ -227,7 +231,7 @@ def _tap_values(x: Tensor, weight: Tensor) -> Tensor:
     pixels = x.permute(0, 2, 3, 1).contiguous()
     out = pixels.new_zeros(*pixels.shape[:3], weight.shape[0])
     for i, j, to, of in _meetings(weight.shape[-1], *x.shape[2:]):
-        # Flat, since products of four dimensions take a way many times slower in half precision.
+        # As matrices: torch's products of four dimensions are many times slower in half precision.
         product_of = pixels[of].flatten(0, 2) @ weight[:, :, i, j].contiguous().t()
         out[to] += product_of.view(out[to].shape)
     return out.permute(0, 3, 1, 2).contiguous()

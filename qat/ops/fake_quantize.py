@@ -1,4 +1,4 @@
-"""Values put on a grid of integers while training, in few passes over memory.
+"""Fake quantization: values put on a grid of integers while training, in few passes over memory.
 
 With integers ``q = round(x / s)``: the value is ``clamp(q, low, high) · s`` in float32, its gradient 1 where
 ``q`` lies inside of the range and 0 beyond. Values and gradients are those of
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qat.grid import Grid
+from qat.native import passes
 from qat.native.bindings import usable
-from qat.ops import native_autograd as nativefused
 from qat.ops.planes import apply
 
 #: Smallest and largest value of a tensor, scalars.
@@ -38,7 +39,7 @@ def fake_quantize(
         bits: width of the integers.
         signed: whether they take both signs; unsigned ones start at 0.
         extremes: of ``x``, where they are known.
-        overwrite: the result may take the memory of ``x``: nobody needs ``x`` any more, no gradient either.
+        overwrite: the result may take the memory of ``x``, which neither the caller nor a gradient needs.
 
     Returns:
         Same shape and type.
@@ -49,7 +50,7 @@ def fake_quantize(
     grid = Grid(float(scale), bits, signed)
     overwrite = overwrite and not (x.is_leaf and x.requires_grad)
     if usable(x):
-        return apply(nativefused.FakeQuantize, x, grid, overwrite)
+        return apply(_NativeOnGrid, x, grid, overwrite)
     return apply(_OnGrid, x, grid, extremes, overwrite)
 
 
@@ -79,3 +80,22 @@ class _OnGrid(torch.autograd.Function):
         (inside,) = ctx.saved_tensors
         grad = grads[0] if inside is None else torch.where(inside, grads[0], 0.0)
         return grad, None, None, None
+
+
+class _NativeOnGrid(torch.autograd.Function):
+    """``x`` on a grid of integers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid, overwrite: bool) -> Tensor:
+        out, inside = passes.fake_quantize(x, grid, overwrite)
+        ctx.save_for_backward(inside)
+        if overwrite:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        grad = grads[0] if inside is None else passes.fake_quantize_gradient(grads[0], inside)
+        return grad, None, None

@@ -1,6 +1,8 @@
-"""Passes over images of any size: torch vectorizes runs of pixels, of which a tiny image has too few.
+"""Element-wise operations and sums over (N, C, H, W) that are fast for images of any size.
 
-What :mod:`qat.ops.norm_activation` and :mod:`qat.ops.pooling` are written with.
+torch vectorizes runs of neighbouring pixels, and a tiny image has too few of them.
+
+What the other operations are written with.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-#: A tensor of this many bytes stays in a core's reach, and its memory is used again where a larger one's is
-#: given back to the system and asked for anew, page by page.
+#: Bytes of a tensor that stays in the cache of a core. Its memory is used again; a larger one's is given back
+#: to the system and asked for anew, page by page.
 PORTION: Final = 2**21
-#: Bytes that the processor computes with at once.
+#: Bytes of a vector register (AVX-512).
 REGISTER: Final = 64
 HALF: Final = (torch.bfloat16, torch.float16)
 
@@ -26,7 +28,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Operators leave the type of what they are given there, on the device of ``x``."""
+    """A block in which operators keep the type of their input, on the device of ``x``."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
 
@@ -34,8 +36,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 def spread(values: Tensor, x: Tensor) -> Tensor:
     """Values (C,), (1, C) or (N, C) in the type of ``x``, and in a shape that goes with it (N, C, H, W).
 
-    One value for all pixels leaves torch runs of one image to vectorize. Images of a few pixels fill no
-    register, so that a value for each pixel is several times as fast, tensor of its own or not.
+    With one value for all pixels of a plane torch vectorizes along the plane. A plane of a few pixels doesn't
+    fill a register: there a value for each pixel is several times as fast, though it takes memory.
     """
     pixels = x.shape[2:].numel()
     shaped = values.to(x.dtype)[..., None, None].view(-1, x.shape[1], 1, 1)
@@ -46,7 +48,7 @@ def spread(values: Tensor, x: Tensor) -> Tensor:
 
 def multiply_add(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """``base + x · factor`` with a factor from :func:`spread`."""
-    if x.dtype in HALF and factor.shape[-1] != x.shape[-1]:  # whose fused form is slow then
+    if x.dtype in HALF and factor.shape[-1] != x.shape[-1]:  # where torch's fused form is slow
         return (x * factor).add_(base)
     return torch.addcmul(base, x, factor)
 

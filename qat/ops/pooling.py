@@ -1,4 +1,4 @@
-"""Means and moments of images, and means of 2×2 pixels, with gradients as fast as their values."""
+"""Means and moments over pixels, and 2×2 average pooling, with gradients that are as fast as the values."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from qat.native import passes
 from qat.native.bindings import usable
-from qat.ops import native_autograd as nativefused
-from qat.ops.bfloat16 import widens
+from qat.ops.bfloat16 import is_emulated
 from qat.ops.planes import apply, multiply_add, spread, without_autocast
 
-#: Pixels of a row of which pooling is a product of matrices; of wider ones most products would be with 0.
+#: Widest row that is pooled by a product of matrices; of a wider one most products would be with 0.
 NARROW: Final = 32
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (without correction) over height and width: (N, C, H, W) → (N, C) each."""
-    function = nativefused.Moments if usable(x) else _Moments
+    function = _NativeMoments if usable(x) else _Moments
     mean, variance = function.apply(x)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return mean, variance
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """Mean over height and width, (N, C, H, W) → (N, C), whose gradient is divided before it is spread."""
+    """Mean over height and width, (N, C, H, W) → (N, C).
+
+    Its gradient is divided by the number of pixels before it is spread over them, not after.
+    """
     return apply(_Mean, x)
 
 
 def pool2x2(x: Tensor) -> Tensor:
     """2×2 average pooling with stride 2 of even sides: (N, C, H, W) → (N, C, H/2, W/2).
 
-    Two rows of a narrow image lie one behind the other, and a matrix with four quarters in each column takes
-    their means at once: two to five times as fast as torch's pooling, ten times in bfloat16. An infinity
-    makes the other means of its two rows NaN.
+    In memory two rows of a narrow image are one vector, and its product with a matrix that has four quarters
+    in each column gives their means: two to five times as fast as torch's pooling, ten times in bfloat16. An
+    infinity makes the other means of its two rows NaN.
     """
     even = x.shape[-2] % 2 == 0 == x.shape[-1] % 2
     if x.device.type == "cpu" and even and x.shape[-1] <= NARROW:
@@ -74,7 +78,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, matrix: Tensor, out: Tensor) -> None:
-    if widens(x.device, x.dtype):
+    if is_emulated(x.device, x.dtype):
         out.copy_(x.float() @ matrix.float())
     else:
         torch.mm(x, matrix, out=out)
@@ -98,7 +102,7 @@ class _Moments(torch.autograd.Function):
         images, channels = x.shape[:2]
         size = x.shape[2:].numel()
         eps = 1e-5
-        # With weights of another type than half precision, so that the moments are too.
+        # Weights of at least float32: the moments have their type.
         ones = x.new_ones(channels, dtype=torch.promote_types(x.dtype, torch.float32))
         _, mean, invstd = torch.native_group_norm(
             x.contiguous(), ones, torch.zeros_like(ones), images, channels, size, channels, eps
@@ -112,3 +116,21 @@ class _Moments(torch.autograd.Function):
         by_mean, by_variance = (grad / x.shape[2:].numel() for grad in grads)
         slope = 2.0 * by_variance
         return multiply_add(spread(by_mean - slope * mean, x), x, spread(slope, x))
+
+
+class _NativeMoments(torch.autograd.Function):
+    """Mean and variance over height and width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        mean, variance = passes.moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, mean = ctx.saved_tensors
+        by_mean, by_variance = (grad / x.shape[2:].numel() for grad in grads)
+        slope = 2.0 * by_variance
+        return passes.scale(x, slope, by_mean - slope * mean)

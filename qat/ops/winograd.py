@@ -1,15 +1,15 @@
 """Convolutions of tiny images with fewer products: minimal filtering by Toom, Cook and Winograd.
 
-Image, weights and result are polynomials, and a product of polynomials is fixed by as many of its values as
-it has coefficients. So data and weights are transformed into values, multiplied value by value, and the
-products transformed back (Lavin & Gray 2015, arXiv 1509.09308). Of one axis,
+Taken as polynomials, image and weights have a product that is determined by as many of its values as it has
+coefficients. So data and weights are transformed into values, multiplied value by value, and the products
+transformed back (Lavin & Gray 2015, arXiv 1509.09308). Along one axis,
 
     y = R · ((G · w) ⊙ (D · x)),
 
-and of an image the Kronecker products of both axes' matrices. What multiplies padding is left out of ``D``:
-an image of 4×4 pixels takes 36 products instead of 144, one of 2×2 takes 9 instead of 36. Over all channels
-every one of them is a product of matrices, (images, C) by (C, O). Gradients are the same products with the
-matrices transposed.
+and for an image the matrices are Kronecker products of both axes' ones. ``D`` leaves out what would multiply
+padding: an image of 4×4 pixels takes 36 products instead of 144, one of 2×2 takes 9 instead of 36. Over all
+channels each of these products is one of matrices, (images, C) by (C, O). Gradients are the same products
+with the matrices transposed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-#: Bytes of transformed weights that are held at once. Smaller pieces, which a cache would hold, are slower:
-#: products of few rows cost more than memory.
+#: Bytes of transformed weights that are made at once. Smaller pieces would fit a cache, but matrix products
+#: of few rows cost more than memory does.
 CHUNK: Final = 2**26
 
 # Of an axis by its length: data (P, length), weights (P, 3), result (length, P).
@@ -84,7 +84,7 @@ def transforms(height: int, width: int, dtype: torch.dtype) -> Transforms:
 def tiny_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """3×3 convolution with stride 1 and a border of one zero, with a gradient for both.
 
-    Not for autocast, which would round the transformed values.
+    Call it outside of autocast, which would round the transformed values.
 
     Args:
         x: (N, C, H, W), for which :func:`has_transforms` holds. bfloat16 is computed in float32.
@@ -109,7 +109,7 @@ class _TinyConv(torch.autograd.Function):
         for some in chunks:
             weights = _products(matrices.weights, weight[some].to(wide))
             _pixels(matrices.result, torch.bmm(data, weights.mT), out[:, some])
-        # Transformed weights of one chunk are all there are: kept, they need not be made again.
+        # If one chunk holds all transformed weights they are kept for the gradient.
         ctx.save_for_backward(x, weight, weights if len(chunks) == 1 and ctx.needs_input_grad[0] else None)
         return out.to(x.dtype)
 
@@ -181,6 +181,6 @@ def _pixels(matrix: Tensor, products: Tensor, to: Tensor) -> None:
 def _chunks(weight: Tensor, matrices: Transforms) -> list[slice]:
     """Output channels whose weights are transformed together."""
     row = max(len(matrices.weights) * weight.shape[1] * weight.itemsize, 1)
-    # Whole registers, so that the products of all chunks start alike in memory.
+    # A multiple of 16, so that every chunk starts at the same alignment.
     count = max(CHUNK // row // 16, 1) * 16
     return [slice(start, start + count) for start in range(0, len(weight), count)]

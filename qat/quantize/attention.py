@@ -1,4 +1,12 @@
-"""The fake-quantized twin of a channel attention; :mod:`qat.quantize.stem_and_head` says what it computes."""
+"""The fake-quantized channel attention (SE) of a sub-block.
+
+With the pooled vector ``m``, every ``Q`` a quantization point on a grid of its own::
+
+    h = Q_hidden(relu(W1 · Q_pooled(m) + b1))    z = Q_logits(W3 · h + b3)    a = Q_attention(σ(z))
+
+The logits are quantized too: then the sigmoid is a function of one 8-bit integer, a table of 256 entries,
+which every runtime computes exactly.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.nn.layers import SqueezeExcitation
 from qat.quantize.backends import Backend
-from qat.quantize.constant_cache import held_integers
+from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import LayerIntegers
 from qat.quantize.integers import requantization, sigmoid_table
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
@@ -28,7 +36,7 @@ class AttentionIntegers:
 
 
 class FakeQuantSqueezeExcitation(SqueezeExcitation):
-    """Twin of :class:`qat.nn.layers.SqueezeExcitation`: 8-bit vectors and weights throughout."""
+    """Channel attention with 8-bit vectors and weights throughout."""
 
     def __init__(self, module: SqueezeExcitation, group: Group, backend: Backend) -> None:
         nn.Module.__init__(self)
@@ -68,19 +76,28 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
         return LayerIntegers(weight * ~rule.constant.view(-1, 1, 1, 1), rule)
 
     def attention_steps(self, pooled: Tensor) -> Tensor:
-        """Pooled vector (N, C, 1, 1), in steps before rounding → attention in steps, by integers alone."""
-        constants = held_integers(self)
+        """The attention by integers alone.
+
+        Args:
+            pooled: (N, C, 1, 1), in steps of its grid, not yet rounded.
+
+        Returns:
+            (N, C, 1, 1), in steps of the attention's grid.
+        """
+        constants = integers_of(self)
         q = cast(ActivationQuantizer, self.pooled).saturate(pooled)
         for layer, point in ((constants.reduce, self.hidden), (constants.expand, self.logits)):
             # float64: a sum of thousands of products can pass 2**24.
             accumulator = F.conv2d(q.double(), layer.weight.double())
             q = cast(ActivationQuantizer, point).saturate(layer.requantization(accumulator))
-        # Whatever is not finite stays so, for the caller to see; an index can't.
+        # An index can't be NaN or infinite. The last term keeps what is not finite visible to the caller.
         return constants.table[(q + 128).nan_to_num(0.0, 0.0, 0.0).long()] + 0.0 * q.float()
 
     def _values(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
         weight = self.weight_quantizer(layer.weight)
-        if self.training:  # whose gradients are products of matrices then, many times faster
+        if (
+            self.training
+        ):  # as a product of matrices, whose gradients are many times faster than a convolution's
             return F.linear(x.flatten(1), weight.flatten(1), layer.bias)[..., None, None]
         return F.conv2d(x, weight, layer.bias)
 

@@ -54,7 +54,7 @@ def backend_of(quantization: Quantization) -> Backend:
     if quantization.backend == "torch_ao":
         return Backend(power_of_two=quantization.power_of_two)
     try:
-        # Here, since it takes seconds and is an optional dependency.
+        # Imported only where it is asked for: it takes seconds, and is an optional dependency.
         from qat.quantize.learned_scales import LearnedActivationQuantizer, LearnedWeightQuantizer
     except ImportError as error:
         raise QuantizationError(

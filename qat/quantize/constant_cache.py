@@ -1,7 +1,8 @@
-"""Constants of an integer network, made once for many batches.
+"""A cache for the constants of integer modules: made once for an evaluation of many batches.
 
-They follow from parameters, statistics and grids, and a twin makes them anew for each batch, since any of
-these may have changed: of tens of millions of weights, a third of the time of a batch.
+A fake-quantized module derives its integer constants from its parameters, statistics and grids. Any of these
+may have changed since the last batch, so by default the constants are made anew for each one, which takes a
+third of the time of a batch for tens of millions of weights.
 """
 
 from __future__ import annotations
@@ -15,31 +16,35 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class HasIntegers(Protocol[T_co]):
-    """A twin that computes integers."""
+    """A module that computes integers."""
 
     def integers(self) -> T_co:
         """Its constants."""
 
 
-_held: ContextVar[dict[Any, Any] | None] = ContextVar("held", default=None)
+_kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def unchanged() -> Iterator[None]:
-    """No parameter, statistic or grid of any network that this thread evaluates changes meanwhile."""
-    token = _held.set({})
+def keeping_constants() -> Iterator[None]:
+    """Keep the constants that are made inside of the block until its end.
+
+    The caller promises that no parameter, statistic or grid of a network that this thread evaluates changes
+    meanwhile.
+    """
+    token = _kept.set({})
     try:
         yield
     finally:
-        _held.reset(token)
+        _kept.reset(token)
 
 
-def held_integers(twin: HasIntegers[T_co]) -> T_co:
-    """``twin.integers()``, inside :func:`unchanged` those of the first call."""
-    held = _held.get()
-    if held is None:
-        return twin.integers()
-    if twin not in held:
-        held[twin] = twin.integers()
-    found: T_co = held[twin]
+def integers_of(module: HasIntegers[T_co]) -> T_co:
+    """``module.integers()``; inside of :func:`keeping_constants` the result of the first call."""
+    kept = _kept.get()
+    if kept is None:
+        return module.integers()
+    if module not in kept:
+        kept[module] = module.integers()
+    found: T_co = kept[module]
     return found

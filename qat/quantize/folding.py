@@ -1,15 +1,15 @@
 """What fake-quantized modules share: folded batch normalization, and the scales of their constants.
 
-Batch normalization is folded in every twin: its gain and offset become part of what stands before it. While
-training they are those of the batch, or of the running statistics once these are frozen; in evaluation they
-are part of an integer requantization (:func:`folded_constants`). Running statistics can be averaged anew
-behind a training (:mod:`qat.train.batch_norm_reestimation`).
+Batch normalization is folded everywhere: its gain and offset become part of the operation before it. In
+training they come from the batch, or from the running statistics once these are frozen; in evaluation they
+are part of an integer requantization (:func:`folded_constants`). Running statistics can be estimated anew
+after training (:mod:`qat.train.batch_norm_reestimation`).
 
 With powers of two as scales (``quantization.power_of_two``), multipliers made of scales alone are powers of
-two, too: those of residual sums and products, the layers of channel attention, the classifier, and the
-head's mean before it is divided by its pixels. Not those that carry a learned factor: the requantizations
-behind stem and binary convolutions and the attention's gain (gains of batch normalizations), and the means
-that channel attention takes (mix scales). The fixed grids, image and attention, meet only such multipliers.
+two, too: those of residual sums and products, the layers of channel attention, the classifier, and the head's
+mean before it is divided by its pixels. Not those that carry a learned factor: the requantizations after the
+stem and the binary convolutions and the attention's gain (gains of batch normalizations), and the means that
+channel attention takes (mix scales). The fixed grids, image and attention, meet only such multipliers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.ops.norm_activation import fold_batch_norm
+from qat.ops.batch_norm import folded_batch_norm
 from qat.quantize.integers import Requantization, snap_up
 from qat.quantize.quantizers import (
     ActivationQuantizer,
@@ -43,10 +43,11 @@ class QuantizerReference:
 def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Gain and offset (C,) of a batch normalization with its running statistics, float64, without gradients.
 
-    In float64, so that a constant is rounded once, when it becomes an integer or a float32 multiplier.
+    In float64, so that an exported constant is rounded once, when it becomes an integer or a float32
+    multiplier.
     """
     with torch.no_grad():
-        return fold_batch_norm(norm, torch.float64)
+        return folded_batch_norm(norm, torch.float64)
 
 
 def slope_scale(slope: Tensor) -> Tensor:

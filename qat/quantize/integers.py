@@ -84,14 +84,17 @@ def saturate(x: Tensor, low: int, high: int) -> Tensor:
 def prelu_steps(q: Tensor, slopes: Tensor, low: int, high: int) -> Tensor:
     """``q`` where it is not negative, else ``saturate(q * slope)``: (N, C, …), integers in low … high.
 
-    Slopes (C,) on an 8-bit dyadic grid, of the type of ``q``. Saturating changes no ``q`` of that range.
+    Slopes (C,) on an 8-bit dyadic grid, in the type of ``q``. Integers of the range are not changed by
+    saturating, so the positive side passes as it is.
     """
     return saturate(F.prelu(q, slopes), low, high)
 
 
 def mean_steps(q: Tensor, multiplier: Tensor) -> Tensor:
     """``float32(sum) * (multiplier / pixels)`` over the image: (N, C, H, W) → (N, C, 1, 1) float32."""
-    pixels = torch.full_like(multiplier, q.shape[2] * q.shape[3])  # dividing by a number may multiply instead
+    pixels = torch.full_like(
+        multiplier, q.shape[2] * q.shape[3]
+    )  # a tensor: division by a Python number may be compiled to a multiplication
     total = q.sum((2, 3), keepdim=True, dtype=torch.float64).float()
     return total * (multiplier / pixels).view(1, -1, 1, 1)
 

@@ -7,8 +7,8 @@ Learned step size quantization (LSQ; Esser et al. 2020, arXiv 1902.08153). With 
     ∂v/∂s = round(x / s) − x / s   inside,   Qn or Qp beyond
     ∂L/∂s is multiplied by 1 / √(N · Qp)         N values share the step (of activations: in one image)
 
-Integers and the gradient through rounding are brevitas' ``IntQuant``; what keeps steps positive, and makes
-them powers of two, are its restrictions of values. A step is ``start · 2**log_scale``: ``start`` is what the
+brevitas' ``IntQuant`` supplies the integers and the gradient through rounding; its restrictions of values
+keep steps positive, or make them powers of two. A step is ``start · 2**log_scale``: ``start`` is what the
 observers of :mod:`qat.quantize.observers` found in calibration, or the weights' own range, and ``log_scale``
 is the parameter, 0 at first. So a step can't reach 0, an optimizer's step changes it by a factor whatever its
 size, and a network that has only been calibrated has exactly the grids that ``torch_ao`` gives it.
@@ -57,7 +57,7 @@ def learned_step(start: Tensor, log_scale: Tensor, power_of_two: bool) -> Tensor
     """
     exponent = log_scale.double()
     if power_of_two:
-        # Less a hair, lest a logarithm's last place should double a step that is a power of two already.
+        # Less 2^-30: an error in the logarithm's last place must not double a step that is a power of two.
         step: Tensor = _restriction(True)(exponent + start.double().log2() - 2.0**-30)
     else:
         step = _restriction(False)(exponent) * start.double()
@@ -116,8 +116,8 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         shared = x.numel() // max(len(x), 1) if x.ndim else 1
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
-    def settled(self) -> Grid | None:
-        """Never: its step is learned, and rounding knows it."""
+    def fixed_grid(self) -> Grid | None:
+        """None: the step is learned, and gets a gradient."""
         return None
 
     @property

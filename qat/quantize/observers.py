@@ -1,6 +1,6 @@
 """The one adapter to ``torch.ao.quantization``: how the range of a tensor is found.
 
-Nothing else in the project imports ``torch.ao``. Quantizers are in :mod:`qat.quantize.quantizers`. With
+No other file imports ``torch.ao``. Quantizers are in :mod:`qat.quantize.quantizers`. With
 several processes each observer sees what all of them see, so that every process has the same ranges as one
 alone.
 
@@ -34,7 +34,7 @@ _CANDIDATES: Final = 200
 
 
 class _SharedExtremes:
-    """Before torch's observer of extremes: it sees those of the batch that all processes share."""
+    """Mixed into torch's observers of extremes: each process sees the extremes of all processes' images."""
 
     def forward(self, x_orig: Tensor) -> Tensor:
         seen = x_orig if world().size == 1 else extremes(x_orig)

@@ -1,26 +1,28 @@
 """Turns a float-rest BNext into a fake-quantized one, in place: the `quant=True` path.
 
-Every module is replaced by its twin of :mod:`qat.quantize.stem_and_head`, which takes over its parameters
-under the same names: the state dict of the float network stays a part of the prepared network's.
+Every module is replaced by its fake-quantized form (:mod:`qat.quantize.stem_and_head` and beside it), which
+takes over the parameters under the same names: the state dict of the float network stays a part of the
+prepared network's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Final, Protocol, cast
 
-import torch
 from torch import nn
 
 from qat.errors import QuantizationError
-from qat.nn.layers import Block, GlobalAveragePool, Stem, SubBlock
+from qat.nn.block import Block
+from qat.nn.layers import GlobalAveragePool, Stem
+from qat.nn.sub_block import SubBlock
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.backends import Backend, backend_of
 from qat.quantize.image_grid import image_grid
 from qat.quantize.overrides import GroupName, check_glob, check_overrides, group_of, settings_of
-from qat.quantize.quantizers import Quantizer, WeightQuantizer, activation_quantizers
+from qat.quantize.quantizers import Quantizer, WeightQuantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
@@ -49,8 +51,7 @@ def prepare(
         quantization: groups, bits, observers, and which modules by glob;
             :mod:`qat.quantize.overrides` has the rules of single modules.
         image: (scale, zero point) of the uint8 image grid, see :func:`qat.quantize.image_grid.image_grid`;
-        ``None``
-            takes ImageNet's normalization.
+            ``None`` takes ImageNet's normalization.
 
     Returns:
         ``model``, with ``model.quantization`` set.
@@ -96,11 +97,11 @@ def _prepare_sub_block(
     block: Block, child: str, name: str, chosen: _Selection, source: Quantizer, target: Quantizer
 ) -> None:
     module, name = cast(SubBlock, block.get_submodule(child)), f"{name}.{child}"
-    twin = FakeQuantSubBlock(module, chosen.trunk_group(name), source, target, chosen.backend)
-    if twin.infor_recoupling and chosen(f"{name}.se", chosen.quantization.se.enabled):
+    quantized = FakeQuantSubBlock(module, chosen.trunk_group(name), source, target, chosen.backend)
+    if quantized.infor_recoupling and chosen(f"{name}.se", chosen.quantization.se.enabled):
         group = settings_of(chosen.quantization, f"{name}.se", chosen.quantization.se)
-        twin.se = FakeQuantSqueezeExcitation(twin.se, group, chosen.backend)
-    setattr(block, child, twin)
+        quantized.se = FakeQuantSqueezeExcitation(quantized.se, group, chosen.backend)
+    setattr(block, child, quantized)
 
 
 class _Selection:
@@ -162,35 +163,6 @@ def quantized_layers(model: nn.Module, quantization: Quantization) -> dict[str, 
 def model_is_prepared(model: nn.Module) -> bool:
     """Whether :func:`prepare` has been through this network."""
     return any(isinstance(module, FakeQuantSubBlock) for module in model.modules())
-
-
-def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
-    """Find every range from float values: run ``forward`` (some batches through ``model``) observing only.
-
-    The network is in evaluation mode meanwhile, and back in its former mode afterwards.
-
-    Raises:
-        QuantizationError: nothing to calibrate, grids frozen already, or ``forward`` reached not all points.
-    """
-    points = dict(activation_quantizers(model))
-    if not points:
-        raise QuantizationError("no activation is quantized in this network: nothing to calibrate")
-    if not all(point.observing for point in points.values()):
-        raise QuantizationError("the grids of this network are frozen: prepare its float-rest network anew")
-    was_training = model.training
-    model.eval()
-    for point in points.values():
-        point.start_calibration()
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for point in points.values():
-            point.finish_calibration()
-        model.train(was_training)
-    missed = [name for name, point in points.items() if not point.calibrated]
-    if missed:
-        raise QuantizationError(f"calibration reached no finite value at {missed[0]} ({len(missed)} points)")
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, object]]:

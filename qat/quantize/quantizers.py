@@ -23,12 +23,16 @@ from qat.ops.fake_quantize import Extremes, fake_quantize
 from qat.quantize.integers import saturate
 from qat.quantize.observers import MOVING, Observer, channel_scales, observed_grid
 
-#: Widest integers of integer arithmetic; more are simulated.
+#: Widest integers that integer networks hold; wider ones are only simulated, in float.
 LARGEST_BITS: Final = 8
 
 
 class _OwnState(nn.Module):
-    """A module whose state outlasts a change of type, and a state dict that knows nothing of it."""
+    """A module whose state keeps its type, and that a checkpoint may leave out.
+
+    ``.to(dtype)`` leaves its tensors as they are, and a strict load of a state dict without them keeps what
+    the module has.
+    """
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A float-rest checkpoint has no key of this point. It loads strictly all the same: the point
@@ -89,17 +93,13 @@ class Quantizer(_OwnState):
         """Whether values can be put on a known grid right now."""
         return False
 
-    def settled(self) -> Grid | None:
-        """The grid as numbers, where steps may be put together in which no value of this point appears.
-
-        ``None`` where there is no grid, or it is observed or learned meanwhile, or a forward hook of this
-        point waits for values.
-        """
+    def fixed_grid(self) -> Grid | None:
+        """The grid, where an operation may put values on it by itself; see :mod:`qat.ops.points`."""
         return None
 
     @property
     def is_integer(self) -> bool:
-        """Whether integer arithmetic may use this grid now: it is known, and not too wide."""
+        """Whether integer arithmetic may use this grid now: it is known, and has at most 8 bits."""
         return self.has_grid and self.bits <= LARGEST_BITS
 
     def describe(self) -> dict[str, object]:
@@ -214,7 +214,7 @@ class ActivationQuantizer(Quantizer):
                 warnings.warn(
                     f"a quantization point has no range, and its values stay float: {self.observer!r} looks "
                     "at values in calibration alone, which comes before training "
-                    "(qat.quantize.preparation.calibrate)",
+                    "(qat.quantize.calibration.calibrate)",
                     stacklevel=2,
                 )
             return x
@@ -237,7 +237,7 @@ class ActivationQuantizer(Quantizer):
         """Calibrated, and not observing for calibration just now."""
         return self.calibrated and not self.calibrating
 
-    def settled(self) -> Grid | None:
+    def fixed_grid(self) -> Grid | None:
         """See :class:`Quantizer`."""
         watched = self._forward_hooks or self._forward_pre_hooks
         if watched or self.observes or not self.has_grid:
@@ -266,9 +266,9 @@ class ActivationQuantizer(Quantizer):
         if self.observer not in MOVING:
             self.fake.activation_post_process(x.detach().float())
             return None
-        # All that these observers look at, and the rounding wants to know them, too.
+        # These observers look at nothing else, and the rounding after them needs the extremes, too.
         extremes = torch.aminmax(x.detach()) if x.numel() else None
-        # Where another process has values, this one's observer must hear of them, too.
+        # Without values of its own this process must still hear those of the others.
         seen = x.detach() if extremes is None else torch.stack(extremes)
         self.fake.activation_post_process(seen.float())
         if not self.calibrating:

@@ -1,28 +1,14 @@
-"""Fake-quantized twins of a network's modules.
+"""The fake-quantized stem and head; the sub-blocks between them are in :mod:`qat.quantize.sub_block`.
 
-Each twin takes over the parameters of the module it replaces under the same names. What it computes, with
-``Q`` for a quantization point on a grid of its own and ``[·]`` for a value put on a grid already chosen:
+Each module takes over the parameters of the float module that it replaces, under the same names. With ``Q``
+for a quantization point on a grid of its own and ``[·]`` for a value put on a grid already chosen:
 
 - stem: ``Q_trunk(BN(conv(Q_image(x), Q_weight(w))))``
-- sub-block with input ``x`` on the trunk's grid::
-
-    q = Q_y(BN1(conv(sign(x + bias), ±1)))        sign(0) = +1
-    y = [PReLU2(q)]_y                             slopes on an 8-bit grid of a power of two
-    p = [pool(x)]_x    r = [pool([PReLU1(x)]_x)]_x
-    m = Q_pooled(scale · mean(x) + (1 − scale) · mean(y))
-    h = Q_hidden(relu(W1 · m + b1))    z = Q_logits(W3 · h + b3)    a = Q_attention(σ(z))
-    g = Q_gain(a · A2)                            BN2(v) = A2 · v + B2
-    t = Q_branch(g ⊙ y)  or  Q_branch(Q_product(g ⊙ y) ⊙ r)
-    out = Q_trunk([t + [B2]_branch]_branch + (p or r))
-
 - head: ``fc(Q_input(mean([PReLU(x)]_x)))``
 
-BN1's result is quantized before PReLU2 rather than after, and the attention's logits are quantized too:
-then PReLU and sigmoid are functions of one 8-bit integer, which every runtime computes exactly.
-
-While training, values are rounded in float32 with straight-through gradients. In evaluation mode, once every
-grid a module needs is calibrated, it computes the integers themselves (:mod:`qat.quantize.integers`), with
-the constants that lowering exports: ``integers()`` of each twin.
+While training, values are rounded in float32 with straight-through gradients. In evaluation, once every grid
+that a module needs is calibrated, it computes the integers themselves (:mod:`qat.quantize.integers`) with the
+constants that lowering exports: its ``integers()``.
 """
 
 from __future__ import annotations
@@ -34,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.nn.layers import GlobalAveragePool, Stem
-from qat.ops.norm_activation import prelu
 from qat.ops.planes import without_autocast
+from qat.ops.prelu import prelu
 from qat.quantize.backends import Backend
-from qat.quantize.constant_cache import held_integers
+from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import (
     LayerIntegers,
     QuantizerReference,
@@ -55,7 +41,7 @@ __all__ = ["FakeQuantLinear", "FakeQuantPReLU", "FakeQuantPool", "FakeQuantStem"
 
 
 class FakeQuantStem(Stem):
-    """Twin of :class:`qat.nn.layers.Stem` with a quantized image and quantized weights.
+    """The stem with a quantized image and quantized weights.
 
     Args:
         stem: its parameters are taken over.
@@ -83,7 +69,7 @@ class FakeQuantStem(Stem):
         """(N, 3, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
         stride, padding = self.conv1.stride, self.conv1.padding
         if is_ready(self, cast(Quantizer, self.trunk)):
-            layer, trunk = held_integers(self), cast(ActivationQuantizer, self.trunk)
+            layer, trunk = integers_of(self), cast(ActivationQuantizer, self.trunk)
             # Rounded for the same reason as in a sub-block: an accumulator is an integer.
             with without_autocast(x):
                 out = F.conv2d(self.image.steps(x), layer.weight, stride=stride, padding=padding).round()
@@ -95,7 +81,7 @@ class FakeQuantStem(Stem):
 
 
 class FakeQuantPReLU(nn.PReLU):
-    """Twin of the head's PReLU: 8-bit slopes, result on the grid of its input."""
+    """The head's PReLU: 8-bit slopes, the result on the grid of its input."""
 
     def __init__(self, module: nn.PReLU, source: Quantizer) -> None:
         nn.Module.__init__(self)
@@ -109,11 +95,11 @@ class FakeQuantPReLU(nn.PReLU):
             point = cast(ActivationQuantizer, source)
             q = prelu_steps(point.steps(input), slopes.detach().float(), point.quant_min, point.quant_max)
             return point.values(q).to(input.dtype)
-        return source.requantize(prelu(input, slopes), overwrite=True)
+        return prelu(input, slopes, source)
 
 
 class FakeQuantPool(GlobalAveragePool):
-    """Twin of the head's pooling: from the trunk's grid straight to the classifier's."""
+    """The head's pooling: from the trunk's grid straight to the classifier's."""
 
     def __init__(self, source: Quantizer, target: Quantizer) -> None:
         super().__init__()
@@ -132,7 +118,7 @@ class FakeQuantPool(GlobalAveragePool):
 
 
 class FakeQuantLinear(nn.Linear):
-    """Twin of the classifier: quantized input and weights, float logits."""
+    """The classifier: quantized input and weights, float logits."""
 
     def __init__(self, module: nn.Linear, group: Group, backend: Backend) -> None:
         nn.Module.__init__(self)
@@ -158,7 +144,7 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C) → logits (N, num_classes)."""
         if is_ready(self, self.input):
-            layer = held_integers(self)
+            layer = integers_of(self)
             q = cast(ActivationQuantizer, self.input).steps(input)
             return layer.requantization(F.linear(q.double(), layer.weight.double())).to(input.dtype)
         return F.linear(self.input(input), self.weight_quantizer(self.weight), self.bias)

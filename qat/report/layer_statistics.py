@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions
-from qat.nn.layers import BinaryConv2d, SubBlock
+from qat.nn.layers import BinaryConv2d
+from qat.nn.sub_block import SubBlock
 from qat.quantize.quantizers import (
     ActivationQuantizer,
     FixedQuantizer,

@@ -20,8 +20,9 @@ from qat.data.loading import check_fits, load_splits
 from qat.data.split import Split
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError
 from qat.models.bnext import BNext, binary_convolutions, is_binary, set_temperature
+from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
-from qat.quantize.preparation import calibrate, prepare, quantization_map
+from qat.quantize.preparation import prepare, quantization_map
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.loading import LoadedRecipe, resolve_checkpoint
 from qat.recipe.schema import Recipe

@@ -8,7 +8,7 @@ from typing import Final, Literal
 import torch
 
 from qat.errors import RecipeError
-from qat.ops.bfloat16 import widened_autocast, widens
+from qat.ops.bfloat16 import emulated_autocast, is_emulated
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,8 +21,8 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     """
     if precision == "float32":
         return nullcontext()
-    if widens(device, _TYPES[precision]):
-        return widened_autocast()
+    if is_emulated(device, _TYPES[precision]):
+        return emulated_autocast()
     return torch.autocast(device.type, dtype=_TYPES[precision])
 
 
@@ -48,7 +48,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 def saves_no_time(precision: Precision, device: torch.device) -> str | None:
     """A warning where ``device`` has no instructions for ``precision``, so that it saves no time."""
-    if precision == "float32" or not widens(device, _TYPES[precision]):
+    if precision == "float32" or not is_emulated(device, _TYPES[precision]):
         return None
     return (
         "precision: this processor has no instructions for 'bfloat16', whose products are computed in "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.models.bnext import BNext
-from qat.nn.layers import bounded
+from qat.nn.block import bounded
 from qat.recipe.schema import Recipe
 from qat.system.collectives import world
 from qat.system.launch import is_set

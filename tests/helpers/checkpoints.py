@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.checkpoints.format import save_checkpoint
 from qat.models.bnext import BNext, set_temperature
-from qat.quantize.preparation import calibrate
+from qat.quantize.calibration import calibrate
 from qat.recipe.loading import parse_recipe
 from qat.recipe.schema import Quantization, Recipe
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.layers import LearnableBias, SqueezeExcitation
+from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
-from qat.quantize.preparation import calibrate, prepare
+from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 

@@ -17,10 +17,10 @@ from qat.nn.layers import (
     LearnableBias,
     SqueezeExcitation,
     Stem,
-    SubBlock,
     pool2x2,
     spatial_mean,
 )
+from qat.nn.sub_block import SubBlock
 from tests.helpers import golden_numbers as golden
 
 GOLDEN = golden.load()

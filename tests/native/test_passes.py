@@ -18,7 +18,7 @@ from qat.native import bindings as nativecalls
 from qat.native import passes as nativepasses
 from qat.native.bindings import PASSES, torch_alone, usable
 from qat.native.passes import Affine
-from qat.ops.norm_activation import scaled, scaled_norm
+from qat.ops.scale_add import scaled, scaled_norm_add
 from tests.conftest import need_passes
 
 GRID = Grid(0.02, 8, signed=True)
@@ -285,7 +285,7 @@ def test_a_residual_of_another_form_is_added_by_torch(other: Tensor) -> None:
     for context in (nullcontext(), torch_alone()):
         with context:
             norm = torch.nn.BatchNorm2d(3)
-            results.append(scaled_norm(x, factor, mean, variance, norm, other))
+            results.append(scaled_norm_add(x, factor, mean, variance, norm, other))
     torch.testing.assert_close(*results)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.ops.pooling import NARROW, moments, pool2x2, spatial_mean
-from tests.ops.test_norm_activation import assert_same, gradients, values
+from tests.helpers.gradients import assert_same, gradients, values
 
 
 @pytest.mark.usefixtures("passes")

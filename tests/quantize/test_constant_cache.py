@@ -8,7 +8,7 @@ import torch
 
 from qat.evaluation import collect_logits, predictor
 from qat.models.bnext import BNext
-from qat.quantize.constant_cache import held_integers, unchanged
+from qat.quantize.constant_cache import integers_of, keeping_constants
 from qat.recipe.schema import Data
 from qat.system.launch import WHOLE
 from tests.conftest import toy_images
@@ -24,25 +24,25 @@ class Twin:
 
 def test_only_inside_are_constants_held() -> None:
     one, other = Twin(), Twin()
-    assert [held_integers(one), held_integers(one)] == [1, 2]
-    with unchanged():
-        assert [held_integers(one), held_integers(other), held_integers(one)] == [3, 1, 3]
-        with unchanged():
-            assert held_integers(one) == 4
-        assert held_integers(one) == 3
-    with pytest.raises(KeyError), unchanged():
+    assert [integers_of(one), integers_of(one)] == [1, 2]
+    with keeping_constants():
+        assert [integers_of(one), integers_of(other), integers_of(one)] == [3, 1, 3]
+        with keeping_constants():
+            assert integers_of(one) == 4
+        assert integers_of(one) == 3
+    with pytest.raises(KeyError), keeping_constants():
         raise KeyError
-    assert held_integers(one) == 5
+    assert integers_of(one) == 5
 
 
 def test_another_thread_does_not_know_of_it() -> None:
     twin, found = Twin(), []
-    with unchanged():
-        held_integers(twin)
-        thread = Thread(target=lambda: found.extend([held_integers(twin), held_integers(twin)]))
+    with keeping_constants():
+        integers_of(twin)
+        thread = Thread(target=lambda: found.extend([integers_of(twin), integers_of(twin)]))
         thread.start()
         thread.join()
-        assert held_integers(twin) == 1
+        assert integers_of(twin) == 1
     assert found == [2, 3]
 
 

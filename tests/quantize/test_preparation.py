@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
 from qat.native.bindings import torch_alone
-from qat.nn.layers import SubBlock
-from qat.quantize.preparation import calibrate, model_is_prepared, prepare, quantization_map
+from qat.nn.sub_block import SubBlock
+from qat.quantize.calibration import calibrate
+from qat.quantize.preparation import model_is_prepared, prepare, quantization_map
 from qat.quantize.quantizers import (
     ActivationQuantizer,
     FixedQuantizer,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext, set_temperature
 from qat.nn.layers import pool2x2
-from qat.ops.norm_activation import fold_batch_norm
+from qat.ops.batch_norm import folded_batch_norm
 from qat.quantize.dyadic import LARGEST_SHIFT
 from qat.quantize.folding import (
     folded_constants,
@@ -465,7 +465,7 @@ def test_a_folded_batch_norm_equals_torch_in_values_and_gradients(shape: tuple[i
     twin = x.detach().clone().requires_grad_()
     incoming = torch.randn(shape, generator=random, dtype=torch.float64)
 
-    gain, offset = fold_batch_norm(ours)
+    gain, offset = folded_batch_norm(ours)
     assert gain.shape == offset.shape == (3,)
     expected, found = norm(x), gain.view(-1, 1, 1) * twin + offset.view(-1, 1, 1)
     expected.backward(incoming)
@@ -534,7 +534,7 @@ def test_the_product_s_grid_is_raised_a_little_and_reaches_the_branch_in_few_bit
 def test_the_multipliers_of_a_calibrated_network_have_few_bits(toy: BNext) -> None:
     for block in sub_blocks(toy).values():
         assert isinstance(block, FakeQuantSubBlock)
-        gain, _ = fold_batch_norm(block.norm2)
+        gain, _ = folded_batch_norm(block.norm2)
         step = block.branch.scale
         if block.kind == "scale":
             step = block.product_step()

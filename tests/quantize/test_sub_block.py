@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.nn.layers import SubBlock, pool2x2
+from qat.nn.layers import pool2x2
+from qat.nn.sub_block import SubBlock
+from qat.ops.batch_norm import folded_batch_norm
 from qat.ops.binary import binarize_activation
-from qat.ops.norm_activation import fold_batch_norm
+from qat.quantize.calibration import calibrate
 from qat.quantize.folding import CONSTANT_BITS, largest_gain_step
 from qat.quantize.observers import Observer
-from qat.quantize.preparation import calibrate, prepare
+from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantize_symmetric, freeze_observers
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
@@ -155,7 +157,7 @@ def test_a_channel_of_large_gain_and_little_attention_takes_no_steps_from_the_ot
     calibrate(model, lambda: model(toy_images()))
     blocks = sub_blocks(model)
     for name, block in blocks:
-        gain, _ = fold_batch_norm(block.norm2)
+        gain, _ = folded_batch_norm(block.norm2)
         assert block.gain_step(gain) < largest_gain_step(gain) / 10, name
     reference, found = float_toy(toy_images()), model(toy_images())
     assert signal_to_noise(reference, found) > signal_to_noise(reference, without_own_grid(model)) + 2

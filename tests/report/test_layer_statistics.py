@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions, set_temperature
-from qat.nn.layers import SubBlock
+from qat.nn.sub_block import SubBlock
 from qat.quantize.preparation import prepare, quantization_map
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, WeightQuantizer, freeze_observers
 from qat.quantize.stem_and_head import FakeQuantStem

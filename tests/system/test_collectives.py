@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.models.bnext import BNext
-from qat.ops.batch_norm import BatchNorm2d
-from qat.ops.norm_activation import affine_form, norm_prelu, scaled
+from qat.ops.batch_norm import BatchNorm2d, batch_gain_and_offset
+from qat.ops.norm_prelu import norm_prelu
 from qat.ops.pooling import moments
+from qat.ops.scale_add import scaled
 from qat.quantize.observers import MOVING, OBSERVERS, observed_grid
 from qat.quantize.quantizers import ActivationQuantizer, freeze_observers
 from qat.system.collectives import (
@@ -198,7 +199,7 @@ def test_statistics_averaged_anew_are_those_of_one_process(float_toy: BNext, toy
             torch.testing.assert_close(mine[name], value, rtol=bound, atol=bound)
 
 
-def _gradients_of_affine_form(share: Share) -> list[Tensor]:
+def _gradients_of_gain_and_offset(share: Share) -> list[Tensor]:
     """Of a scaled batch through its normalization; then the parameters' and the running statistics."""
     generator = torch.Generator().manual_seed(4)
     x, factor, weights = (
@@ -208,7 +209,7 @@ def _gradients_of_affine_form(share: Share) -> list[Tensor]:
     x.requires_grad_()
     factor.requires_grad_()
     norm = BatchNorm2d(4).double()
-    gain, offset = affine_form(norm, factor, *moments(x), 15)
+    gain, offset = batch_gain_and_offset(norm, factor, *moments(x), 15)
     out = scaled(x, factor * gain) + offset.view(1, -1, 1, 1)
     (out * weights).sum().backward()
     found = [out.detach(), x.grad, factor.grad, norm.weight.grad, norm.bias.grad]
@@ -223,7 +224,7 @@ def _gradients_of_norm_prelu(share: Share, images: int) -> list[Tensor]:
     x, weights = (torch.randn(images, 4, 3, 5, generator=generator).double()[share.of(images)] for _ in "xw")
     x.requires_grad_()
     norm, activation = BatchNorm2d(4).double(), nn.PReLU(4).double()
-    out = norm_prelu(x, norm, activation)
+    out = norm_prelu(x, norm, activation.weight)
     (out * weights).sum().backward()
     found = [out.detach(), x.grad, activation.weight.grad, norm.weight.grad, norm.bias.grad]
     return [value for value in found if value is not None] + [norm.running_mean, norm.running_var]
@@ -259,7 +260,10 @@ def _moved_ranges(share: Share) -> list[Tensor]:
 
 def _each_gradients(share: Share) -> list[list[Tensor]]:
     # One image leaves a process none.
-    return [_gradients_of_affine_form(share), *(_gradients_of_norm_prelu(share, images) for images in (7, 1))]
+    return [
+        _gradients_of_gain_and_offset(share),
+        *(_gradients_of_norm_prelu(share, images) for images in (7, 1)),
+    ]
 
 
 def _shared_training(toy: BNext) -> tuple[list[list[Tensor]], list[dict[str, Tensor]], list[Tensor]]:

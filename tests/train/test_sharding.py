@@ -17,7 +17,8 @@ from torch import Tensor
 from qat.checkpoints.format import load_checkpoint
 from qat.errors import RecipeError
 from qat.models.bnext import BNext
-from qat.nn.layers import BinaryConv2d, bounded
+from qat.nn.block import bounded
+from qat.nn.layers import BinaryConv2d
 from qat.recipe.loading import load_recipe
 from qat.recipe.schema import Optimizer, Recipe
 from qat.system import collectives as distributed

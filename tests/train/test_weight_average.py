@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qat.models.bnext import BNext, is_binary, set_temperature
-from qat.quantize.preparation import calibrate, prepare
+from qat.quantize.calibration import calibrate
+from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.schema import Quantization
 from qat.train.weight_average import WeightAverage

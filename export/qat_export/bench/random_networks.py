@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.models.bnext import Architecture, BNext, set_temperature
-from qat.nn.layers import LearnableBias, SqueezeExcitation, SubBlock
+from qat.nn.layers import LearnableBias, SqueezeExcitation
+from qat.nn.sub_block import SubBlock
+from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
-from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD, calibrate, prepare
+from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD, prepare
 from qat.recipe.schema import Quantization
 
 #: Below 1e-7: weights are exactly ±1.

@@ -28,7 +28,9 @@ from qat.checkpoints.format import float_shapes
 from qat.checkpoints.tensor_checks import not_finite
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
-from qat.nn.layers import Block, Stem, SubBlock
+from qat.nn.block import Block
+from qat.nn.layers import Stem
+from qat.nn.sub_block import SubBlock
 from qat_export.graphs.builder import FLOAT, OPSET, GraphBuilder, tensor_info
 from qat_export.graphs.metadata import INPUT, OUTPUT, model_metadata
 from qat_export.graphs.walk import EmittedBlock, emit_blocks, side_behind

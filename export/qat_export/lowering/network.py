@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError
 from qat.grid import Grid
 from qat.models.bnext import BNext
-from qat.nn.layers import Block as FloatBlock
+from qat.nn.block import Block as FloatBlock
 from qat.quantize.attention import AttentionIntegers, FakeQuantSqueezeExcitation
 from qat.quantize.folding import LayerIntegers, slope_scale
 from qat.quantize.preparation import model_is_prepared
 from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
-from qat.quantize.sub_block import BranchIntegers, FakeQuantSubBlock
+from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.quantize.sub_block_constants import BranchIntegers
 from qat_export.integer.consistency import check_network
 from qat_export.integer.network import (
     NEVER,

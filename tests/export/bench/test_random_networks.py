@@ -11,7 +11,7 @@ from qat_export.lowering.network import lower
 from torch import Tensor, nn
 
 from qat.models.bnext import Architecture, BNext, binary_convolutions, is_binary
-from qat.nn.layers import SubBlock
+from qat.nn.sub_block import SubBlock
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD, model_is_prepared, quantization_map
 
 #: As deep as the published tiny network, and an eighth as wide.

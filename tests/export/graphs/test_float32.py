@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions, set_temperature
-from qat.nn.layers import BinaryActivation, SqueezeExcitation, SubBlock
+from qat.nn.layers import BinaryActivation, SqueezeExcitation
+from qat.nn.sub_block import SubBlock
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
