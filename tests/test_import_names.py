@@ -16,13 +16,12 @@ from pathlib import Path
 
 import pytest
 import qat_export
+from qat_export import emit_portable
 
 from tests.helpers.native_builds import need, run
+from tests.helpers.networks import ordinary, saved
 from tests.helpers.paths import ROOT
 
-CHECKPOINT = ROOT / "recipes" / "checkpoints" / "bnext_tiny_digits.safetensors"
-#: `qat inspect` loads the exporter, and torch.
-INSPECT = ("inspect", str(CHECKPOINT))
 ACCELERATE = ("--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
 LAUNCHERS = {
     "python": (),
@@ -49,10 +48,17 @@ def start(command: list[str], folder: Path, **environment: str) -> str:
     return str(done.stdout)
 
 
-def launched(python: Path | str, launcher: str) -> list[str]:
-    """The command of `qat inspect` by a launcher, as `torchrun` and `accelerate launch` start it."""
+@pytest.fixture(scope="session")
+def inspect_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of `qat` for which it loads the exporter: the inspection of an exported model."""
+    path = saved(emit_portable(ordinary()[1]), tmp_path_factory.mktemp("model") / "model.onnx")
+    return ["inspect", str(path)]
+
+
+def launched(python: Path | str, launcher: str, arguments: list[str]) -> list[str]:
+    """The command of `qat ARGUMENTS` by a launcher, as `torchrun` and `accelerate launch` start it."""
     by = ["-m", *LAUNCHERS[launcher]] if LAUNCHERS[launcher] else []
-    return [str(python), *by, "-m", "qat", *INSPECT]
+    return [str(python), *by, "-m", "qat", *arguments]
 
 
 @pytest.fixture(scope="session")
@@ -82,30 +88,42 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "launcher", ["python", "torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
 )
 def test_commands_start_in_a_folder_with_the_users_own_export_recipes_and_tests(
-    launcher: str, folder: Path
+    launcher: str, folder: Path, inspect_model: list[str]
 ) -> None:
-    assert "binary: yes" in start(launched(sys.executable, launcher), folder)
+    assert "binary: yes" in start(launched(sys.executable, launcher, inspect_model), folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_so_they_do_where_a_wheel_was_installed(launcher: str, folder: Path, plain: Path) -> None:
+def test_so_they_do_where_a_wheel_was_installed(
+    launcher: str, folder: Path, plain: Path, inspect_model: list[str]
+) -> None:
     where = "import qat, qat_export; print(qat.__file__, qat_export.__file__)"
     for path in start([str(plain), "-c", where], folder).split():
         assert Path(path).is_relative_to(plain.parents[1])
-    assert "binary: yes" in start(launched(plain, launcher), folder)
-
-
-def test_beside_a_users_qat_the_console_script_works(folder: Path) -> None:
-    (folder / "qat.py").write_text("raise ImportError('the user has a qat.py')\n")
-    script = Path(sys.executable).with_name("qat")
-    assert "binary: yes" in start([str(script), *INSPECT], folder)
+    assert "binary: yes" in start(launched(plain, launcher, inspect_model), folder)
 
 
 @pytest.mark.slow
-def test_so_it_does_where_a_wheel_was_installed(folder: Path, plain: Path) -> None:
+def test_there_the_working_directory_does_stand_before_what_is_installed(
+    folder: Path, plain: Path, inspect_model: list[str]
+) -> None:
+    """Else these tests would say nothing. (An editable installation finds its packages before any path.)"""
+    (folder / "qat_export.py").write_text("raise ImportError('the user has his own')\n")
+    with pytest.raises(AssertionError, match="the user has his own"):
+        start(launched(plain, "python", inspect_model), folder)
+
+
+def test_beside_a_users_qat_the_console_script_works(folder: Path, inspect_model: list[str]) -> None:
     (folder / "qat.py").write_text("raise ImportError('the user has a qat.py')\n")
-    assert "binary: yes" in start([str(plain.with_name("qat")), *INSPECT], folder)
+    script = Path(sys.executable).with_name("qat")
+    assert "binary: yes" in start([str(script), *inspect_model], folder)
+
+
+@pytest.mark.slow
+def test_so_it_does_where_a_wheel_was_installed(folder: Path, plain: Path, inspect_model: list[str]) -> None:
+    (folder / "qat.py").write_text("raise ImportError('the user has a qat.py')\n")
+    assert "binary: yes" in start([str(plain.with_name("qat")), *inspect_model], folder)
 
 
 @pytest.mark.slow

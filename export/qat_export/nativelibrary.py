@@ -1,4 +1,4 @@
-"""The native operators in onnxruntime: their library, registered. Where it is: :mod:`qat.native.library`."""
+"""Registers the library of the native operators with onnxruntime; :mod:`qat.native.library` finds it."""
 
 from __future__ import annotations
 

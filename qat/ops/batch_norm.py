@@ -81,14 +81,12 @@ def _correction(count: float | Tensor) -> float | Tensor:
 
 
 def folded_batch_norm(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Gain and offset with running statistics: ``BN(x) = gain ⊙ x + offset``, differentiable.
+    """Gain and offset with running statistics: ``BN(x) = gain ⊙ x + offset``, differentiable, (C,) each.
 
     Args:
         norm: with running statistics.
-        dtype: to compute in; that of the parameters by default.
-
-    Returns:
-        (C,) each.
+        dtype: to compute in; the type of the parameters by default. What is exported is folded in float64
+            (:mod:`qat.quantize.folding`).
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None

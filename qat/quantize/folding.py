@@ -43,7 +43,8 @@ class QuantizerReference:
 def folded_constants(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Gain and offset (C,) of a batch normalization with its running statistics, float64, without gradients.
 
-    In float64, so that a constant is rounded once, when it becomes an integer or a float32 multiplier.
+    In float64, so that an exported constant is rounded once, when it becomes an integer or a float32
+    multiplier.
     """
     with torch.no_grad():
         return folded_batch_norm(norm, torch.float64)

@@ -20,13 +20,13 @@ from qat_export.bench.targets import Subject, check_targets, export_targets
 from qat_export.graphs.float32 import FORMAT as FLOAT_FORMAT
 from qat_export.graphs.ort_static import FORMAT as STATIC_FORMAT
 
-#: What others are compared with: the name of the target, and the metadata ``format`` of its files.
+#: The targets that others are compared with, and the metadata ``format`` of their files.
 FLOAT32: Final = "float32"
 ORT_STATIC: Final = "ort_static"
 _FORMATS: Final = {FLOAT32: FLOAT_FORMAT, ORT_STATIC: STATIC_FORMAT}
 PORTABLE: Final = "portable"
 NATIVE: Final = "native"
-#: What a random network may have; beyond, memory ends.
+#: Sides of images and numbers of classes that a random network may have; beyond them memory runs out.
 _RESOLUTIONS: Final = range(8, 2049)
 _MOST_CLASSES: Final = 100_000
 

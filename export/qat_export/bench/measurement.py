@@ -145,7 +145,7 @@ def measure(
         raise QatError("no model to measure")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise QatError(f"two models are called {twice!r}: their results could not be told apart")
-    # Once this returns, no model is in memory: the processes that follow need it.
+    # Once this returns, no model is in memory any more: the processes that follow need the space.
     timed = _timed(candidates, conditions, say, clock)
     results = []
     for measurement in timed:
@@ -168,7 +168,7 @@ def _timed(
     say: Callable[[str], None],
     clock: Callable[[], float],
 ) -> list[Measurement]:
-    """Everything but the peak memory."""
+    """What :func:`measure` returns, without the peak memory."""
     models: list[AnyModel] = []
     results: list[Measurement] = []
     for candidate in candidates:
@@ -178,7 +178,7 @@ def _timed(
         size = file_bytes(candidate.path)
         results.append(Measurement(candidate, (), size, load_ms, None, model.metadata))
     runs = [partial(model.run, model.input.random(conditions.seed)) for model in models]
-    with _collector_held():
+    with _no_garbage_collection():
         repeats = conditions.repeats or rounds_in_time(runs, clock)
         say(f"measuring {len(runs)} models, {repeats} rounds")
         times = alternate(runs, repeats, clock)
@@ -191,7 +191,7 @@ def _timed(
 def alternate(
     runs: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[list[float]]:
-    """Seconds of ``repeats`` runs of each, one after the other in every round; see the module."""
+    """Seconds of each of ``runs``, ``repeats`` times, in the alternating order that the module describes."""
     times: list[list[float]] = [[] for _ in runs]
     for number in range(-WARM_UP_ROUNDS, repeats):
         for index in order(list(range(len(runs))), number):
@@ -205,8 +205,9 @@ def alternate(
 
 
 def order(items: Sequence[Item], number: int) -> list[Item]:
-    """Who comes when in round ``number``: another first one in every round, and after each has been first,
-    backwards, so that no model always follows the same one.
+    """``items`` in the order of round ``number``: another one is first in every round.
+
+    Once each has been first, the direction changes, so that no model always follows the same one.
     """
     shift, backwards = number % len(items), (number // len(items)) % 2
     turned = [*items[shift:], *items[:shift]]
@@ -248,7 +249,7 @@ def _loaded(
 
 
 def rounds_in_time(runs: Sequence[Callable[[], object]], clock: Callable[[], float]) -> int:
-    """As many rounds as fit into :data:`SECONDS`, guessed from one."""
+    """As many rounds as fit into :data:`SECONDS`, estimated from one."""
     start = clock()
     alternate(runs, 1, clock)
     one = (clock() - start) / (1 + WARM_UP_ROUNDS)
@@ -256,8 +257,8 @@ def rounds_in_time(runs: Sequence[Callable[[], object]], clock: Callable[[], flo
 
 
 @contextmanager
-def _collector_held() -> Iterator[None]:
-    """No garbage collection in between: it would be counted as part of whichever run it falls into."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch garbage collection off for a while: its time would count as part of the run it happens in."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -10,7 +10,7 @@ from qat.errors import CheckpointError
 from qat.system.child_process import ChildFailedError, run_isolated
 from qat_export.bench.any_model import AnyModel
 
-#: Runs in the child: the first one allocates, the others may still grow the arena.
+#: Runs in the child: the first one allocates, the others may still need more.
 _RUNS: Final = 3
 #: What Linux says of a process, its peak memory among it.
 PROCESS_STATUS: Final = Path("/proc/self/status")
@@ -45,7 +45,10 @@ def peak_rss_bytes(
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """The child: load, run, look. Also tells which packages were loaded."""
+    """What the child process does: load a model, run it, and return the process's peak memory.
+
+    It also returns the packages that were loaded, since each takes memory.
+    """
     model = AnyModel(
         Path(request["path"]),
         threads=request["threads"],

@@ -1,8 +1,8 @@
 """Networks filled at random, to be measured or tested where no trained one is at hand.
 
-A network as its constructor draws it is no substitute: its batch normalizations have statistics of nothing,
-and after thirty layers every logit is a constant. Here they have those of random images, layer by layer, so
-that activations keep their size and the logits depend on the image.
+A network fresh from its constructor will not do: the running statistics of its batch normalizations belong to
+no data, and after thirty layers every logit is a constant. Here they are those of random images, layer by
+layer, so that activations keep their magnitude and the logits depend on the image.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def fill_at_random(model: BNext, images: Tensor) -> None:
                     cast(Tensor, module.se[index].bias).normal_(0, 0.3)
             if isinstance(module, SubBlock) and module.infor_recoupling:
                 module.scale.uniform_(-0.2, 1.2)
-        # Running statistics that are the batch's own: in evaluation the network sees what it sees now.
+        # With a momentum of 1 the running statistics become those of the next batch.
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
@@ -90,7 +90,7 @@ def random_network(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> BNext:
-    """A float-rest network with random parameters, numerically alive on images of ``image_size`` pixels.
+    """A float-rest network with random parameters whose logits depend on images of ``image_size`` pixels.
 
     The same arguments give the same network; torch's own generator is left as it was.
     """

@@ -32,7 +32,7 @@ _CALIBRATION_IMAGES: Final = 4
 
 @dataclass
 class Subject:
-    """One network in all its forms; each is made when it is first asked for.
+    """One network in all the forms that are measured; each is made when it is first asked for.
 
     Attributes:
         model: float-rest, its weights binary, in evaluation mode.

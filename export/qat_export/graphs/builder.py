@@ -15,7 +15,7 @@ Array = NDArray[Any]
 OPSET: Final = 13
 #: Bytes beyond which a weight is large.
 _LARGE: Final = 2**16
-#: Operators whose nodes need no name.
+#: Operators that convert, move or look up constants: their nodes are fused away, and need no name in a file.
 _UNNAMED: Final = frozenset(
     (
         "Cast",

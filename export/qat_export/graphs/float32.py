@@ -85,7 +85,7 @@ def emit_float(
 
 
 def _refuse_values(model: BNext) -> None:
-    """Only the float network's tensors: a prepared network may still have ranges that saw nothing."""
+    """Only in the float network's tensors: the ranges of an observer are infinite until it sees a batch."""
     state: dict[str, Tensor] = model.state_dict()
     for key in float_shapes(model.architecture):
         value = state[key].float()
@@ -171,7 +171,7 @@ class _Emitter:
         return self.builder.node("PRelu", [x, slopes], output)
 
     def sign(self, x: str, module: SubBlock, name: str) -> str:
-        """Sign of ``x`` plus the channel's bias; see above for the sign of 0."""
+        """Sign of ``x`` plus the channel's bias; the module's docstring says what the sign of 0 is."""
         if not module.binary_activation.zero_is_positive:
             moved = self.builder.node(
                 "Add", [x, self.tensor(module.move.bias, f"{name}.move.bias")], f"{name}/moved"

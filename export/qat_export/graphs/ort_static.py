@@ -52,7 +52,7 @@ def quantize_static(source: Path, target: Path, images: NDArray[np.float32]) -> 
 
 
 def main(request: dict[str, Any]) -> None:
-    """The child: quantize ``request["source"]``."""
+    """What the child process does: quantize ``request["source"]``."""
     from onnxruntime import quantization  # loaded in the child alone: it pulls in much
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types

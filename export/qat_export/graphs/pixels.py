@@ -43,7 +43,7 @@ def fold_normalization(network: IntegerNetwork) -> tuple[NDArray[np.float32], ND
         steps = table[channel].astype(np.float64) - grid.zero_point
         products = (_PIXELS * gains[channel]).astype(np.float64)
         low, high = steps - 0.5 - products, steps + 0.5 - products
-        # Where the grid saturates, anything beyond rounds there too.
+        # At an end of the grid one side has no bound: whatever lies beyond is saturated to the same integer.
         lower = low[table[channel] > grid.low].max(initial=-np.inf)
         upper = high[table[channel] < grid.high].min(initial=np.inf)
         offsets[channel] = (lower + upper) / 2

@@ -45,7 +45,10 @@ class IntegerStorage:
         return (np.asarray(integers, np.int16) + ZERO).astype(np.uint8)
 
     def real(self, x: str, multiplier: Factor, output: str) -> str:
-        """The integers of ``x`` times ``multiplier`` in float32, for one consumer (fusion wants one each)."""
+        """The integers of ``x`` times ``multiplier`` in float32.
+
+        For one reader alone: onnxruntime fuses a DequantizeLinear only into a single one.
+        """
         scale = self.builder.constant(np.float32(multiplier))
         return self.builder.node("DequantizeLinear", [x, scale, self.zero], output)
 

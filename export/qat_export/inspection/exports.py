@@ -124,7 +124,7 @@ def _network_layers(network: IntegerNetwork) -> Iterator[InspectedLayer]:
         yield InspectedLayer(
             layer.name,
             layer.kind,
-            # Of 1×1 layers, too, as in every other file.
+            # As shapes of 1×1 convolutions, which checkpoints have them as.
             tuple(array.shape + (1, 1) * (layer.kind == "attention") for array in arrays),
             stored=SIGN_BITS if binary else arrays[0].dtype.name,
             bits=1 if binary else 8 * arrays[0].itemsize,

@@ -32,11 +32,11 @@ _FLOAT_NAMES: Final = {
     "attention": rf"{_SUB_BLOCK}\.se\.se\.[13]\.weight",
     "classifier": r"(fc)\.weight",
 }
-#: Point whose type a layer's result has, by role; the classifier gives float32 logits.
+#: By role, the tensor behind a layer whose type its result has; the classifier gives float32 logits.
 _RESULTS: Final = {"stem": "/trunk", "binary": "/conv", "attention": "/attention"}
-#: Input of a node that holds multipliers.
+#: Operator → position of the input that holds its multipliers.
 _MULTIPLIERS: Final = {"QLinearConv": 4, "Mul": 1, "DequantizeLinear": 1, "BinaryConv": 4, "Stem": 3}
-#: Longest way from a weight to its multiplier is Cast, Sub, Conv, Add, Round, Mul.
+#: Most nodes to follow from a weight: the longest way to its multiplier is Cast, Sub, Conv, Add, Round, Mul.
 _STEPS: Final = 8
 
 
@@ -155,7 +155,7 @@ class WeightGraph:
         return InspectedLayer(
             f"{name}.se" if role == "attention" else name,
             role,
-            # Of 1×1 layers, too, as in every other file.
+            # As shapes of 1×1 convolutions, which checkpoints have them as.
             tuple(array.shape + (1, 1) * (role == "attention" and array.ndim == 2) for array in arrays),
             stored=arrays[0].dtype.name,
             bits=8 * arrays[0].itemsize,

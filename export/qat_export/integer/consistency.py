@@ -252,7 +252,7 @@ def _check_finite(array: Array, name: str) -> None:
 
 
 def _require(value: object, wanted: bool, name: str, reason: str) -> None:
-    """That an optional field is there exactly if it is wanted."""
+    """Refuse an optional field that is missing where it is wanted, or there where it is not."""
     if (value is not None) is not wanted:
         _refuse(name, f"{'missing' if wanted else 'there'}, which contradicts {reason}")
 

@@ -1,7 +1,7 @@
-"""Walks nested frozen dataclasses: their arrays by dotted name, everything else as a JSON tree.
+"""Nested frozen dataclasses as data: their arrays by dotted name, everything else as a tree of JSON values.
 
-An array's place in the tree holds its digest, so that a tree tells which arrays belong to it, and which of
-them are damaged. Reading follows the annotations of the dataclasses; these may be ``NDArray[...]``,
+In the place of an array the tree holds the array's digest. So a tree says which arrays belong to it, and a
+damaged array is found. Reading follows the annotations of the dataclasses; these may be ``NDArray[...]``,
 ``np.float32``, ``bool``, ``int``, ``float``, ``str``, ``Literal`` of texts, ``X | None``, tuples,
 ``dict[str, ...]`` and dataclasses.
 """

@@ -101,7 +101,7 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except CheckpointError:
         raise
-    # A damaged header surfaces as SafetensorError, a type that NumPy lacks as whatever NumPy raises.
+    # A damaged header is a SafetensorError; a type that NumPy lacks gives errors of several other classes.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         reason = "".join(c if c.isprintable() else "?" for c in reason)

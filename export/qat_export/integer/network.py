@@ -1,8 +1,12 @@
 """The lowered description of a network: plain dataclasses of integers and float32 multipliers, no torch.
 
-Every tensor between the image and the logits is an integer ``q`` that stands for ``q * scale``; the scales
-are in :attr:`IntegerNetwork.grids` for readers, and appear in no arithmetic. What the numbers mean, operation
-by operation, is defined by the interpreter in :mod:`qat_export.integer.reference`.
+Every tensor between the image and the logits holds integers ``q`` that stand for ``q * scale``. The scales
+are in :attr:`IntegerNetwork.grids` for readers, and appear in no arithmetic: they have been folded into
+multipliers. "In steps of" a tensor means in multiples of its scale. What the numbers mean, operation by
+operation, is defined by the interpreter in :mod:`qat_export.integer.reference`.
+
+A sub-block's parts have the names of the float network: BN1 and PReLU2 follow the binary convolution and give
+``y``; PReLU1 stands before the residual, BN2 at the end of the branch from ``y`` to the sum.
 """
 
 from __future__ import annotations
@@ -107,16 +111,21 @@ class BinaryConv:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Channel attention from the sums of the sub-block's input and of ``y`` over the image.
+    """Channel attention: a factor per channel, from the means of the sub-block's input and of ``y``.
+
+    The weighted sum of both means is the pooled vector; two 1×1 layers make the hidden vector and the logits
+    of it, and a table their sigmoid.
 
     Attributes:
-        input_mean, y_mean: (C,) float32 multipliers of both means, in steps of the pooled vector.
+        input_mean, y_mean: (C,) float32 multipliers that turn both means into steps of the pooled vector,
+            the mix scale included.
         pooled, hidden, logits: grids of the three vectors; hidden is unsigned, the others are signed.
-        reduce: 1×1 layer to the hidden vector, ReLU by saturation at 0.
+        reduce: 1×1 layer to the hidden vector; its unsigned grid cuts at 0, as ReLU does.
         expand: 1×1 layer to the logits.
         table: (256,) uint8, the sigmoid of logit ``index - 128``.
         attention: grid of the table's values (unsigned, 0 to 1).
-        gain: (C,) float32: attention steps to steps of the gain vector (BN2's gain folded in).
+        gain: (C,) float32 multiplier from integers of the attention to integers of the gain vector, which
+            BN2's gain is part of.
     """
 
     input_mean: Float32
@@ -133,10 +142,10 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """From ``y`` to BN2's result.
+    """From ``y`` to BN2's result: ``gain * y``, times the residual in the scale kind, plus BN2's offset.
 
     Attributes:
-        gain: int8 (C,) where no attention makes it, else ``None``.
+        gain: BN2's gain, int8 (C,); ``None`` where channel attention makes the gain, for each image anew.
         first: multiplier of ``gain * y``.
         product: grid of ``gain * y`` before it meets the residual (scale kind), else ``None``.
         second: multiplier of product times residual (scale kind), else ``None``.
@@ -164,7 +173,8 @@ class SubBlock:
         residual_slopes: PReLU1 (scale kind), else ``None``.
         attention: ``None`` without information recoupling.
         branch: ``None`` where ``y`` is added to the residual as it is.
-        branch_multiplier, residual_multiplier: both terms of the sum in steps of the output; same shift.
+        branch_multiplier, residual_multiplier: turn both terms of the sum into steps of the output; their
+            shifts are equal.
     """
 
     name: str
@@ -212,7 +222,7 @@ class Head:
     """PReLU (``slopes``), mean over the image, classifier.
 
     Attributes:
-        mean: float32 multiplier of the mean, in steps of the classifier's input.
+        mean: float32 multiplier that turns the mean into steps of the classifier's input.
         input: grid of the classifier's input.
         classifier: weight (classes, C); multiplier in logits.
     """
@@ -232,7 +242,7 @@ class IntegerNetwork:
         image_size: side of the images an export takes; the description itself fits any size.
         mean, std: normalization of the float image, per channel.
         class_names: in the order of the logits.
-        metadata: further facts, carried into exports.
+        metadata: further texts by name, which every export carries along.
     """
 
     architecture: str

@@ -5,7 +5,7 @@ tensor by tensor. It is meant to be read in one sitting, from top to bottom, bes
 :mod:`qat_export.integer.network`, which says what each constant is: first the operations, a few lines each,
 then :class:`Interpreter`, which applies them in the order of the network.
 
-Rules, once for all:
+Rules that hold everywhere:
 
 - ``rint`` rounds half to even; ``saturate`` clamps to the grid's integers, after rounding.
 - A multiplier is float32. The product of an integer (converted to float32) and a multiplier is one float32

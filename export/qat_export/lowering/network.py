@@ -134,7 +134,7 @@ def _sub_block(module: FakeQuantSubBlock, name: str, source: Grid) -> SubBlock:
     y_grid = _grid(module.y, f"{name}.y")
     branch_grid = _grid(module.branch, f"{name}.branch") if module.has_branch else y_grid
     product_grid = _grid(module.product, f"{name}.product") if module.kind == "scale" else None
-    # Their grids are asked for first: the constants below need them.
+    # Before the constants, which need these grids: a grid that is not known is refused here, by its name.
     grids = _attention_grids(module, name) if module.infor_recoupling else None
     if module.has_branch:
         refuse_branch(module, name)
@@ -221,7 +221,7 @@ def _head(model: BNext) -> Head:
 
 
 def _named(name: str, integers: Callable[[], Constants]) -> Constants:
-    """A module's constants; what it refuses is refused with its name."""
+    """A module's constants; an error in computing them gets the module's name."""
     try:
         return integers()
     except QuantizationError as error:

@@ -1,8 +1,10 @@
-"""What lowering refuses of a fake-quantized network before it takes its constants, each rule by module name.
+"""What lowering refuses of a fake-quantized network before it takes its constants; each error names a module.
 
-Expressed, and therefore not refused: gains of batch normalizations that are zero (their channel is constant)
-or negative (the signs of its weights flip), variances of zero, slopes that are zero, negative or above 1,
-rows of zeros in stem, channel attention and classifier.
+These can be expressed, and are not refused: gains of batch normalizations that are zero (the channel is
+constant) or negative (the signs of its weights are flipped), variances of zero, slopes of PReLU that are
+zero, negative or above 1, rows of zeros in stem, channel attention and classifier.
+
+A step is the scale of a grid: the difference between the values of two neighbouring integers.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def refuse_branch(module: FakeQuantSubBlock, name: str) -> None:
     """
     gain, _ = folded_constants(module.norm2)
     largest = float(gain.abs().max())
-    # BN1's gain ends in a multiplier, where it is looked at; this one is spread over several.
+    # BN1's gain becomes one multiplier, which `check_network` looks at; BN2's is spread over several.
     if not largest <= torch.finfo(torch.float32).max:
         raise QuantizationError(f"{name}.norm2: a folded gain of {largest:.3g} is no float32 number")
     steps = {"gain": float(module.gain_step(gain))}

@@ -23,14 +23,14 @@ __all__ = ["Comparison", "compare", "reference_count"]
 
 #: Bounds that a freshly exported model must keep against the fake-quantized network: share of images with
 #: the same top-1 (percent), and root mean square of the logits' difference over that of the logits. In
-#: evaluation mode the network computes the integers that it exports, so both are exact on a machine whose
-#: integer kernels are; what is allowed here is less than any wrong constant causes.
+#: evaluation mode the torch network computes the exported integers itself, so the two agree exactly where
+#: onnxruntime's kernels are exact. A wrong constant causes more than is allowed here.
 TOP1_AGREEMENT: Final = 99.9
-#: The same share for a float export. Its sums are rounded in another order than torch's, which moves an
-#: input of a sign across 0 now and then, and from there on an image's logits.
+#: The same share for a float export. onnxruntime adds floats in another order than torch. Now and then that
+#: moves the input of a sign across 0, and then the logits of that image differ.
 FLOAT_AGREEMENT: Final = 99.0
 LOGIT_DIFFERENCE: Final = 1e-3
-#: Most images compared with the interpreter, which is much slower than onnxruntime; of larger ones, fewer.
+#: Most images given to the interpreter, which is much slower than onnxruntime; fewer if they are large.
 REFERENCE_IMAGES: Final = 32
 
 

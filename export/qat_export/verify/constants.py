@@ -39,7 +39,7 @@ def compare_constants(
 
 
 def _structure(graph: onnx.GraphProto) -> tuple[list[bytes], list[tuple[str, int, tuple[int, ...]]]]:
-    """Nodes as far as they compute, and name, type and shape of each constant."""
+    """Nodes without their names and comments, and name, type and shape of each constant."""
     nodes = []
     for node in graph.node:
         bare = onnx.NodeProto()
@@ -50,7 +50,10 @@ def _structure(graph: onnx.GraphProto) -> tuple[list[bytes], list[tuple[str, int
 
 
 def _readers(graph: onnx.GraphProto) -> list[str]:
-    """A name for people of each constant: its first reader, or the first one behind that with a name."""
+    """What to call each constant: its first reader and which input of that it is.
+
+    Conversions have no names in a file; the first named node behind them stands for them.
+    """
     readers: dict[str, tuple[onnx.NodeProto, int]] = {}
     for node in graph.node:
         for index, name in enumerate(node.input):

@@ -1,8 +1,9 @@
 """Every integer of an exported model against the interpreter, tensor by tensor.
 
 The model runs in onnxruntime with every named integer tensor as an additional output, without and with
-optimizations, and once more for its logits alone, so that nothing hinders a fusion. Integers are compared as
-integers, logits as bits. The constants in the file are compared too (:mod:`qat_export.verify.constants`).
+optimizations, and once more for its logits alone, since additional outputs keep operators from being fused.
+Integers are compared as integers, logits as bits. The constants in the file are compared too
+(:mod:`qat_export.verify.constants`).
 
 A binary convolution's int32 sum is no tensor of the portable graph: QLinearConv goes on to
 ``saturate(float32(sum + bias) * multiplier)``. Two levels together show that it equals the reference integer
@@ -61,7 +62,7 @@ from qat_export.verify.probes import (
 __all__ = ["check_exactness", "sample"]
 
 Array = NDArray[Any]
-#: Pixels, over all images, whose tensors are held at the same time.
+#: Pixels, over all images, whose tensors are in memory at the same time.
 SLICE_PIXELS: Final = 32 * 32**2
 #: Batches run of every batch size but the largest, which sees all images.
 FEW_BATCHES: Final = 4
@@ -172,13 +173,13 @@ def _require_size(model: onnx.ModelProto, images: Tensor, kind: InputKind, sourc
 
 
 def _batches(count: int, size: int, *, few: bool = False) -> Iterator[slice]:
-    """``count`` images in batches of ``size``, or the first few of these batches."""
+    """``count`` images in batches of ``size``; with ``few``, only the first few of these batches."""
     end = min(count, FEW_BATCHES * size) if few else count
     return (slice(start, min(start + size, count)) for start in range(0, end, size))
 
 
 class _Check:
-    """Runs a model in every setting and counts what differs from the interpreter.
+    """Runs a model in every setting of onnxruntime and counts what differs from the interpreter.
 
     Attributes:
         names: tensor of the network → tensor of the graph.
@@ -204,7 +205,10 @@ class _Check:
         self.figures.setdefault((name, setting), TensorExactness(name, setting)).add(found, expected)
 
     def sums(self, count: int) -> list[str]:
-        """Compare the sums of the binary convolutions for the first ``count`` images; returns which lack."""
+        """Compare the sums of the binary convolutions of the first ``count`` images.
+
+        Returns the names of the sums that the model has no tensor for.
+        """
         subs = [(sub, trunk) for sub, trunk in sub_block_inputs(self.network) if sub.name in self.sum_names]
         missing = {f"{sub.name}/sum" for sub in self.network.sub_blocks()}
         wanted = list(dict.fromkeys((*self.sum_names.values(), *(trunk for _, trunk in subs))))

@@ -1,4 +1,8 @@
-"""What an exactness check found: by tensor, by level for people, and the bounds."""
+"""What an exactness check found: figures of every tensor, a table for people, and the bounds.
+
+Tensors of the same kind (the image, the stem, binary sums, PReLU, …) form a level, a row of the table. A
+setting is one of onnxruntime's: how far it optimizes the graph, and whether it gives the logits alone.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,9 @@ Array = NDArray[Any]
 Optimizations = Literal["none", "off", "on", "on, logits alone"]
 #: Share of the elements of each level, in percent, that must equal the interpreter's.
 EQUAL: Final = 99.99
-#: Levels whose elements must all be equal. In the others single ones may be one step apart, for runtimes that
-#: round a value halfway between two integers the other way; that it was such a value is not looked up.
+#: Levels whose elements must all be equal. In the others single ones may be one integer apart, since a
+#: runtime may round a value halfway between two integers the other way. Whether it was such a value is not
+#: checked.
 EXACT: Final = ("constants", "binary sums", "binary convolutions", "logits")
 HEADINGS: Final = ("", "elements", "equal", "equal, optimized", "largest difference")
 
@@ -38,7 +43,7 @@ _LEVELS: Final = {
     "head": "head",
 }
 _ORDER: Final = ("constants", *dict.fromkeys(_LEVELS.values()), "logits")
-#: Row and column of the levels that are found in one setting alone.
+#: The row and the column in which a level stands that is compared in one setting alone.
 _CELLS: Final = {"none": ("constants", "off"), "on, logits alone": ("logits alone", "on")}
 
 
@@ -59,7 +64,7 @@ class TensorExactness:
             place.
         optimizations: the setting.
         elements, different: how many were compared, and how many of them differ.
-        largest: largest difference in steps; of logits and constants, as it is.
+        largest: largest difference, in integers of the grid; of logits and constants, in numbers.
     """
 
     name: str
@@ -92,6 +97,7 @@ class Level:
     """All tensors of one level in one setting; attributes as in :class:`TensorExactness`.
 
     Attributes:
+        tensors: how many.
         worst: name of the tensor with the largest difference; of several, that with most elements; empty
             where all are equal.
     """

@@ -24,7 +24,7 @@ def tensor_names(model: onnx.ModelProto, network: IntegerNetwork) -> dict[str, s
 
 
 def inside_operators(model: onnx.ModelProto, network: IntegerNetwork) -> set[str]:
-    """Tensors of ``network`` that no graph of this form has: the native operators keep them to themselves."""
+    """Tensors of ``network`` that stay inside native operators; none where the model has no such operator."""
     if all(node.domain != DOMAIN for node in model.graph.node):
         return set()
     seen = {"image", "feature.0/trunk", "head/input"}

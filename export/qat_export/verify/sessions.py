@@ -15,7 +15,7 @@ def create_session(
     """A session on the CPU from a file's name or its content.
 
     A model that onnxruntime refuses for its operators of domain ``bnext_qat`` is loaded again with the native
-    library: others need not pay for it, and work where there is none.
+    library. Other models load without it, and so work where it was not built.
 
     Args:
         model: name of a file, or its content.
@@ -36,5 +36,5 @@ def create_session(
 
 
 def _session(model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    # Its own fallback would print to the terminal, then try the same again.
+    # onnxruntime's fallback would print to the terminal, then try the same provider again.
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)

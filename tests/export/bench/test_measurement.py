@@ -134,7 +134,7 @@ def test_the_load_time_is_the_median_of_three(tmp_path: Path, monkeypatch: pytes
     assert found.load_ms == 2000.0
 
 
-def test_the_collector_is_held_while_measuring_and_only_then(
+def test_garbage_is_not_collected_while_measuring_and_only_then(
     pair: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
@@ -232,9 +232,9 @@ def test_nothing_to_measure_is_refused() -> None:
 
 
 def test_two_models_of_one_name_are_refused(pair: list[Candidate]) -> None:
-    twins = [Candidate("same", candidate.path) for candidate in pair]
+    namesakes = [Candidate("same", candidate.path) for candidate in pair]
     with pytest.raises(QatError, match="two models are called 'same'"):
-        measure(twins, Conditions(repeats=1))
+        measure(namesakes, Conditions(repeats=1))
 
 
 def test_a_bad_model_is_refused_before_any_is_timed(

@@ -21,7 +21,7 @@ SIZE = 64
 
 @functools.cache
 def deep() -> tuple[BNext, BNext]:
-    """A float-rest network and its quantized twin: not to be changed."""
+    """A float-rest network and its quantized form: not to be changed."""
     model = random_network(DEEP, seed=1, image_size=SIZE)
     return model, quantized(model, seed=1, image_size=SIZE)
 
@@ -110,20 +110,20 @@ def test_quantizing_leaves_the_network_as_it_was_and_shares_its_parameters() -> 
     model = random_network(Architecture.of(widths=(8, 16), num_classes=10), image_size=16)
     images, state = random_images(3, 2, 16), {key: value.clone() for key, value in model.state_dict().items()}
     before = logits(model, images)
-    twin = quantized(model, image_size=16)
+    fake_quantized = quantized(model, image_size=16)
     assert not model_is_prepared(model)
-    assert model_is_prepared(twin)
+    assert model_is_prepared(fake_quantized)
     assert torch.equal(logits(model, images), before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    theirs = dict(twin.named_parameters())
+    theirs = dict(fake_quantized.named_parameters())
     assert all(theirs[key] is value for key, value in model.named_parameters())
 
 
 def test_every_group_has_8_bits_and_can_be_lowered() -> None:
-    _, twin = deep()
-    types = {str(line["type"]) for line in quantization_map(twin).values()}
+    _, fake_quantized = deep()
+    types = {str(line["type"]) for line in quantization_map(fake_quantized).values()}
     assert types == {"int8", "uint8"}
-    network = lower(twin, image_size=SIZE, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    network = lower(fake_quantized, image_size=SIZE, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert len(network.blocks) == len(DEEP.widths) - 1
 
 

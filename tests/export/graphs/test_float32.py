@@ -64,15 +64,15 @@ def prepared_without_quantization(seed: int = 0, **options: Any) -> BNext:
     return model.eval()
 
 
-def float_twin(model: BNext) -> BNext:
+def without_quantization(model: BNext) -> BNext:
     """The float network with the parameters of a prepared one, and its sign of 0."""
-    twin = BNext.from_architecture(model.architecture)
-    keys = twin.state_dict().keys()
-    twin.load_state_dict({key: value for key, value in model.state_dict().items() if key in keys})
-    for module in twin.modules():
+    plain = BNext.from_architecture(model.architecture)
+    keys = plain.state_dict().keys()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in keys})
+    for module in plain.modules():
         if isinstance(module, BinaryActivation):
             module.zero_is_positive = True
-    return twin.eval()
+    return plain.eval()
 
 
 def run(
@@ -205,15 +205,15 @@ def test_logits_of_the_whole_network_equal_torch_on_images_without_ties(build: A
 
 def test_a_fine_tuned_network_is_exported_without_its_quantizers() -> None:
     model = toy(3)
-    twin = float_twin(model)
-    assert exported(model).SerializeToString() == exported(twin).SerializeToString()
-    assert_parity(twin, exported(model), pixels(6, 8, 16))
+    plain = without_quantization(model)
+    assert exported(model).SerializeToString() == exported(plain).SerializeToString()
+    assert_parity(plain, exported(model), pixels(6, 8, 16))
 
 
 def test_a_network_that_was_never_calibrated_can_be_exported() -> None:
     model = float_network(3)
     prepare(model, quantization(), image_grid(MEAN, STD))
-    assert_parity(float_twin(model), exported(model), pixels(6, 8, 16))
+    assert_parity(without_quantization(model), exported(model), pixels(6, 8, 16))
 
 
 @pytest.mark.parametrize(("build", "zero"), [(float_network, 0.0), (prepared_without_quantization, 1.0)])
