@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 #: What the library can do is tested with the installed one: this one is compiled quickly.
 QUICKLY = {"SKBUILD_CMAKE_BUILD_TYPE": "Debug", "CMAKE_ARGS": "-DCMAKE_UNITY_BUILD=ON"}
-LIBRARY = "qat/native/src/libbnext_qat_native.so"
+LIBRARY = "qat/native/libbnext_qat_native.so"
 
 
 def wheel(folder: Path, **environment: str) -> tuple[str, set[str]]:

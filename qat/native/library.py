@@ -20,7 +20,7 @@ LIBRARY_VARIABLE: Final = "BNEXT_QAT_NATIVE_LIBRARY"
 #: Names the kernels to use instead of the best that the processor runs.
 KERNELS_VARIABLE: Final = "BNEXT_QAT_KERNELS"
 
-_FOLDER: Final = Path(__file__).resolve().parent / "src"
+_FOLDER: Final = Path(__file__).resolve().parent
 
 
 def native_library_path() -> Path:

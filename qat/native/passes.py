@@ -1,4 +1,4 @@
-"""Passes over images by the native library (``qat/native/src/passes_impl.h``), in which memory is read once.
+"""Passes over images by the native library (C++: ``src/training/passes_impl.h``): memory is read once.
 
 torch's operators take two to five times as many passes for the same formulas. Sums are taken plane by plane,
 so that nothing depends on the number of threads. Where :func:`qat.native.bindings.usable` says no, callers

@@ -1,4 +1,4 @@
-"""Binary convolutions of a training step by XNOR and popcount (``qat/native/src/signs.cpp``)."""
+"""Binary convolutions of a training step by XNOR and popcount (``qat/native/src/training/signs.cpp``)."""
 
 from __future__ import annotations
 

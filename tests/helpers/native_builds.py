@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.paths import ROOT
 
-SOURCES = ROOT / "qat" / "native" / "src"
+NATIVE = ROOT / "qat" / "native"
 
 
 def need(*programs: str, always: bool = True) -> None:
@@ -35,18 +36,25 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 
 
 def copied_sources(folder: Path) -> Path:
-    """A copy of what the repository holds of ``qat/native/src``, without what was built in it."""
+    """A copy of the C++ sources (``src``) and of ``cmake/CMakeLists.txt``, without what was built there."""
     copy = folder / "native"
-    copy.mkdir()
-    for path in [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), SOURCES / "CMakeLists.txt"]:
-        shutil.copy(path, copy)
+    shutil.copytree(NATIVE / "src", copy / "src")
+    (copy / "cmake").mkdir()
+    shutil.copy(NATIVE / "cmake" / "CMakeLists.txt", copy / "cmake")
     return copy
+
+
+def set_property(copy: Path, files: Iterable[str], setting: str) -> None:
+    """Let CMake set a property of files below ``src`` when the copy is built."""
+    names = " ".join(f"${{src}}/{name}" for name in files)
+    with (copy / "cmake" / "CMakeLists.txt").open("a") as script:
+        script.write(f"set_property(SOURCE {names} {setting})\n")
 
 
 def build(sources: Path, folder: Path, *options: str, target: str = "bnext_qat_native") -> None:
     """Configure and build with CMake; a failure shows its output."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = run("cmake", "-S", sources, "-B", folder, *generator, *options)
+    configure = run("cmake", "-S", sources / "cmake", "-B", folder, *generator, *options)
     assert configure.returncode == 0, configure.stdout + configure.stderr
     built = run("cmake", "--build", folder, "--target", target, "--parallel", "2")
     assert built.returncode == 0, built.stdout + built.stderr

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.native_builds import ROOT, build, copied_sources, need, run
+from tests.helpers.native_builds import build, copied_sources, need, run, set_property
 from tests.helpers.native_models import KERNELS
+from tests.helpers.paths import ROOT
 
 # One process: each would build the library for itself.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitized")]
 
 #: The source that errors are planted into.
-PLANTED = "channelsums.cpp"
+PLANTED = "operators/channel_sums.cpp"
 OPERATORS, REFUSALS = "tests/native/test_operators.py", "tests/native/test_refusals.py"
 
 
@@ -28,14 +29,16 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("not installed: libasan")
     copy = copied_sources(tmp_path_factory.mktemp("sanitized"))
     # Kernels that cannot run here cannot be watched either; and the tests below compile this file again.
-    idle = [f"kernels_{name}.cpp" for name in ("avx512_vpopcntdq", "avx512", "avx2") if name not in KERNELS]
+    idle = [
+        f"kernels/kernels_{name}.cpp"
+        for name in ("avx512_vpopcntdq", "avx512", "avx2")
+        if name not in KERNELS
+    ]
     # The operators do not use the passes of training, which the self-test's programs watch (exhaustive).
-    idle += [path.name for path in copy.glob("passes*.cpp")]
-    with (copy / "CMakeLists.txt").open("a") as script:
-        script.write(f"set_property(SOURCE {PLANTED} PROPERTY SKIP_UNITY_BUILD_INCLUSION ON)\n")
-        if KERNELS and idle:
-            options = "-fno-sanitize=all -O0"
-            script.write(f"set_property(SOURCE {' '.join(idle)} APPEND PROPERTY COMPILE_OPTIONS {options})\n")
+    idle += [f"training/{path.name}" for path in (copy / "src" / "training").glob("passes*.cpp")]
+    set_property(copy, [PLANTED], "PROPERTY SKIP_UNITY_BUILD_INCLUSION ON")
+    if KERNELS and idle:
+        set_property(copy, idle, "APPEND PROPERTY COMPILE_OPTIONS -fno-sanitize=all -O0")
     # A unity build halves the time: each file alone takes most of it for the headers.
     build(
         copy,
@@ -85,7 +88,7 @@ def test_no_test_of_the_operators_touches_what_it_must_not(sources: Path, tests:
     ],
 )
 def test_a_planted_error_would_be_seen(sources: Path, right: str, wrong: str, report: str) -> None:
-    file = sources / PLANTED
+    file = sources / "src" / PLANTED
     text = file.read_text()
     assert text.count(right) == 1
     file.write_text(text.replace(right, wrong))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.native_builds import build, copied_sources, need, run
+from tests.helpers.native_builds import build, copied_sources, need, run, set_property
 from tests.helpers.native_models import KERNELS
 
 # One process: each would build the program for itself.
@@ -33,14 +33,13 @@ def selftest(sources: Path, *options: str) -> Path:
 
 def optimize(sources: Path, level: str, *files: str) -> None:
     """Compile ``files`` with another level of optimization."""
-    with (sources / "CMakeLists.txt").open("a") as script:
-        script.write(f"set_property(SOURCE {' '.join(files)} APPEND PROPERTY COMPILE_OPTIONS {level})\n")
+    set_property(sources, files, f"APPEND PROPERTY COMPILE_OPTIONS {level}")
 
 
 def quickly_compiled(folder: Path) -> Path:
     """Sources whose kernels are compiled as those that ship; the program around them need not be fast."""
     copy = copied_sources(folder)
-    optimize(copy, "-O1", "selftest.cpp", "selftest_passes.cpp")
+    optimize(copy, "-O1", "selftest/selftest.cpp", "selftest/selftest_passes.cpp")
     return copy
 
 
@@ -49,8 +48,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources for this processor; later builds compile what changed."""
     need("cmake", "c++")
     copy = quickly_compiled(tmp_path_factory.mktemp("selftest"))
-    idle = [f"kernels_{name}.cpp" for name in ("avx512_vpopcntdq", "avx512") if name not in KERNELS]
-    idle += ["passes_avx512.cpp"] * ("avx512" not in KERNELS)
+    idle = [f"kernels/kernels_{name}.cpp" for name in ("avx512_vpopcntdq", "avx512") if name not in KERNELS]
+    idle += ["training/passes_avx512.cpp"] * ("avx512" not in KERNELS)
     if KERNELS and idle:  # what cannot run here
         optimize(copy, "-O0", *idle)
     return copy
@@ -82,7 +81,7 @@ def test_a_processor_without_avx_512_runs_what_it_has(
 @pytest.mark.skipif("avx2" not in KERNELS, reason="needs a processor with AVX2")
 def test_a_difference_is_found_and_named(sources: Path) -> None:
     """Rounding towards zero, planted into the kernels for AVX2."""
-    vectors = sources / "vectors_avx2.h"
+    vectors = sources / "src" / "kernels" / "vectors_avx2.h"
     text = vectors.read_text()
     assert "_MM_FROUND_TO_NEAREST_INT" in text
     vectors.write_text(text.replace("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"))
@@ -101,7 +100,7 @@ def test_neon_kernels_are_equal_under_an_emulator(tmp_path: Path) -> None:
     done = run("qemu-aarch64", selftest(sources, *ARM), ROUNDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [f"{name}: equal in {ROUNDS} rounds" for name in ("neon", "portable")]
-    vectors = sources / "vectors_neon.h"
+    vectors = sources / "src" / "kernels" / "vectors_neon.h"
     text = vectors.read_text()
     assert "vrndnq_f32" in text
     vectors.write_text(text.replace("vrndnq_f32", "vrndaq_f32"))  # halves away from zero

@@ -1,8 +1,0 @@
-#include "vectors_avx2.h"
-// V comes first.
-#include "kernels_impl.h"
-
-namespace bnext {
-extern const Kernels kernels_avx2;
-const Kernels kernels_avx2 = table("avx2");
-}  // namespace bnext

@@ -1,8 +1,0 @@
-#include "vectors_neon.h"
-// V comes first.
-#include "kernels_impl.h"
-
-namespace bnext {
-extern const Kernels kernels_neon;
-const Kernels kernels_neon = table("neon");
-}  // namespace bnext

@@ -1,8 +1,0 @@
-#include "vectors_portable.h"
-// V comes first.
-#include "kernels_impl.h"
-
-namespace bnext {
-extern const Kernels kernels_portable;
-const Kernels kernels_portable = table("portable");
-}  // namespace bnext
