@@ -155,3 +155,9 @@ def assert_within(found: Tensor, exact: Tensor, bound: Tensor | float, what: str
             f"exact ones than rounding explains, such as {float(found[at])!r} at {at}, where "
             f"{float(exact[at])!r} is exact and a difference of {float(allowed[at]):.3g} allowed"
         )
+
+
+def assert_integers(steps: Tensor) -> None:
+    """Fail where ``q s / s`` of float32 is no integer q up to the rounding of a product and a quotient."""
+    integers = steps.detach().double().round()
+    assert_within(steps, integers, integers.abs() * gamma(2, torch.float32))

@@ -14,6 +14,7 @@ from qat.quantize.quantizers import (
     fake_quantize_symmetric,
 )
 from tests.helpers.quantizers import calibrated, noise
+from tests.helpers.rounding_bounds import assert_integers
 
 BITS = range(2, 9)
 
@@ -26,7 +27,7 @@ def test_an_activation_uses_every_integer_of_its_bits(bits: int, signed: bool, o
     point = calibrated(x, bits, signed, observer)
     steps = point(x) / point.scale
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert_integers(steps)
     assert steps.round().unique().tolist() == list(range(low, high + 1))
     assert (point.quant_min, point.quant_max) == (low, high)
 
@@ -148,7 +149,7 @@ def test_weights_lie_on_one_symmetric_grid_per_output_channel(bits: int) -> None
     scale, top = quantizer.scale(weight), 2 ** (bits - 1) - 1
     torch.testing.assert_close(scale, weight.abs().amax((1, 2, 3)) / top)
     steps = quantizer(weight) / scale.view(-1, 1, 1, 1)
-    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert_integers(steps)
     assert steps.round().abs().amax((1, 2, 3)).tolist() == [top] * 6
 
 

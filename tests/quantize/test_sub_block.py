@@ -36,15 +36,13 @@ def observe(point: Quantizer, x: Tensor) -> None:
 
 
 def on_grid(point: Quantizer, x: Tensor) -> Tensor:
-    """Straight-through rounding by `detach`, to values that float32 holds."""
+    """Straight-through rounding by `detach`, to values that float32 holds; gradients pass as they are."""
     if not isinstance(point, ActivationQuantizer):
         return x
-    steps = x * float(point.scale.reciprocal())
+    steps = (x * float(point.scale.reciprocal())).detach()
     clamped = steps.round().clamp(point.quant_min, point.quant_max)
-    inside = (steps.round() == clamped).double()
-    passed = steps * inside
-    values = (passed + (clamped - passed).detach()) * float(point.scale)
-    return values + (values.float() - values).detach()
+    passed = x * (steps.round() == clamped)
+    return passed + ((clamped * float(point.scale)).float() - passed).detach()
 
 
 def batch_affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
