@@ -128,7 +128,7 @@ def export(
     from qat_export.graphs.metadata import kind_of_input
     from qat_export.integer.listing import describe
 
-    from qat.commands.export import Form, Target, export_float32, export_onnx
+    from qat.commands.exporting import Form, Target, export_float32, export_onnx
     from qat.commands.lowering import Source
 
     source = Source(run_path, checkpoint, overrides, runs)
@@ -188,7 +188,7 @@ def verify(
     if len(given) > 1:
         raise click.UsageError("--run, --checkpoint and --integer-network exclude each other")
     from qat.commands.lowering import Source
-    from qat.commands.verify import verify_model
+    from qat.commands.verification import verify_model
 
     with spinner("verifying"):
         verified = verify_model(model, Source(run_path, checkpoint, overrides), network_path)
@@ -225,7 +225,7 @@ def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_jso
     The data is the test split that the model's own recipe names, changed by --set data.KEY=VALUE, or that
     of --recipe.
     """
-    from qat.commands.evaluate import evaluate_model
+    from qat.commands.evaluation import evaluate_model
     from qat.system.collectives import joined
 
     with joined() as world:

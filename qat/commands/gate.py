@@ -13,7 +13,7 @@ from qat.data.split import Split
 from qat.evaluation import collect_logits
 from qat.gate.baseline import Baseline, DataFacts, ModelFacts, describe_data, file_name, observe
 from qat.gate.baseline_file import check_replaceable, read_baseline, write_baseline
-from qat.gate.comparable import check_comparable, check_preprocessing
+from qat.gate.comparability import check_comparable, check_preprocessing
 from qat.gate.decision import Decision, Rules, judge
 
 

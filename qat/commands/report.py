@@ -18,6 +18,7 @@ from qat.data.split import Split
 from qat.errors import CheckpointError, QatError, RecipeError
 from qat.evaluation import predictor
 from qat.models.bnext import BNext
+from qat.quantize.naming import quantization_name
 from qat.recipe.loading import LoadedRecipe, load_recipe, resolve_checkpoint
 from qat.recipe.schema import Data
 from qat.report.answers import compare
@@ -86,11 +87,12 @@ def _measure(checkpoint: Checkpoint, loaded: LoadedRecipe, files: RunFiles) -> M
             notes.append(f"Without the float-rest network there is nothing to compare with. {error}.")
     answers = compare(predictor(network), None if start is None else predictor(start), split, data, device)
     if checkpoint.quantization is None:
-        return Measured(answers, [], 0, notes, device)
+        return Measured(answers, [], 0, None, notes, device)
+    name = quantization_name(network, checkpoint.quantization)
     size = min(data.eval_batch_size, _MEASURED)
     count = _MEASURED // size
     layers = measure(network, _sample(split, data, size, count), start)
-    return Measured(answers, layers, min(count * size, answers.n), notes, device)
+    return Measured(answers, layers, min(count * size, answers.n), name, notes, device)
 
 
 def _start(loaded: LoadedRecipe, files: RunFiles) -> BNext:

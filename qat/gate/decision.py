@@ -15,7 +15,7 @@ import numpy as np
 from qat.errors import GateError
 from qat.evaluation import percent, points
 from qat.gate.baseline import Baseline
-from qat.gate.comparable import check_comparable, differences
+from qat.gate.comparability import check_comparable, differences
 from qat.gate.paired_statistics import (
     Pairs,
     detectable_drop,

@@ -50,6 +50,8 @@ class Measured:
         answers: of the network and the one it came from, on the test images.
         layers: statistics of a quantized network's points.
         images: how many images these are of.
+        quantization: name of the network's quantization, from
+            :func:`qat.quantize.naming.quantization_name`; ``None`` for a float-rest network.
         notes: sentences on what could not be measured.
         device: where.
     """
@@ -57,22 +59,22 @@ class Measured:
     answers: Answers
     layers: Sequence[LayerStatistics]
     images: int
+    quantization: str | None
     notes: Sequence[str]
     device: torch.device
 
 
 def report_page(files: RunFiles, recipe: Recipe, checkpoint: Checkpoint, measured: Measured) -> str:
     """The report as HTML."""
-    quantized = checkpoint.quantization is not None
-    answers = measured.answers
+    answers, quantization = measured.answers, measured.quantization
     counted = operations(checkpoint.architecture, recipe.data.image_size)
     costs = Costs(counted, weight_bits(counted, checkpoint.quantization_map))
     notes = [*files.problems, *measured.notes]
     widths = sorted({one.bits for one in measured.layers if one.group != "binary"} - {8})
     if widths:
         notes.append(
-            f"Some points have {', '.join(map(str, widths))} bits. Below, int8 stands for the network with "
-            "these, and their multiply-accumulates are counted like those of int8."
+            f"Some points have {', '.join(map(str, widths))} bits. Multiply-accumulates of weights of 2 to 8 "
+            "bits are all counted like those of int8."
         )
     bench = None if files.bench is None else latency(files.bench)
     if files.bench is not None and bench is None:
@@ -80,14 +82,14 @@ def report_page(files: RunFiles, recipe: Recipe, checkpoint: Checkpoint, measure
     before = answers.correct_before
     return render(
         "report.html",
-        quantized=quantized,
+        quantization=quantization,
         name=files.run.path.resolve().name,
         facts=_headline(files, checkpoint, recipe),
         notes=notes,
-        verdict=verdict(answers, quantized),
-        tiles=_tiles(answers, costs, quantized, files),
-        accuracy=accuracy_figure(answers, files.summary, quantized),
-        comparison=comparison_table(answers),
+        verdict=verdict(answers, quantization),
+        tiles=_tiles(answers, costs, quantization, files),
+        accuracy=accuracy_figure(answers, files.summary, quantization),
+        comparison=comparison_table(answers, quantization),
         curves=curves(files.metrics, None if before is None else 100 * before / answers.n),
         best_epoch=number(files.summary.get("best_epoch")),
         confusion=confusion_figure(answers),
@@ -98,9 +100,9 @@ def report_page(files: RunFiles, recipe: Recipe, checkpoint: Checkpoint, measure
         groups=group_table(measured.layers),
         layers=layer_table(measured.layers),
         measured=measured.images,
-        operations=operations_figure(costs, quantized),
+        operations=operations_figure(costs, quantization),
         operations_table=operations_table(costs),
-        sizes=size_table(costs, [files.run.best, files.model], quantized),
+        sizes=size_table(costs, [files.run.best, files.model], quantization is not None),
         parameters=counted.parameters,
         latency=bench,
         recipe=files.recipe,
@@ -126,7 +128,7 @@ def _date(seconds: float | None) -> datetime | None:
         return None
 
 
-def _tiles(answers: Answers, costs: Costs, quantized: bool, files: RunFiles) -> list[Tile]:
+def _tiles(answers: Answers, costs: Costs, quantization: str | None, files: RunFiles) -> list[Tile]:
     top1 = percent(100 * answers.correct / answers.n)
     interval = f"95 % confidence: {interval_text(answers.correct, answers.n)}"
     tiles = []
@@ -134,7 +136,7 @@ def _tiles(answers: Answers, costs: Costs, quantized: bool, files: RunFiles) -> 
         before = percent(100 * answers.correct_before / answers.n)
         about = f"95 % confidence: {interval_text(answers.correct_before, answers.n)}"
         tiles.append(Tile("Float-rest top-1", before, about))
-    tiles.append(Tile("int8 top-1" if quantized else "Top-1", top1, interval))
+    tiles.append(Tile("Top-1" if quantization is None else f"{quantization} top-1", top1, interval))
     if answers.pairs is not None:
         low, high = change_interval(answers.pairs)
         # Coloured only where chance is unlikely.
@@ -148,7 +150,7 @@ def _tiles(answers: Answers, costs: Costs, quantized: bool, files: RunFiles) -> 
     if files.model.is_file():
         tiles.append(Tile("model.onnx", megabytes(files.model.stat().st_size), "exported integer graph"))
     about = f"{millions(costs.operations.bops)} BOPs / 64"
-    if quantized:
+    if quantization is not None:
         about = f"{millions(costs.operations.float_rest_ops)} before quantization"
     tiles.append(Tile("OPs per image", millions(costs.ops()), about))
     return tiles

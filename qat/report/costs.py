@@ -88,25 +88,34 @@ def operations_table(costs: Costs) -> Table:
                 f"{100 * costs.ops(layers) / costs.ops():.1f} %",
             )
         )
-    headings = ("layers", "weights", "bits", "BOPs", "int8 MACs", "float MACs", "OPs", "share")
+    headings = ("layers", "weights", "bits", "BOPs", "integer MACs", "float MACs", "OPs", "share")
     side = costs.operations.image_size
     return Table(headings, rows, f"Operations of one image of {side} × {side} pixels")
 
 
-def operations_figure(costs: Costs, quantized: bool) -> Figure:
-    """OPs by kind of layer, before and after quantization."""
+def operations_figure(costs: Costs, quantization: str | None) -> Figure:
+    """OPs by kind of layer, before and after quantization.
+
+    Args:
+        costs: of the network.
+        quantization: name of its quantization, such as ``int8``; ``None`` for a float-rest network.
+    """
     bars = []
-    if quantized:
+    if quantization is not None:
         total = costs.operations.float_rest_ops
         bars.append(Bar("all, float rest", total / 1e6, f"{millions(total)} OPs", "series-6"))
-    bars.append(Bar("all, int8" if quantized else "all", costs.ops() / 1e6, f"{millions(costs.ops())} OPs"))
+    name = "all" if quantization is None else f"all, {quantization}"
+    bars.append(Bar(name, costs.ops() / 1e6, f"{millions(costs.ops())} OPs"))
     for kind, title in _TITLES.items():
         layers = [layer for layer in costs.operations.layers if layer.kind == kind]
         if layers:
             found = costs.ops(layers)
             bars.append(Bar(title, found / 1e6, f"{millions(found)} OPs", "series-3"))
     chart = bar_chart("Operations of one image", bars, x_label="million OPs")
-    note = "OPs = BOPs / 64 + int8 MACs / 8 + float MACs; BOPs are multiply-accumulates of signs."
+    note = (
+        "OPs = BOPs / 64 + integer MACs / 8 + float MACs; BOPs are multiply-accumulates of signs, integer "
+        "MACs those of weights of 2 to 8 bits."
+    )
     return Figure("Operations", chart, note)
 
 

@@ -38,27 +38,36 @@ def change_interval(pairs: Pairs) -> tuple[float, float]:
     return lower_bound(pairs, 0.975), upper_bound(pairs, 0.975)
 
 
-def verdict(answers: Answers, quantized: bool) -> str:
-    """The result in words."""
+def verdict(answers: Answers, quantization: str | None) -> str:
+    """The result in words.
+
+    Args:
+        answers: of the network and the one it came from.
+        quantization: name of the network's quantization, such as ``int8``; ``None`` for a float-rest network.
+    """
     top1 = percent(100 * answers.correct / answers.n)
     images = f"{answers.n:,} test images"
     pairs = answers.pairs
-    if not quantized:
+    if quantization is None:
         return f"The binary network classifies {top1} of {images} correctly."
     if pairs is None:
         return (
-            f"The int8 network classifies {top1} of {images} correctly. What it started from isn't there to "
-            "compare it with."
+            f"The {quantization} network classifies {top1} of {images} correctly. What it started from isn't "
+            "there to compare it with."
         )
     assert answers.correct_before is not None
     before = percent(100 * answers.correct_before / answers.n)
     difference = points(100 * abs(pairs.change)).removeprefix("+")
     if pairs.lost == pairs.gained:
-        opening = f"int8 is as accurate as float rest: both classify {top1} of {images} correctly."
+        opening = f"{quantization} is as accurate as float rest: both classify {top1} of {images} correctly."
     elif pairs.change < 0:
-        opening = f"int8 loses {difference} points of top-1 accuracy: {before} → {top1} of {images}."
+        opening = (
+            f"{quantization} loses {difference} points of top-1 accuracy: {before} → {top1} of {images}."
+        )
     else:
-        opening = f"int8 gains {difference} points of top-1 accuracy: {before} → {top1} of {images}."
+        opening = (
+            f"{quantization} gains {difference} points of top-1 accuracy: {before} → {top1} of {images}."
+        )
     low, high = (100 * bound for bound in change_interval(pairs))
     closing = f"With 95 % confidence, the true change lies between {points(low)} and {points(high)} points."
     if not answers.changes:
@@ -76,15 +85,16 @@ def _neither(count: int) -> str:
     return f", {count:,} {'is' if count == 1 else 'are'} wrong both times" if count else ""
 
 
-def accuracy_figure(answers: Answers, summary: Mapping[str, Any], quantized: bool) -> Figure:
-    """Top-1 of each stage with its confidence interval."""
+def accuracy_figure(answers: Answers, summary: Mapping[str, Any], quantization: str | None) -> Figure:
+    """Top-1 of each stage with its confidence interval; ``quantization`` is as for :func:`verdict`."""
     stages: list[tuple[str, int | None, str]] = []
-    if quantized:
+    if quantization is not None:
         stages = [
             ("float rest, before quantization", answers.correct_before, "series-6"),
-            ("int8, calibrated only", _calibrated(answers, summary), "series-2"),
+            (f"{quantization}, calibrated only", _calibrated(answers, summary), "series-2"),
         ]
-    stages.append(("int8, fine-tuned" if quantized else "binary", answers.correct, "series-1"))
+    last = "binary" if quantization is None else f"{quantization}, fine-tuned"
+    stages.append((last, answers.correct, "series-1"))
     bars = []
     for name, correct, colour in stages:
         if correct is not None:
@@ -99,8 +109,11 @@ def accuracy_figure(answers: Answers, summary: Mapping[str, Any], quantized: boo
     return Figure("Top-1 accuracy", chart, note + (f" The scale begins at {start} %." if start else ""))
 
 
-def comparison_table(answers: Answers) -> Table | None:
-    """Images by whether each of the two networks has them right; None without the first one."""
+def comparison_table(answers: Answers, quantization: str | None) -> Table | None:
+    """Images by whether each of the two networks classifies them correctly.
+
+    ``None`` where the answers of the first network aren't known; ``quantization`` is as for :func:`verdict`.
+    """
     pairs = answers.pairs
     if pairs is None:
         return None
@@ -113,7 +126,7 @@ def comparison_table(answers: Answers) -> Table | None:
     cells = [(name, f"{count:,}", percent(100 * count / answers.n)) for name, count in rows]
     chance = ("McNemar’s exact test", f"p = {mcnemar_p(pairs):.2g}", "")
     headings = ("test images", "count", "share")
-    return Table(headings, [*cells, chance], "Float rest against int8, image by image")
+    return Table(headings, [*cells, chance], f"Float rest against {quantization}, image by image")
 
 
 def _calibrated(answers: Answers, summary: Mapping[str, Any]) -> int | None:

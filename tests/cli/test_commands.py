@@ -156,7 +156,7 @@ def test_other_errors_have_codes_too_and_no_traceback(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("qat.commands.evaluate.evaluate_model", broken)
+    monkeypatch.setattr("qat.commands.evaluation.evaluate_model", broken)
     result = CliRunner().invoke(main, ["evaluate", "x"])
     assert result.exit_code == code
     assert result.stderr.startswith(text)

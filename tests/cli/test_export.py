@@ -21,7 +21,7 @@ from qat_export.integer.network import IntegerNetwork
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
 from qat.checkpoints.loading import build
 from qat.cli.group import main
-from qat.commands import export as export_command
+from qat.commands import exporting
 from qat.models.bnext import set_temperature
 from tests.helpers.cases import fast_where
 from tests.helpers.native_models import KERNELS
@@ -244,7 +244,7 @@ def test_a_model_that_differs_from_its_network_leaves_the_earlier_files_alone(
         multiplier[:] = multiplier[::-1].copy() * np.float32(1.5)
         return emit_portable(wrong, **options)
 
-    monkeypatch.setattr(export_command, "emit_portable", damaged)
+    monkeypatch.setattr(exporting, "emit_portable", damaged)
     result = qat(*arguments)
     assert result.exit_code == 1
     warning, message = result.stderr.splitlines()
@@ -258,14 +258,14 @@ def test_a_model_that_differs_from_its_network_leaves_the_earlier_files_alone(
 def test_a_float_baseline_that_differs_from_its_network_is_not_written(
     toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emit_float = export_command.emit_float
+    emit_float = exporting.emit_float
 
     def damaged(model: Any, **options: Any) -> onnx.ModelProto:
         wrong = copy.deepcopy(model)
         wrong.fc.bias.data[3] += 5
         return emit_float(wrong, **options)
 
-    monkeypatch.setattr(export_command, "emit_float", damaged)
+    monkeypatch.setattr(exporting, "emit_float", damaged)
     path = tmp_path / "f.onnx"
     message = fail(1, "export", "--onnx", path, "--float32", "--checkpoint", toys / "float.safetensors")
     assert f"warning: {path}: not written\n" in message

@@ -111,6 +111,8 @@ def test_a_run_with_parts_in_float_and_another_width_is_reported_on(toys: Path, 
     assert callouts(text) == []
     assert "custom [8, 8, 16]" in text
     assert "<td>32</td>" in text  # bits of the attention's weights
+    assert tile(text, r"int8 \(channel attention and trunk in float\) top-1")
+    assert "int8 top-1" not in text
 
 
 def test_images_with_names_of_markup_are_reported_on_wherever_they_lie(toys: Path, tmp_path: Path) -> None:

@@ -88,14 +88,14 @@ def page(
     found: Answers,
     layers: Sequence[LayerStatistics] = (),
     *,
-    quantized: bool = True,
+    quantization: str | None = "int8",
     size: str = "tiny",
     **texts: Any,
 ) -> str:
     """The report on a run in ``folder``; ``texts`` are fields of :class:`RunFiles`."""
     architecture = Architecture.of(size, len(found.class_names))
-    checkpoint = Checkpoint(architecture, {}, quantization=Quantization() if quantized else None)
+    checkpoint = Checkpoint(architecture, {}, quantization=Quantization() if quantization else None)
     fields: dict[str, Any] = {"summary": {}, "metrics": [], "bench": None, "recipe": "", "problems": []}
     files = RunFiles(RunDirectory(folder), **fields | texts)
-    measured = Measured(found, layers, 256, [], torch.device("cpu"))
+    measured = Measured(found, layers, 256, quantization, [], torch.device("cpu"))
     return report_page(files, load_recipe("tiny_int8").recipe, checkpoint, measured)

@@ -47,7 +47,7 @@ def test_a_fine_tuning_has_all_sections_and_a_pretraining_those_it_can(tmp_path:
         "Latency",
         "Origin",
     ]
-    alone = page(tmp_path, answers([0, 1], [0, 2]), quantized=False)
+    alone = page(tmp_path, answers([0, 1], [0, 2]), quantization=None)
     assert headings(alone) == ["Accuracy", "Training", "Classes", "Size and operations", "Latency", "Origin"]
     assert "int8 top-1" not in alone
     assert f"Pretraining report</p>\n<h1>{tmp_path.name}</h1>" in alone
@@ -56,7 +56,7 @@ def test_a_fine_tuning_has_all_sections_and_a_pretraining_those_it_can(tmp_path:
 def test_every_link_has_its_section(tmp_path: Path) -> None:
     for text in (
         page(tmp_path, answers([0], [1], [0]), [layer("feature.1.trunk_mid")]),
-        page(tmp_path, answers([0], [1]), quantized=False),
+        page(tmp_path, answers([0], [1]), quantization=None),
     ):
         targets = re.findall(r'href="#([^"]+)"', text)
         assert len(targets) > 5
@@ -153,11 +153,28 @@ def test_a_run_of_no_epochs_says_so(tmp_path: Path) -> None:
 
 
 @in_words
-def test_widths_other_than_eight_are_said_where_int8_is_written(tmp_path: Path) -> None:
+def test_widths_other_than_eight_are_said_since_their_operations_count_like_int8(tmp_path: Path) -> None:
     eight = [layer("feature.1.FFN.input"), binary_layer("feature.1.FFN.binary_conv")]
-    assert "int8 stands for" not in page(tmp_path, answers([0], [0]), eight)
+    assert "counted like those of int8" not in page(tmp_path, answers([0], [0]), eight)
     fewer = [*eight, layer("fc.input", group="classifier", bits=4, type="int4")]
-    assert "Some points have 4 bits. Below, int8 stands for" in page(tmp_path, answers([0], [0]), fewer)
+    assert "Some points have 4 bits. Multiply-accumulates of" in page(tmp_path, answers([0], [0]), fewer)
+
+
+@pytest.mark.parametrize("name", ["int4/int8", "int8 (trunk in float)"])
+def test_the_report_calls_the_network_by_what_was_quantized(tmp_path: Path, name: str) -> None:
+    changed = page(tmp_path, answers([0, 1], [0, 2], [0, 1]), quantization=name)
+    same = page(tmp_path, answers([0], [0], [0]), quantization=name)
+    for words in (
+        f"<dt>{name} top-1</dt>",
+        f"{name} loses 50.00 points of top-1 accuracy",
+        f"Float rest against {name}, image by image",
+        f">{name}, fine-tuned</text>",
+        f"<span>{name}: 2</span>",
+        f">all, {name}</text>",
+    ):
+        assert words in changed, words
+    assert f"None: the {name} network puts every test image" in same
+    assert "int8" not in re.sub(rf"{re.escape(name)}", "", changed)
 
 
 @in_words

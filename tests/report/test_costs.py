@@ -81,8 +81,8 @@ def test_a_network_without_attention_has_no_row_for_it() -> None:
 
 
 def test_operations_are_drawn_before_and_after() -> None:
-    assert ">all, float rest</text>" in operations_figure(costs(**INT8), True).chart
-    assert ">all, float rest</text>" not in operations_figure(costs(), False).chart
+    assert ">all, float rest</text>" in operations_figure(costs(**INT8), "int8").chart
+    assert ">all, float rest</text>" not in operations_figure(costs(), None).chart
 
 
 def test_sizes_are_of_parameters_and_of_the_files_there_are(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def pair(lost: int, gained: int, both_wrong: int = 0, n: int = 100) -> object:
 def test_the_verdict_says_what_quantization_changed(
     lost: int, gained: int, wrong: int, start: str, middle: str
 ) -> None:
-    text = verdict(pair(lost, gained, wrong), True)  # type: ignore[arg-type]
+    text = verdict(pair(lost, gained, wrong), "int8")  # type: ignore[arg-type]
     assert text.startswith(start)
     assert middle in text
     low, high = (100 * bound for bound in change_interval(Pairs(100, lost, gained)))
@@ -87,8 +87,10 @@ def test_the_verdict_says_what_quantization_changed(
 
 def test_the_verdict_on_one_network_compares_nothing() -> None:
     one = answers([0, 1], [0, 2])
-    assert verdict(one, False) == "The binary network classifies 50.00 % of 2 test images correctly."
-    assert "isn't there to compare" in verdict(one, True)
+    assert verdict(one, None) == "The binary network classifies 50.00 % of 2 test images correctly."
+    alone = verdict(one, "int4/int8")
+    assert alone.startswith("The int4/int8 network classifies 50.00 %")
+    assert "isn't there to compare" in alone
 
 
 def test_points_have_a_sign_unless_they_are_none() -> None:
@@ -107,7 +109,7 @@ def test_intervals_are_clopper_pearsons_and_stay_on_one_line() -> None:
 
 
 def test_images_are_counted_by_both_answers() -> None:
-    table = comparison_table(pair(3, 1, 2))  # type: ignore[arg-type]
+    table = comparison_table(pair(3, 1, 2), "int8")  # type: ignore[arg-type]
     assert table is not None
     assert [row[:2] for row in table.rows] == [
         ("right both times", "94"),
@@ -116,12 +118,12 @@ def test_images_are_counted_by_both_answers() -> None:
         ("wrong both times", "2"),
         ("McNemar’s exact test", "p = 0.62"),
     ]
-    assert comparison_table(answers([0], [0])) is None
+    assert comparison_table(answers([0], [0]), "int8") is None
 
 
 def test_each_stage_has_a_bar_with_its_interval() -> None:
     found = pair(1, 0)
-    chart = accuracy_figure(found, {"calibrated": {"top1": 98.0, "n": 100}}, True).chart  # type: ignore[arg-type]
+    chart = accuracy_figure(found, {"calibrated": {"top1": 98.0, "n": 100}}, "int8").chart  # type: ignore[arg-type]
     for text in (
         "float rest, before quantization",
         "100.00 %",
@@ -135,12 +137,12 @@ def test_each_stage_has_a_bar_with_its_interval() -> None:
 
 @pytest.mark.parametrize("calibrated", [None, 3, {}, {"top1": "a", "n": 100}, {"top1": 98.0, "n": 99}])
 def test_a_calibrated_accuracy_that_cannot_be_used_is_left_out(calibrated: object) -> None:
-    chart = accuracy_figure(pair(1, 0), {"calibrated": calibrated}, True).chart  # type: ignore[arg-type]
+    chart = accuracy_figure(pair(1, 0), {"calibrated": calibrated}, "int8").chart  # type: ignore[arg-type]
     assert "calibrated" not in chart
 
 
 def test_a_poor_accuracy_is_drawn_from_zero() -> None:
-    figure = accuracy_figure(answers([0] * 10, [1] * 9 + [0]), {}, False)
+    figure = accuracy_figure(answers([0] * 10, [1] * 9 + [0]), {}, None)
     assert "begins" not in figure.note
     assert ">binary</text>" in figure.chart
 

@@ -9,7 +9,7 @@ import pytest
 
 from qat.errors import BaselineError
 from qat.gate.baseline import Baseline
-from qat.gate.comparable import check_comparable, differences
+from qat.gate.comparability import check_comparable, differences
 from tests.helpers.recorded_baselines import baseline
 
 HERE = baseline()
