@@ -21,9 +21,9 @@ from qat.evaluation import predictor
 from qat.models.bnext import WIDTHS, BNext
 from qat.recipe.schema import Optimizer
 from qat.system.collectives import joined, rows_of_all
+from qat.train.capture import Parts, capture
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel
-from qat.train.resume import Parts, capture
 from qat.train.sharding import own_part, shard, whole_network
 
 GIGABYTE = 1e9

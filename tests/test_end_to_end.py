@@ -17,7 +17,8 @@ from qat.models.bnext import binary_convolutions
 from qat.recipe.files import recipes_dir
 from qat.recipe.loading import load_recipe, resolve_checkpoint
 from qat.runs import newest_run
-from qat.train.finetuning import pretrain, pretrained
+from qat.train.finetuning import pretrained
+from qat.train.pretraining import pretrain
 from tests.helpers.cases import slow
 from tests.helpers.cifar10 import cifar10
 from tests.helpers.toy_runs import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed

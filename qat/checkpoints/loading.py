@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.nn.layers import BinaryActivation
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
+from qat.recipe.dotted_keys import flatten
 from qat.recipe.schema import Model, Quantization
 
 
@@ -161,17 +162,15 @@ def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
     network: Quantization | None = getattr(model, "quantization", None)
     if network is None or checkpoint.quantization is None:
         return ""
-    theirs, ours = (dict(_settings(q.model_dump(mode="json"))) for q in (checkpoint.quantization, network))
+    theirs, ours = (dict(_settings(one)) for one in (checkpoint.quantization, network))
     for key in theirs:
         if theirs[key] != ours.get(key):
             return f"the checkpoint was prepared with {key} {theirs[key]}; the network with {ours.get(key)}"
     return ""
 
 
-def _settings(section: Mapping[str, Any], prefix: str = "quantization") -> Iterable[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}.{name}")
+def _settings(quantization: Quantization) -> Iterator[tuple[str, Any]]:
+    for key, value in flatten(quantization.model_dump(mode="json"), "quantization."):
         # How a range is followed may change between two runs; the grid stays what it is.
-        elif name != "averaging_constant":
-            yield f"{prefix}.{name}", value
+        if not key.endswith(".averaging_constant"):
+            yield key, value

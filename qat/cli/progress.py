@@ -19,7 +19,7 @@ from rich.progress import (
 
 
 class ConsoleReporter:
-    """A :class:`qat.train.loop.Reporter` that writes to ``console``."""
+    """A :class:`qat.train.reporter.Reporter` that writes to ``console``."""
 
     def __init__(self, console: Console) -> None:
         """Take the console to write to."""

@@ -102,7 +102,7 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
     state and exits with 143.
     """
     from qat.system.collectives import joined
-    from qat.train.finetuning import pretrain as run_pretrain
+    from qat.train.pretraining import pretrain as run_pretrain
 
     with joined() as world:
         reporter = ConsoleReporter(StandardOutput(quiet=world.rank > 0))

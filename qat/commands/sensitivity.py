@@ -21,8 +21,9 @@ from qat.sensitivity.suggestion import find_candidates, suggest
 from qat.sensitivity.variants import Variants, Watcher, grids_of
 from qat.system.files import write_atomically
 from qat.train.device import begin
-from qat.train.finetuning import for_task, pretrained, splits_of
-from qat.train.loop import Reporter
+from qat.train.finetuning import pretrained
+from qat.train.reporter import Reporter
+from qat.train.setup import for_task, splits_of
 
 
 def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter, watch: Watcher) -> Findings:

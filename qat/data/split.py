@@ -69,12 +69,21 @@ class Split(ABC):
         untouched. Of each batch this is the part that ``share`` says, which may be empty.
         Raises ``DataError`` naming an image it cannot decode.
         """
+        sizes = [
+            min(batch_size, len(self) - number * batch_size)
+            for number in range(self.batch_count(batch_size, drop_last))
+        ]
+        return self._batches(shuffle_seed, sum(sizes[:skip]), sizes[skip:])
+
+    def _batches(
+        self, shuffle_seed: int | None, passed: int, sizes: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of ``sizes`` of the images behind the first ``passed`` in the order of ``shuffle_seed``."""
         if shuffle_seed is None:
             order = torch.arange(len(self))
         else:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))
-        count = self.batch_count(batch_size, drop_last)
-        batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(skip, count)]
+        batches = list(torch.split(order[passed : passed + sum(sizes)], list(sizes)))
         return self._load(batches) if self.share == WHOLE else self._load_share(batches)
 
     def _load_share(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -33,7 +33,8 @@ class StreamedSplit(Split):
 
     The order is a pure function of the shuffle seed: a permutation of the files, then a buffer that gives out
     a random row for each row that comes in. Batches that are skipped are read, but not decoded, and so are
-    rows of another ``share``.
+    rows of another ``share``. Where the stream breaks off, or a row has no image or a wrong label, batches
+    end with a ``DataError``.
     """
 
     resize: int
@@ -91,25 +92,10 @@ class StreamedSplit(Split):
         """SHA-256 of what pins the files down; the images are not read."""
         return hashlib.sha256(f"{self._identity}\0{self._count}".encode()).hexdigest()
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        shuffle_seed: int | None = None,
-        drop_last: bool = False,
-        skip: int = 0,
+    def _batches(
+        self, shuffle_seed: int | None, passed: int, sizes: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Split.batches`, in the order that the class describes.
-
-        Raises:
-            DataError: the stream breaks off, or a row has no image or a wrong label.
-        """
-        sizes = [
-            min(batch_size, self._count - start * batch_size)
-            for start in range(self.batch_count(batch_size, drop_last))
-        ]
-        rows = self._rows(shuffle_seed)
-        return prefetched(self._decoded(rows, sum(sizes[:skip]), sizes[skip:]))
+        return prefetched(self._decoded(self._rows(shuffle_seed), passed, sizes))
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         raise DataError(f"{self._source}: is streamed: no image can be picked; set data.streaming=false")

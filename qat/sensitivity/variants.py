@@ -25,7 +25,7 @@ from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization, Recipe
-from qat.train.finetuning import calibration_pass
+from qat.train.setup import calibration_pass
 
 #: State of the quantizers of a calibrated network, by key of its state dict.
 Grids = Mapping[str, Tensor]

@@ -17,9 +17,9 @@ class StopRequest:
     nothing changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.requested = False
-        self.patient = False
+        self.patient = patient
         self._before: object = None
 
     def __enter__(self) -> StopRequest:

@@ -1,13 +1,12 @@
-"""Batch-normalization statistics, averaged anew over training images once the weights are final.
+"""Batch-norm re-estimation: statistics averaged over training images once the weights are final.
 
-Running statistics follow the training by a moving average, so that they are those of weights a little older,
-seen through other grids. :mod:`qat.quantize.folding` says what becomes of them.
+Running statistics are a moving average over the last steps of a training, in which weights and grids still
+moved. :mod:`qat.quantize.folding` says how statistics are folded into the layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,16 @@ from qat.quantize.quantizers import activation_quantizers
 def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None:
     """Replace all running statistics by their plain average over the batches that ``forward`` shows.
 
-    As in training, each layer sees what the ones before it make of the batch's own statistics. Weights and
-    grids stay as they are, and so does the model's mode. Where ``forward`` fails, statistics stay, too.
+    As in training, each layer's input was normalized by the statistics of its own batch. Weights, grids and
+    the modes of all modules stay as they are; where ``forward`` fails, the statistics stay, too.
 
     Args:
-        model: float-rest or prepared; of the latter every grid must be known.
-        forward: runs some batches through ``model``, without gradients.
+        model: float-rest, or prepared and calibrated.
+        forward: runs some batches through ``model``.
 
     Raises:
-        QuantizationError: a grid is not known yet, or a normalization saw nothing, or values that are not
-            finite.
+        QuantizationError: a grid is not calibrated, no batch reached a normalization, or its statistics are
+            not finite.
     """
     points = dict(activation_quantizers(model))
     if unknown := [name for name, point in points.items() if not point.has_grid]:
@@ -67,11 +66,11 @@ def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None
 
 
 def _count(norm: nn.BatchNorm2d) -> Tensor:
-    return cast(Tensor, norm.num_batches_tracked)
+    return norm.get_buffer("num_batches_tracked")
 
 
 def _statistics(norm: nn.BatchNorm2d) -> list[Tensor]:
-    return [cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)]
+    return [norm.get_buffer(name) for name in ("running_mean", "running_var")]
 
 
 def _check(norm: nn.BatchNorm2d, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The device and the threads that a run computes with."""
+"""The seed, the threads and the device that a run computes with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from qat.train.precision import check_precision
 
 
 def begin(recipe: Recipe) -> torch.device:
-    """Seed, thread count and device of a run, which keeps its memory."""
+    """Set the seed and the thread count of a run, let it keep freed memory, and choose its device.
+
+    Raises:
+        RecipeError: the device isn't there, or can't compute with the recipe's precision.
+    """
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -45,7 +49,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _own_device(name: str) -> torch.device:
-    """This process's among those of its machine; ``accelerate launch --cpu`` makes ``auto`` the CPU."""
+    """The device of this process, one of several. ``accelerate launch --cpu`` makes ``auto`` the CPU."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if name == "cpu" or (name == "auto" and (forced or not torch.cuda.is_available())):
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Mixed precision: what is computed in 16 bits while training. Evaluation stays in float32."""
+"""Mixed precision: matrix products in 16 bits while training. Evaluation stays in float32."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=_TYPES[precision])
 
 
-def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler | None:
-    """Keeps small gradients from vanishing in float16; ``None`` for types that have the range of float32."""
-    return torch.amp.GradScaler(device.type) if precision == "float16" else None
+def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Keeps small gradients from vanishing in float16; passes everything on as it is for other types."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

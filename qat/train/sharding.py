@@ -1,9 +1,9 @@
 """One network in parts (FSDP): each of several processes keeps its part of every weight, gradient and moment.
 
-A parameter is then a DTensor, cut along its first axis. torch puts the weights of a block together before the
-block computes, and lets them go behind it. Whatever looks at parameters outside of a forward pass comes here:
-for its own part, for the whole, or for its part of a whole. One process alone has plain tensors, which these
-functions give back as they are, and never loads any of this.
+A parameter is then a DTensor, cut along its first axis. torch gathers the weights of a block before the
+block computes, and drops them afterwards. Code that looks at parameters outside of a forward pass uses the
+functions below: for its own part, for the whole, or for its part of a whole. One process alone has plain
+tensors, which these functions return unchanged, and doesn't load torch's FSDP.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.models.bnext import BNext
 from qat.nn.block import bounded
 from qat.recipe.schema import Recipe
-from qat.system.collectives import world
+from qat.system.collectives import greatest, world
 from qat.system.launch import is_set
 
 #: What ``accelerate launch --use_fsdp`` sets.
@@ -38,8 +38,8 @@ def shards(recipe: Recipe) -> bool:
 def shard(model: BNext, device: torch.device) -> None:
     """Leave this process its part of ``model``, which is equal in all of them and lies on ``device``.
 
-    Stem and blocks are gathered one by one as they compute, the head with the network itself. What refers to
-    the parameters, an optimizer above all, has to be made afterwards.
+    Stem and blocks are gathered one by one as they compute, the head with the network itself. An optimizer,
+    and anything else that refers to the parameters, has to be made afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -55,7 +55,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def own_part(value: Tensor) -> Tensor:
-    """What this process has of a tensor, without a gradient: its part, in place, or all of it."""
+    """What this process has of a tensor: its part, or all of it; in the same memory, without a gradient."""
     value = value.detach()
     if not _is_part(value):
         return value
@@ -75,7 +75,7 @@ def whole(value: Tensor) -> Tensor:
 def part_like(value: Tensor, like: Tensor | None) -> Tensor:
     """This process's part of a whole ``value``, cut as ``like`` is, on its device.
 
-    What has another shape than ``like``, or where that is whole, is given back as it is.
+    ``value`` is returned unchanged where it has another shape than ``like``, or ``like`` is not in parts.
     """
     if like is None or not _is_part(like) or value.shape != like.shape:
         return value
@@ -89,15 +89,15 @@ def part_like(value: Tensor, like: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def bound_parts(model: nn.Module) -> None:
-    """Keep parts within the bounds that layers keep their parameters in, as their training pass begins.
+    """Clamp parts to the bounds that layers clamp their parameters to at the start of a training pass.
 
-    What a layer changes in a forward pass is the gathered copy, which is thrown away.
+    A layer of a network in parts clamps the gathered copy, which is dropped after the pass.
     """
     for parameter, lowest, highest in bounded(model):
         own_part(parameter).clamp_(lowest, highest)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: BNext) -> BNext:
     """A copy with tensors of its own; of a network in parts, this process's part."""
     if not is_sharded(model):
         return copy.deepcopy(model)
@@ -105,16 +105,32 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def whole_network(model: BNext) -> BNext:
-    """A whole copy of a network in parts; all processes call this alike. A whole one is given back as it is.
+    """A whole copy of a network in parts; all processes call this alike. A whole network is returned itself.
 
-    The copy's buffers are those of ``model``: statistics averaged anew in one are in the other. Parameters
-    need no gradient.
+    The copy shares the buffers of ``model``: batch-norm statistics that are re-estimated in one change in the
+    other. Its parameters need no gradient.
     """
     return _made_of(model, whole) if is_sharded(model) else model
 
 
-def _made_of(model: nn.Module, of: Callable[[Tensor], Tensor]) -> BNext:
-    assert isinstance(model, BNext)
+def first_with_nan(model: nn.Module) -> str | None:
+    """Name of the first tensor of ``model`` that holds NaN; of one in parts, in whichever process.
+
+    All processes call this alike.
+    """
+    tensors = model.state_dict()
+    first = next((place for place, value in enumerate(tensors.values()) if _has_nan(value)), len(tensors))
+    if is_sharded(model):
+        first = -round(float(greatest(torch.tensor([-float(first)]))))
+    return None if first == len(tensors) else list(tensors)[first]
+
+
+def _has_nan(value: Tensor) -> bool:
+    value = own_part(value)
+    return value.is_floating_point() and bool(value.isnan().any())
+
+
+def _made_of(model: BNext, of: Callable[[Tensor], Tensor]) -> BNext:
     with torch.device("meta"):  # without memory, and without a random number
         made = BNext.from_architecture(model.architecture)
     made.load_state_dict({key: of(value) for key, value in model.state_dict().items()}, assign=True)
@@ -122,7 +138,7 @@ def _made_of(model: nn.Module, of: Callable[[Tensor], Tensor]) -> BNext:
 
 
 def _is_part(value: Tensor) -> bool:
-    # Asking for the class would load it.
+    # isinstance() would need the class, whose import takes time.
     return hasattr(value, "full_tensor")
 
 

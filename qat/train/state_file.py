@@ -1,9 +1,9 @@
 """Saved states of a training run under ``state/``: what one holds, written whole, read back checked.
 
 A state is a safetensors file: tensors, and a JSON text with everything else. Reading one runs no code. Both
-parts are covered by a SHA-256, so that a damaged state is found and the one before is taken. File names tell
-the position: ``00002-0000150.safetensors`` was written after 2 whole epochs and 150 steps of the third.
-``begun.safetensors`` has no tensors; it keeps the recipe as it was given until there is more to keep.
+are covered by a SHA-256; a state that is damaged is passed over for the one before it. File names tell the
+position: ``00002-0000150.safetensors`` was written after 2 whole epochs and 150 steps of the third.
+``begun.safetensors`` has no tensors; it keeps the recipe as it was given until the first state is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qat.evaluation import Accuracy
 from qat.system.files import replacing
 
 FOLDER: Final = "state"
-#: Held by the process that trains in a run, see :func:`qat.train.resume.held`.
+#: Locked by the process that trains in a run, see :func:`qat.train.run_lock.held`.
 LOCK: Final = "lock"
 FORMAT: Final = "bnext-qat-state"
 FORMAT_VERSION: Final = 1
@@ -53,13 +53,14 @@ class Running(_Strict):
 
 
 class Record(_Strict):
-    """Everything in a state that is no tensor.
+    """Everything in a state except its tensors. The names of the fields are the keys of the JSON text.
 
     Attributes:
         recipe: the run's, as it was given: paths are not resolved.
-        facts: versions, fingerprints of the data, SHA-256 of the checkpoint it started from.
+        facts: the run's provenance: versions, fingerprints of the images, SHA-256 of the checkpoint it
+            started from.
         threads, processes, device: what it was computed with; threads of each process.
-        sharded: whether each process had its part of the network only.
+        sharded: whether each process had only its part of the network (FSDP).
         epoch: whole epochs, evaluated.
         running: the epoch after these.
         rows: metrics of the whole epochs.
@@ -68,10 +69,10 @@ class Record(_Strict):
             begun.
         accuracies: before training, by name.
         seconds: that the run took so far.
-        scheduler: its state.
-        scaler: state of the gradient scaler, if there is one.
+        scheduler: state of the learning-rate scheduler.
+        scaler: state of the gradient scaler; empty where gradients are not scaled.
         learning_rates: of the optimizer's groups.
-        quantizers: of each observed point, whether it is calibrated, and whether it observes.
+        quantizers: of each activation quantizer, whether it is calibrated, and whether it observes.
     """
 
     format_version: int = FORMAT_VERSION
@@ -97,11 +98,17 @@ class Record(_Strict):
 
 @dataclass(frozen=True)
 class State:
-    """A saved state; one without tensors only says what run it is of. ``source``: its file."""
+    """A saved state, read from the file ``source``. One without tensors tells which run it belongs to, and
+    nothing to resume from.
+    """
 
     record: Record
     tensors: dict[str, Tensor]
     source: Path
+
+
+#: The state of a run of which nothing is saved.
+NOTHING_SAVED: Final = State(Record(recipe={}, facts={}, threads=0, device=""), {}, Path("no state"))
 
 
 def write_state(run: Path, record: Record, tensors: dict[str, Tensor], keep: int) -> None:
@@ -109,9 +116,10 @@ def write_state(run: Path, record: Record, tensors: dict[str, Tensor], keep: int
 
     Args:
         run: folder of the run.
-        record: what is no tensor.
+        record: everything else.
         tensors: on the CPU, contiguous, none sharing memory; none at all where training has not begun.
-        keep: 1 or more. States from beyond this position, which a run that fell back has, are removed, too.
+        keep: 1 or more. States of later positions are removed, too: a run has those if it was resumed from an
+            earlier state because they were damaged.
 
     Raises:
         OutputError: it cannot be written.
@@ -159,7 +167,7 @@ def newest_state(run: Path, warn: Callable[[str], None]) -> State | None:
 
 
 def remove_states(run: Path) -> None:
-    """Remove every state of a finished run; what can't be removed, or is none of this module's, stays."""
+    """Remove every state of a finished run. Files of other names stay, and so does what can't be removed."""
     folder = run / FOLDER
     try:
         for path in (*(path for _, path in _saved(run)), folder / _BEGUN, folder / LOCK):
@@ -170,7 +178,7 @@ def remove_states(run: Path) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a killed process left of files half written in the run's folder."""
+    """Remove the half-written files that a killed process left in the run's folder."""
     for folder in (run, run / FOLDER):
         for path in folder.glob(".*.tmp"):
             if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
@@ -196,7 +204,7 @@ def _read(path: Path) -> State:
         tensors, metadata = read_safetensors(path)
         text = metadata.get(FORMAT, "")
         whole = metadata.get("sha256") == _digest(text, tensors)
-    except (CheckpointError, RuntimeError, TypeError) as error:  # types that torch can't show the bytes of
+    except (CheckpointError, RuntimeError, TypeError) as error:  # the last two: types that can't be hashed
         raise _DamagedError(first_line(error).removeprefix(f"{path}: ")) from error
     if not whole:
         raise _DamagedError("damaged: its SHA-256 is not the recorded one")

@@ -1,4 +1,4 @@
-"""Teachers of a distillation: the network before quantization, checkpoints of ours, models of timm."""
+"""Teachers of a distillation: the network before quantization, other checkpoints, models of timm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,10 @@ from qat.data.augment import normalize
 from qat.errors import RecipeError, first_line
 from qat.recipe.loading import LoadedRecipe, resolve_teachers
 from qat.recipe.schema import TIMM
+from qat.train.optimizer import distillation_loss
+from qat.train.reporter import Reporter
 
 _KEY: Final = "distillation.teachers"
-
-
-class Listener(Protocol):
-    """Who is told what is unusual about a teacher."""
-
-    def warning(self, text: str) -> None:
-        """Something the user should know."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +41,9 @@ class Teacher:
 
     Attributes:
         network: maps normalized images to logits; in evaluation mode, without gradients.
-        input: what it expects; ``None`` takes the images as the run has them.
-        weight: of its answer among the others'.
-        sha256: of its weights, where they don't come with the run.
+        input: what it expects; ``None`` where that is what the run's network is given.
+        weight: of its answer in the mean of all teachers'.
+        sha256: of its weights; empty for the network before quantization, which the run has.
     """
 
     network: nn.Module
@@ -57,7 +52,10 @@ class Teacher:
     sha256: str = ""
 
     def logits(self, pixels: Tensor, images: Tensor) -> Tensor:
-        """Logits (N, classes) for pixels in 0 to 1 (N, 3, H, W); ``images``: the same as the run has them."""
+        """Logits (N, classes), float32, of pixels in 0 to 1 (N, 3, H, W).
+
+        ``images`` are the same pixels, normalized for the run's network.
+        """
         if self.input is not None:
             size = (self.input.side, self.input.side)
             if tuple(pixels.shape[-2:]) != size:
@@ -68,18 +66,40 @@ class Teacher:
 
 
 class Teachers:
-    """One or several teachers, answering as one."""
+    """Any number of teachers, answering as one; without any, the labels alone teach."""
 
-    def __init__(self, teachers: Sequence[Teacher], temperature: float) -> None:
-        """Take the teachers, at least one, and the temperature at which their answers are averaged."""
+    def __init__(
+        self, teachers: Sequence[Teacher] = (), temperature: float = 1.0, share: float = 0.0
+    ) -> None:
+        """Take the teachers.
+
+        Args:
+            teachers: in any order.
+            temperature: T, at which answers are averaged and compared.
+            share: of the distillation term in the loss, from 0 to 1.
+        """
         self.teachers = list(teachers)
         self.temperature = temperature
+        self.share = share
+
+    def blend(self, loss: Tensor, logits: Tensor, pixels: Tensor, images: Tensor) -> Tensor:
+        """``(1 − share) · loss + share · distillation``; without teachers ``loss`` as it is.
+
+        Args:
+            loss: against the labels, a scalar.
+            logits: the network's, (N, classes).
+            pixels, images: see :meth:`__call__`.
+        """
+        if not self.teachers:
+            return loss
+        with torch.no_grad():
+            target = self(pixels, images)
+        return torch.lerp(loss, distillation_loss(logits, target, self.temperature), self.share)
 
     def __call__(self, pixels: Tensor, images: Tensor) -> Tensor:
-        """Logits (N, classes): of one teacher its own, of several those of their mean probabilities.
+        """Logits (N, classes) of one teacher, or of the mean of several teachers' probabilities.
 
-        ``T · log(Σ wᵢ · softmax(zᵢ / T) / Σ wᵢ)``, so that a softmax at the temperature ``T`` of the
-        distillation gives the mean back.
+        ``T · log(Σ wᵢ · softmax(zᵢ / T) / Σ wᵢ)``: a softmax at the temperature ``T`` gives the mean back.
 
         Args:
             pixels: float32 in 0 to 1, (N, 3, H, W).
@@ -96,25 +116,25 @@ class Teachers:
         return self.temperature * torch.logsumexp(torch.stack(logs), dim=0)
 
     @property
-    def sha256(self) -> str | None:
-        """Of all weights that don't come with the run; ``None`` if there are none."""
+    def sha256(self) -> str:
+        """Of all weights that don't come with the run; empty if there are none."""
         known = [teacher.sha256 for teacher in self.teachers if teacher.sha256]
-        return hashlib.sha256(" ".join(known).encode()).hexdigest() if known else None
+        return hashlib.sha256(" ".join(known).encode()).hexdigest() if known else ""
 
 
 def load_teachers(
-    loaded: LoadedRecipe, class_names: Sequence[str], device: torch.device, listener: Listener
+    loaded: LoadedRecipe, class_names: Sequence[str], device: torch.device, reporter: Reporter
 ) -> Teachers:
-    """The recipe's ``distillation.teachers``. The global random state is the same before and after.
+    """The teachers that the recipe names in ``distillation.teachers``. The global random state stays.
 
     Args:
-        loaded: a recipe that names at least one.
+        loaded: the recipe.
         class_names: of the images, in the order of their labels.
         device: that they are put on.
-        listener: told where a teacher knows the classes by other names.
+        reporter: warned where a teacher's classes have other names.
 
     Raises:
-        RecipeError: there is no such teacher, or it tells another number of classes apart.
+        RecipeError: there is no such teacher, or it has another number of classes.
         CheckpointError: its file can't be read.
     """
     distillation = loaded.recipe.distillation
@@ -122,7 +142,7 @@ def load_teachers(
     weights = distillation.teacher_weights or [1.0] * len(names)
     teachers = []
     for name, weight in zip(names, weights, strict=True):
-        make = _from_timm if name.startswith(TIMM) else partial(_from_checkpoint, class_names, listener)
+        make = _from_timm if name.startswith(TIMM) else partial(_from_checkpoint, class_names, reporter)
         teacher, classes = make(name, weight)
         if classes != loaded.recipe.model.num_classes:
             raise RecipeError(
@@ -131,17 +151,17 @@ def load_teachers(
             )
         teacher.network.to(device).eval().requires_grad_(False)
         teachers.append(teacher)
-    return Teachers(teachers, distillation.temperature)
+    return Teachers(teachers, distillation.temperature, distillation.weight)
 
 
 def _from_checkpoint(
-    class_names: Sequence[str], listener: Listener, name: str, weight: float
+    class_names: Sequence[str], reporter: Reporter, name: str, weight: float
 ) -> tuple[Teacher, int]:
     path = Path(name)
     checkpoint = load_checkpoint(path)
     names = checkpoint.metadata.get("class_names")
     if names is not None and json.loads(names) != list(class_names):
-        listener.warning(f"{_KEY}: {name}: its classes have other names than those of the images")
+        reporter.warning(f"{_KEY}: {name}: its classes have other names than those of the images")
     data = None if checkpoint.recipe is None else checkpoint.recipe.data
     teacher = Teacher(
         build(checkpoint),

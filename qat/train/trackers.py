@@ -1,7 +1,7 @@
 """Experiment trackers beside a run's own `metrics.jsonl`: whatever accelerate can send metrics to.
 
 What is written to disk lies below the run's folder, in ``tracking/``. Steps are optimizer steps counted over
-all epochs, so that a run that goes on continues the same curves.
+all epochs, so that a resumed run continues the same curves.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import torch
 
 from qat import __version__
 from qat.errors import RecipeError, first_line, nearest
+from qat.recipe.dotted_keys import flat_recipe
 from qat.recipe.schema import Recipe, Tracking
 from qat.runs import RunDirectory
 from qat.system.collectives import is_main
-from qat.train.loop import Reporter
 from qat.train.parallel import accelerator
+from qat.train.reporter import Reporter
 
 _FOLDER: Final = "tracking"
-#: Of a step, those that are sent.
+#: Metrics of a step that are sent.
 _STEP: Final = ("loss", "top1", "learning_rate", "images_per_second")
-#: Packages of other names than their tracker.
+#: Packages whose name is not their tracker's.
 _PACKAGES: Final = {"comet_ml": "comet-ml"}
 
 
@@ -51,22 +52,25 @@ def check_trackers(tracking: Tracking) -> None:
             )
 
 
-def tracked(report: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> Reporter:
-    """``report``, and the recipe's trackers beside it, if there are any; one process of several sends."""
-    return _Tracked(report, recipe, run, device) if recipe.tracking.trackers and is_main() else report
+def tracked(reporter: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> Reporter:
+    """A reporter that tells ``reporter`` and the recipe's trackers; of several processes, the first sends.
+
+    Without trackers it is ``reporter`` itself.
+    """
+    return _Tracked(reporter, recipe, run, device) if recipe.tracking.trackers and is_main() else reporter
 
 
 class _Tracked:
-    """A reporter that passes everything on, and metrics to trackers, too. None of them can end a training."""
+    """Passes everything on to a reporter, and metrics to trackers, too. One that fails is left out."""
 
-    def __init__(self, report: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> None:
-        self._report, self._recipe, self._run, self._device = report, recipe, run, device
+    def __init__(self, reporter: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> None:
+        self._reporter, self._recipe, self._run, self._device = reporter, recipe, run, device
         self._trackers: list[Any] = []
         self._steps = 0
-        self.message, self.warning = report.message, report.warning
+        self.message, self.warning = reporter.message, reporter.warning
 
     def start(self, epochs: int, steps: int, done: int = 0) -> None:
-        """Start the trackers; those of a run that goes on drop what they have from beyond ``done`` steps."""
+        """Start the trackers; those of a resumed run drop the points that they have after step ``done``."""
         self._steps = steps
         engine = accelerator(self._device, log_with=self._recipe.tracking.trackers, project_dir=self._folder)
         try:
@@ -82,7 +86,7 @@ class _Tracked:
                 f"tracking.trackers: {', '.join(self._recipe.tracking.trackers)}: cannot be started: "
                 f"{first_line(error)}"
             ) from error
-        self._report.start(epochs, steps, done)
+        self._reporter.start(epochs, steps, done)
 
     @property
     def _folder(self) -> Path:
@@ -90,14 +94,14 @@ class _Tracked:
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Send each ``tracking.every``-th step."""
-        self._report.step(epoch, metrics)
+        self._reporter.step(epoch, metrics)
         number = int(metrics["step"])
         if number % self._recipe.tracking.every == 0:
             self._send({f"train/{key}": metrics[key] for key in _STEP}, number)
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """Send the epoch's metrics, at its last step."""
-        self._report.epoch(metrics)
+        self._reporter.epoch(metrics)
         values = {
             key.replace("test_", "test/") if key.startswith("test_") else f"epoch/{key}": value
             for key, value in metrics.items()
@@ -107,7 +111,7 @@ class _Tracked:
 
     def stop(self) -> None:
         """Let the trackers finish."""
-        self._report.stop()
+        self._reporter.stop()
         for tracker in self._trackers:
             self._guarded(tracker, tracker.finish)
         self._trackers = []
@@ -119,28 +123,21 @@ class _Tracked:
     def _guarded(self, tracker: Any, action: Any, *values: Any, **options: Any) -> None:
         try:
             action(*values, **options)
-        except Exception as error:  # as above
+        except Exception as error:  # each tracker has its own
             self._trackers = [one for one in self._trackers if one is not tracker]
             self.warning(f"tracking: {tracker.name} fails, training goes on without: {first_line(error)}")
 
 
 def _hyperparameters(recipe: Recipe) -> dict[str, str | int | float | bool]:
     """Every key of the recipe, dotted; values that trackers have no type for as text."""
-    flat: dict[str, str | int | float | bool] = {"version": __version__}
-
-    def add(section: Mapping[str, Any], prefix: str) -> None:
-        for key, value in section.items():
-            if isinstance(value, Mapping):
-                add(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
-
-    add(recipe.model_dump(mode="json"), "")
-    return flat
+    return {"version": __version__} | {
+        key: value if isinstance(value, str | int | float | bool) else str(value)
+        for key, value in flat_recipe(recipe).items()
+    }
 
 
 def _options(run: str, done: int) -> dict[str, dict[str, Any]]:
-    """How single trackers name the run and take up one that goes on."""
+    """Options of single trackers: the run's name, and how to resume after ``done`` steps."""
     return {
         "tensorboard": {"purge_step": done + 1} if done else {},
         "wandb": {"name": run, "id": run, "resume": "allow"},

@@ -11,6 +11,7 @@ PROCESSES: Final = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "qat.train.finetuning",
+        "qat.train.pretraining",
         "qat.cli",
         "sklearn.datasets",
         "sklearn.model_selection",

@@ -169,10 +169,10 @@ def _child(environment: dict[str, str], reply: Connection, work: bytes) -> None:
 
 def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> None:
     import qat.cli.training
-    import qat.train.finetuning
+    import qat.train.setup
 
     qat.cli.training.report_on = lambda run: None  # type: ignore[assignment]
-    qat.train.finetuning.remove_states = lambda path: None  # what a finished run ends with is compared
+    qat.train.setup.remove_states = lambda path: None  # what a finished run ends with is compared
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
     sys.argv = ["qat", *arguments]  # of a worker that tests run in, it is another name

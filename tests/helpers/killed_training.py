@@ -91,7 +91,7 @@ def _child(
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import qat.cli.training
-    import qat.train.finetuning
+    import qat.train.setup
     from qat.runs import RunDirectory
 
     moments: list[str] = []
@@ -125,7 +125,7 @@ def _child(
         (Path, "replace", renamed),
         (RunDirectory, "log", logged),
         (qat.cli.training, "report_on", lambda run: None),
-        *([] if tidy else [(qat.train.finetuning, "remove_states", lambda path: None)]),
+        *([] if tidy else [(qat.train.setup, "remove_states", lambda path: None)]),
     ):
         setattr(owner, name, function)
     register_optimizer_step_post_hook(lambda *_: pass_by("step"))

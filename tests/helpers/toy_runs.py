@@ -130,6 +130,6 @@ def image_folder(
 
 def pretrain_toy(out: Path, *overrides: str) -> Path:
     """A binary toy checkpoint, trained on the digits for a second."""
-    from qat.train.finetuning import pretrain
+    from qat.train.pretraining import pretrain
 
     return pretrain(recipe("tiny_digits_pretrain", out, "schedule.epochs=1", *overrides), Silent()).best

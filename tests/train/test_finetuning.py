@@ -21,7 +21,9 @@ from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.loading import load_recipe
 from qat.runs import RunDirectory
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
-from qat.train.finetuning import apply_freezes, calibration_pass, finetune, pretrain, splits_of
+from qat.train.finetuning import apply_freezes, finetune
+from qat.train.pretraining import pretrain
+from qat.train.setup import calibration_pass, splits_of
 from tests.helpers import toy_runs as toyruns
 from tests.helpers.cases import slow
 from tests.helpers.toy_runs import Silent
@@ -121,7 +123,7 @@ def test_statistics_that_are_no_numbers_end_the_training(
     def broken(*args: Any) -> None:
         raise QuantizationError("feature.0.bn1: its statistics over these batches are not finite")
 
-    monkeypatch.setattr("qat.train.finetuning.reestimate_batch_norm", broken)
+    monkeypatch.setattr("qat.train.setup.reestimate_batch_norm", broken)
     with pytest.raises(TrainingError, match=r"epoch 1: feature\.0\.bn1: its statistics .* checkpoint"):
         tune(checkpoint, tmp_path, "schedule.epochs=1", "schedule.reestimate_batch_norm=1")
 

@@ -12,10 +12,11 @@ import torch
 from qat.checkpoints.format import load_checkpoint
 from qat.errors import RecipeError
 from qat.models.bnext import BNext, set_temperature
+from qat.train.capture import Parts, capture, first_record, restore
 from qat.train.finetuning import finetune
 from qat.train.precision import autocast, check_precision, gradient_scaler, saves_no_time
-from qat.train.resume import Parts, begun, capture, restore
 from qat.train.state_file import newest_state, write_state
+from qat.train.weight_average import LatestWeights
 from tests.helpers import toy_runs as toyruns
 from tests.helpers.toy_runs import Silent, fail, settings
 
@@ -60,9 +61,9 @@ def test_a_run_in_float16_on_a_cpu_leaves_nothing(tmp_path: Path) -> None:
 
 def test_float32_costs_nothing_and_only_float16_needs_a_scaler() -> None:
     assert isinstance(autocast("float32", CPU), nullcontext)
-    assert gradient_scaler("float32", CPU) is None
-    assert gradient_scaler("bfloat16", CPU) is None
-    assert gradient_scaler("float16", CPU) is not None
+    assert not gradient_scaler("float32", CPU).is_enabled()
+    assert not gradient_scaler("bfloat16", CPU).is_enabled()
+    assert gradient_scaler("float16", CPU).is_enabled()
 
 
 @pytest.mark.parametrize("lacks", [False, True])
@@ -120,7 +121,9 @@ def test_the_scale_of_the_gradients_is_part_of_a_state(tmp_path: Path) -> None:
         model = BNext(10, widths=[8, 8, 16])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        parts.append(Parts(model, optimizer, scheduler, CPU, scaler=gradient_scaler("float16", CPU)))
+        parts.append(
+            Parts(model, optimizer, scheduler, CPU, LatestWeights(model), gradient_scaler("float16", CPU))
+        )
     before, after = parts
     assert before.scaler is not None
     assert after.scaler is not None
@@ -130,7 +133,7 @@ def test_the_scale_of_the_gradients_is_part_of_a_state(tmp_path: Path) -> None:
     tensors, fields = capture(before)
     assert fields["scaler"]["scale"] == before.scaler.get_scale() < after.scaler.get_scale()
     recipe = toyruns.recipe("tiny_digits_pretrain", tmp_path).recipe
-    write_state(tmp_path, begun(recipe, {}, CPU).model_copy(update={"epoch": 1, **fields}), tensors, 1)
+    write_state(tmp_path, first_record(recipe, {}, CPU).model_copy(update={"epoch": 1, **fields}), tensors, 1)
     state = newest_state(tmp_path, pytest.fail)
     assert state is not None
     restore(after, state)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -15,15 +13,11 @@ from qat.train.provenance import check_alike
 from tests.helpers.joined_processes import call
 
 
-def resumed(path: str) -> Any:
-    return SimpleNamespace(state=SimpleNamespace(source=Path(path)))
-
-
 def checked(facts: dict[str, str], states: list[str]) -> str:
     """What a process says whose facts are ``facts``, at ``{rank}`` its own, and whose state is its own."""
     mine = {key: value.format(rank=world().rank) for key, value in facts.items()}
     try:
-        check_alike(mine, resumed(states[world().rank]))
+        check_alike(mine, Path(states[world().rank]))
     except QatError as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -23,12 +23,12 @@ from qat.recipe.loading import load_recipe
 from qat.recipe.schema import Optimizer, Recipe
 from qat.system.collectives import as_one_of, world
 from qat.system.launch import World
-from qat.train.loop import _spoilt
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel, check_parallel
 from qat.train.sharding import (
     bound_parts,
     copy_of,
+    first_with_nan,
     is_sharded,
     own_part,
     part_like,
@@ -38,7 +38,7 @@ from qat.train.sharding import (
     whole_network,
 )
 from qat.train.state_file import newest_state
-from qat.train.weight_average import WeightAverage
+from qat.train.weight_average import ExponentialMovingAverage
 from tests.helpers.joined_processes import (
     LONG,
     arguments,
@@ -99,7 +99,7 @@ def _held() -> dict[str, Any]:
     """Bytes that a training keeps in memory, by kind, and how large the whole of that is."""
     model = toy()
     shard(model, CPU)
-    average = WeightAverage(model, 0.9)
+    average = ExponentialMovingAverage(model, 0.9)
     optimizer = one_step(model)
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     kinds: dict[str, list[Tensor]] = {
@@ -222,16 +222,16 @@ def test_bounds_are_those_that_layers_keep_in_a_training_pass() -> None:
 def _spoilt_parts() -> list[str | None]:
     model = toy()
     shard(model, CPU)
-    found = [_spoilt(model)]
+    found = [first_with_nan(model)]
     with torch.no_grad():
         part = own_part(model.fc.weight)
         if world().rank == 1:
             part[-1, -1] = torch.nan
-    found.append(_spoilt(model))
+    found.append(first_with_nan(model))
     with torch.no_grad():
         if world().rank == 0:
             own_part(model.prelu.weight)[0] = torch.nan
-    return [*found, _spoilt(model)]
+    return [*found, first_with_nan(model)]
 
 
 def test_all_processes_learn_which_tensor_is_the_first_with_nan_whoever_has_that_part(

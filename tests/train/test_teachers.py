@@ -18,7 +18,8 @@ from qat.checkpoints.loading import build
 from qat.data.augment import normalize
 from qat.errors import RecipeError
 from qat.recipe.loading import LoadedRecipe
-from qat.train.finetuning import finetune, pretrain
+from qat.train.finetuning import finetune
+from qat.train.pretraining import pretrain
 from qat.train.teachers import Input, Teacher, Teachers, load_teachers
 from tests.helpers import toy_runs as toyruns
 from tests.helpers.cases import slow

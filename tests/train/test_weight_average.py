@@ -12,7 +12,7 @@ from qat.quantize.calibration import calibrate
 from qat.quantize.preparation import prepare
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.schema import Quantization
-from qat.train.weight_average import WeightAverage
+from qat.train.weight_average import ExponentialMovingAverage
 
 
 def toy() -> BNext:
@@ -22,7 +22,7 @@ def toy() -> BNext:
 
 def test_the_average_follows_its_formula_and_the_model_stays_as_it_is() -> None:
     model = toy()
-    average = WeightAverage(model, 0.9)
+    average = ExponentialMovingAverage(model, 0.9)
     expected = {name: value.detach().clone() for name, value in model.named_parameters()}
     for step in range(1, 200):
         with torch.no_grad():
@@ -41,7 +41,7 @@ def test_the_average_follows_its_formula_and_the_model_stays_as_it_is() -> None:
 
 def test_early_steps_weigh_more_so_that_the_start_is_forgotten() -> None:
     model = toy()
-    average = WeightAverage(model, 0.9999)
+    average = ExponentialMovingAverage(model, 0.9999)
     start = model.fc.weight.detach().clone()
     with torch.no_grad():
         model.fc.weight.add_(1.0)
@@ -52,7 +52,7 @@ def test_early_steps_weigh_more_so_that_the_start_is_forgotten() -> None:
 
 def test_buffers_are_taken_over_and_the_average_is_binary_when_the_network_is() -> None:
     model = toy().train()
-    average = WeightAverage(model, 0.99)
+    average = ExponentialMovingAverage(model, 0.99)
     model(torch.randn(4, 3, 8, 8))
     set_temperature(model, 1e-8)
     assert not is_binary(average.network)
@@ -65,7 +65,7 @@ def test_buffers_are_taken_over_and_the_average_is_binary_when_the_network_is() 
 def test_quantizers_are_followed_with_what_they_have_seen() -> None:
     model = toy()
     prepare(model, Quantization())
-    average = WeightAverage(model, 0.99)
+    average = ExponentialMovingAverage(model, 0.99)
     images = torch.randn(4, 3, 8, 8)
     calibrate(model, lambda: model(images))
     freeze_observers(model)
