@@ -17,6 +17,10 @@ RECIPE ?= recipes/tiny_int8.yaml
 BIN := $(VENV)/bin
 BASELINE := tests/baselines/tiny_int8_digits.json
 # Workers as there are cores, and tests that share what they make in one of them.
+# Tests of numbers that depend on the processor's instructions.
+NUMERICAL := tests/ops tests/nn tests/quantize tests/models tests/native/test_passes.py tests/native/test_signs.py \
+	tests/export/graphs/test_float32.py tests/train/test_batch_norm_reestimation.py tests/train/test_precision.py
+AVX2 := $(if $(findstring avx2,$(shell grep -m1 -o avx2 /proc/cpuinfo 2>/dev/null)),avx2,portable)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # Each test that starts processes loads PyTorch in them: without stored bytecode that takes ten times as long.
@@ -36,6 +40,12 @@ test-all: test test-slow test-instruction-sets gate
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m "slow and not exhaustive"
+
+# Of a processor without vector instructions, and of one with AVX2 alone; the variables are oneDNN's, PyTorch's and
+# the native library's.
+test-instruction-sets: $(VENV)/.dev
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default BNEXT_QAT_KERNELS=portable $(PYTEST) $(NUMERICAL)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 BNEXT_QAT_KERNELS=$(AVX2) $(PYTEST) $(NUMERICAL)
 
 test-nightly: $(VENV)/.dev
 	$(PYTEST) -m exhaustive

@@ -20,8 +20,6 @@ from tests.helpers.rounding_bounds import (
     unit_roundoff,
 )
 
-pytestmark = pytest.mark.numerical
-
 KINDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
 
 

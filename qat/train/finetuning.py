@@ -13,6 +13,7 @@ from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import BNext, binary_convolutions, is_binary
 from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
+from qat.quantize.naming import quantization_name
 from qat.quantize.preparation import prepare, quantization_map
 from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.loading import LoadedRecipe, resolve_checkpoint
@@ -87,7 +88,8 @@ def finetune(
         fit(job, progress)
         best = summarize(job, progress, "int8")
     reporter.message(
-        f"int8: top-1 {best.top1:.2f}% (epoch {progress.best_epoch}), "
+        f"{quantization_name(model, recipe.quantization)}: top-1 {best.top1:.2f}% "
+        f"(epoch {progress.best_epoch}), "
         f"{best.top1 - progress.accuracies['float'].top1:+.2f} points against float rest"
     )
     return job.run
