@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from qat_export.graphs.builder import FLOAT, GraphBuilder, tensor_info
+from qat_export.graphs.builder import FLOAT, GraphBuilder, shorten_names, tensor_info
 
 
 def finished(builder: GraphBuilder, **options: Any) -> onnx.ModelProto:
@@ -108,3 +109,28 @@ def test_an_invalid_graph_is_refused_before_it_is_written(operator: str, inputs:
     builder.node(operator, inputs, "y")
     with pytest.raises((onnx.checker.ValidationError, onnx.shape_inference.InferenceError)):
         finished(builder)
+
+
+def test_short_names_keep_what_is_asked_for_and_connect_the_same_nodes() -> None:
+    builder = GraphBuilder()
+    doubled = builder.node("Add", ["x", "x"], "a long name")
+    kept = builder.node("Clip", [doubled, "", builder.constant(np.float32(3), "bound")], "kept")
+    builder.node("Transpose", [kept], "out", perm=[0, 1])
+    info = [tensor_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in ("x", "out")]
+    model = builder.model(
+        "test", info[:1], info[1:], opset=13, metadata={}, description="", producer_version="0"
+    )
+    x = np.array([[1, 2], [-1, 0]], np.float32)
+
+    def result() -> np.ndarray[Any, Any]:
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {"x": x})[0])
+
+    before = result()
+    shorten_names(model, lambda name: name == "kept")
+    np.testing.assert_array_equal(result(), before)
+    add, clip, last = model.graph.node
+    assert (clip.output[0], list(clip.input)[1], last.output[0]) == ("kept", "", "out")
+    assert len(add.output[0]) <= 3
+    assert [node.name for node in model.graph.node] == ["a long name", "kept", ""]
+    assert list(model.graph.value_info) == []

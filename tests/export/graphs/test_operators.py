@@ -8,8 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from qat_export.graphs.builder import GraphBuilder, shorten_names, tensor_info
-from qat_export.graphs.metadata import kind_of_input
+from qat_export.graphs.builder import GraphBuilder, tensor_info
 from qat_export.graphs.operators import IntegerOperators
 from qat_export.integer.network import ALWAYS, NEVER, BinaryConv, Slopes
 from qat_export.integer.reference import pool2x2, prelu, signs
@@ -81,35 +80,3 @@ def test_the_mean_of_2x2_rounds_every_sum_half_to_even(optimize: bool) -> None:
     expected = pool2x2(x, INT8)
     assert len(np.unique(x.reshape(1, 3, 100, 2, 100, 2).sum((3, 5)))) > 500
     np.testing.assert_array_equal(run(builder, x, optimize), expected)
-
-
-def test_the_kind_of_input_is_named_by_type_and_layout() -> None:
-    assert kind_of_input("uint8", "NHWC") == "uint8 NHWC"
-    assert kind_of_input("float32", "NCHW") == "float32 NCHW"
-    with pytest.raises(ValueError, match="float32 and layout NHWC"):
-        kind_of_input("float32", "NHWC")
-
-
-def test_short_names_keep_what_is_asked_for_and_connect_the_same_nodes() -> None:
-    builder = GraphBuilder()
-    doubled = builder.node("Add", ["x", "x"], "a long name")
-    kept = builder.node("Clip", [doubled, "", builder.constant(np.float32(3), "bound")], "kept")
-    builder.node("Transpose", [kept], "out", perm=[0, 1])
-    info = [tensor_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in ("x", "out")]
-    model = builder.model(
-        "test", info[:1], info[1:], opset=13, metadata={}, description="", producer_version="0"
-    )
-    x = np.array([[1, 2], [-1, 0]], np.float32)
-
-    def result() -> Array:
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        return np.asarray(session.run(None, {"x": x})[0])
-
-    before = result()
-    shorten_names(model, lambda name: name == "kept")
-    np.testing.assert_array_equal(result(), before)
-    add, clip, last = model.graph.node
-    assert (clip.output[0], list(clip.input)[1], last.output[0]) == ("kept", "", "out")
-    assert len(add.output[0]) <= 3
-    assert [node.name for node in model.graph.node] == ["a long name", "kept", ""]
-    assert list(model.graph.value_info) == []
