@@ -16,11 +16,11 @@ VENV ?= .venv
 RECIPE ?= recipes/tiny_int8.yaml
 BIN := $(VENV)/bin
 BASELINE := tests/baselines/tiny_int8_digits.json
-# Workers as there are cores, and tests that share what they make in one of them.
 # Tests of numbers that depend on the processor's instructions.
 NUMERICAL := tests/ops tests/nn tests/quantize tests/models tests/native/test_passes.py tests/native/test_signs.py \
 	tests/export/graphs/test_float32.py tests/train/test_batch_norm_reestimation.py tests/train/test_precision.py
 AVX2 := $(if $(findstring avx2,$(shell grep -m1 -o avx2 /proc/cpuinfo 2>/dev/null)),avx2,portable)
+# Workers as there are cores, and tests that share what they make in one of them.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # Each test that starts processes loads PyTorch in them: without stored bytecode that takes ten times as long.

@@ -1,3 +1,3 @@
 """Quantization-aware fine-tuning of binary BNext networks."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

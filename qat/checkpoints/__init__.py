@@ -1,1 +1,5 @@
-"""Checkpoints: the file format, those that the authors publish, and from either to a network."""
+"""Checkpoints: this project's file format, the formats of BNext's authors, and from either to a network.
+
+Imports models, quantization, recipes and what lies below; knows nothing of training. Begin with ``format``,
+whose docstring describes the file; ``loading`` makes a network of one.
+"""

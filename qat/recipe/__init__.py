@@ -1,1 +1,5 @@
-"""Recipes: read, checked, changed and written."""
+"""Recipes: the YAML files that say what a run does; read, overridden, checked, written.
+
+Imports ``qat.system`` and ``qat.errors``. Begin with ``schema``, which has every key with its range;
+``loading`` reads a recipe, ``problems`` says in words what is wrong with one.
+"""
