@@ -7,20 +7,22 @@ files, CIFAR-10 among them (`qat.data.parquet`); data sets of the Hugging Face H
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from qat.data.folder import load_folder_split
+from qat.data.folder import FolderSplit, folder_layout, load_folder_split
 from qat.data.hub import load_hub_split
-from qat.data.parquet import load_parquet_split
+from qat.data.parquet import load_parquet_split, parquet_layout
 from qat.data.paths import cifar10_folder, found_root
+from qat.data.problems import Problem, refusal
 from qat.data.split import MemorySplit, Split, SplitName
 from qat.errors import DataError
 from qat.recipe.schema import Data
 
-__all__ = ["check_fits", "load_split", "load_splits"]
+__all__ = ["Loaded", "check_fits", "load_every", "load_for_training", "load_split", "load_splits"]
 
 DIGITS_TEST_IMAGES = 360
 DIGITS_SPLIT_SEED = 0  # fixed: accuracies on digits are comparable across runs and recipes
@@ -31,7 +33,57 @@ def load_splits(data: Data) -> tuple[Split, Split]:
     return load_split(data, "train"), load_split(data, "test")
 
 
-def load_split(data: Data, name: SplitName) -> Split:
+class Loaded(NamedTuple):
+    """The splits of a data set; ``final`` where there is one."""
+
+    train: Split
+    test: Split
+    final: Split | None
+
+    @property
+    def every(self) -> list[Split]:
+        """Those that there are."""
+        return [split for split in self if split is not None]
+
+
+def load_for_training(data: Data) -> Loaded:
+    """Load all splits of ``data``, after a look at the names, links and headers of their files.
+
+    Raises:
+        DataError: as :func:`load_split` does; files that cannot be used are told of all splits at once.
+    """
+    problems: list[Problem] | None = [] if data.on_error == "stop" else None
+    loaded = load_every(data, problems)
+    if problems is not None:
+        for split in loaded.every:
+            if isinstance(split, FolderSplit):
+                problems += split.header_problems()
+        if problems:
+            raise refusal(list(dict.fromkeys(problems)), found_root(data))
+    return loaded
+
+
+def load_every(data: Data, problems: list[Problem] | None = None) -> Loaded:
+    """Load all splits of ``data``; see :func:`load_split`."""
+    train, test = load_split(data, "train", problems), load_split(data, "test", problems)
+    return Loaded(train, test, load_split(data, "final", problems) if _final_name(data) else None)
+
+
+def _final_name(data: Data) -> str | None:
+    """What the split of the last figure is called; ``None`` where there is none but the other two.
+
+    Raises:
+        DataError: the splits cannot be told.
+    """
+    if data.dataset == "imagefolder":
+        return folder_layout(data, found_root(data)).final
+    folder = cifar10_folder(data) if data.dataset == "cifar10" else None
+    if data.dataset == "parquet" or folder is not None:
+        return parquet_layout(data, folder or found_root(data)).final
+    return data.final_split if data.final_split != data.evaluated_split else None
+
+
+def load_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> Split:
     """Load one split of ``data`` without reading the other.
 
     Images are ``data.image_size`` square, except in a training split (but for digits) with
@@ -39,7 +91,8 @@ def load_split(data: Data, name: SplitName) -> Split:
     cut from. To see training images as an evaluation does, load with ``augment.crop`` unset.
 
     Raises ``DataError`` if the folder, the split or a class's images are missing, or if the classes of
-    ``data.train_split`` and ``data.evaluated_split`` differ.
+    ``data.train_split`` and ``data.evaluated_split`` differ. Files that cannot be used are an error, too, but
+    with ``data.on_error`` 'skip', which leaves them out, and where ``problems`` takes them.
     """
     if data.dataset == "digits":
         train, test = _digits(data.image_size)
@@ -47,13 +100,13 @@ def load_split(data: Data, name: SplitName) -> Split:
     if data.shorter_side < data.image_size:
         raise DataError(f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}")
     if data.dataset == "imagefolder":
-        return load_folder_split(data, name)
+        return load_folder_split(data, name, problems)
     if data.dataset == "parquet":
-        return load_parquet_split(data, found_root(data), name)
+        return load_parquet_split(data, found_root(data), name, problems)
     folder = cifar10_folder(data) if data.dataset == "cifar10" else None
     if folder is None:
-        return load_hub_split(data, name)
-    return load_parquet_split(data, folder, name)
+        return load_hub_split(data, name, problems)
+    return load_parquet_split(data, folder, name, problems)
 
 
 @functools.lru_cache(maxsize=4)

@@ -14,7 +14,8 @@ from qat.system.launch import WHOLE, Share
 
 __all__ = ["MemorySplit", "Split", "SplitName"]
 
-SplitName = Literal["train", "test"]
+#: What a split is for: training, choosing epochs, or the last figure of a run.
+SplitName = Literal["train", "test", "final"]
 
 #: Images of one batch where all are kept in memory anyway.
 _LOADED_AT_ONCE: Final = 64
@@ -25,11 +26,14 @@ class Split(ABC):
 
     ``resize`` is the length in pixels that the shorter side of an image was brought to before its centre was
     cut out; ``None`` where that is not done. ``share`` is the part of each batch that is loaded, where others
-    load the rest: order, number and composition of the batches stay.
+    load the rest: order, number and composition of the batches stay. ``name`` is what the split is called in
+    results, ``None`` where its recipe alone says it; ``notes`` are sentences on what was chosen or left out.
     """
 
     resize: int | None = None
     share: Share = WHOLE
+    name: str | None = None
+    notes: Sequence[str] = ()
 
     def __init__(self, class_names: Sequence[str], labels: Tensor) -> None:
         """Take the class names in label order and the int64 labels (N,)."""

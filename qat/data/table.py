@@ -16,10 +16,12 @@ from torch import Tensor
 from qat.data.columns import TableImages
 from qat.data.decode import content_hash, decoded_batches
 from qat.data.prefetch import prefetched
+from qat.data.probing import probe
+from qat.data.problems import counted
 from qat.data.split import Split
 from qat.errors import DataError
 
-__all__ = ["TableSplit"]
+__all__ = ["TableSplit", "without_broken"]
 
 #: Decoded bytes that are kept in memory unless a recipe says otherwise, and encoded bytes that a fingerprint
 #: reads.
@@ -41,13 +43,18 @@ class TableSplit(Split):
         side: int,
         workers: int = 0,
         in_memory: bool | None = None,
+        turn: bool = False,
     ) -> None:
-        """Take the images and labels (N,); ``in_memory=None`` keeps decoded images if they fit in 1 GiB."""
+        """Take the images and labels (N,); ``in_memory=None`` keeps decoded images if they fit in 1 GiB.
+
+        ``turn`` brings images upright, as their EXIF orientation says.
+        """
         super().__init__(class_names, labels)
         self.resize = resize
         self.side = side
         self.workers = workers
-        self._images = images
+        self.turn = turn
+        self.encoded = images
         self._kept = len(labels) * 3 * side**2 <= _SMALL if in_memory is None else in_memory
 
     def fingerprint(self) -> str:
@@ -64,12 +71,12 @@ class TableSplit(Split):
 
     @functools.cached_property
     def _content_fingerprint(self) -> str:
-        return content_hash(self._images, self.labels)
+        return content_hash(self.encoded, self.labels)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
         sizes = [
-            size if size is not None else self._size(row) for row, size in enumerate(self._images.sizes())
+            size if size is not None else self._size(row) for row, size in enumerate(self.encoded.sizes())
         ]
         if sum(sizes) <= _SMALL:
             return self._content_fingerprint
@@ -79,12 +86,12 @@ class TableSplit(Split):
         return digest.hexdigest()
 
     def _size(self, row: int) -> int:
-        source = self._images.image(row)
+        source = self.encoded.image(row)
         try:
             return source.stat().st_size if isinstance(source, Path) else len(source)
         except OSError as error:
             raise DataError(
-                f"{self._images.name(row)}: cannot be read: {error.strerror}: {error.filename}"
+                f"{self.encoded.name(row)}: cannot be read: {error.strerror}: {error.filename}"
             ) from error
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,7 +104,13 @@ class TableSplit(Split):
 
     def _decoded(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = decoded_batches(
-            self._images, self.labels, batches, resize=self.resize, side=self.side, workers=self.workers
+            self.encoded,
+            self.labels,
+            batches,
+            resize=self.resize,
+            side=self.side,
+            workers=self.workers,
+            turn=self.turn,
         )
         return loaded if self.workers else prefetched(loaded)
 
@@ -121,3 +134,21 @@ class TableSplit(Split):
     def _known(self) -> Tensor:
         """Bool (N,): the images decoded so far."""
         return torch.zeros(len(self), dtype=torch.bool)
+
+
+def without_broken(
+    images: TableImages, labels: Tensor, turn: bool, called: str, notes: list[str]
+) -> tuple[TableImages, Tensor]:
+    """The images (N) and labels (N,) that can be decoded; a note says which others there were.
+
+    Raises:
+        DataError: none can.
+    """
+    bad = probe(images, range(len(images)), turn=turn)
+    if not bad:
+        return images, labels
+    rows = [row for row in range(len(images)) if row not in bad]
+    notes.append(f"{called}: left out: {counted(list(bad.values()))}")
+    if not rows:
+        raise DataError(f"{called}: no image can be decoded: {counted(list(bad.values()))}")
+    return images.chosen(rows), labels[rows]

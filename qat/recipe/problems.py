@@ -188,6 +188,8 @@ _DATA_SETS: dict[str, tuple[str, ...]] = {
     "image_column": ("parquet", "hub"),
     "label_column": ("parquet", "hub"),
     "streaming": ("parquet", "hub"),
+    "validation_share": ("imagefolder", "parquet"),
+    "final_split": ("imagefolder", "parquet", "cifar10", "hub"),
 }
 
 
@@ -200,8 +202,23 @@ def _of_another_data_set(
         yield ("data", "name"), "missing; dataset 'hub' needs a repository, such as 'uoft-cs/cifar10'"
     for key, names in _DATA_SETS.items():
         if data.get(key, defaults[key]) != defaults[key] and chosen not in names:
-            listed = " and ".join(map(repr, names))
+            listed = ", ".join(map(repr, names[:-1])) + (" and " if len(names) > 1 else "") + repr(names[-1])
             yield ("data", key), f"found {found(data[key])}, but only data.dataset {listed} has it"
+    if data.get("validation_share") is not None and (split := data.get("test_split")) is not None:
+        yield (
+            ("data", "validation_share"),
+            f"found {found(data['validation_share'])}, allowed beside data.test_split, which is "
+            f"{found(split)}: null",
+        )
+    if data.get("streaming") is True:
+        for key, value in (("on_error", "skip"), ("validation_share", None)):
+            given = data.get(key)
+            if given is not None and (value is None or given == value):
+                yield (
+                    ("data", key),
+                    f"found {found(given)}, allowed where images are streamed: "
+                    f"{found(None if value is None else defaults[key])}",
+                )
 
 
 def _explain(detail: ErrorDetails, schema: Schema) -> tuple[KeyPath, str]:
