@@ -222,8 +222,8 @@ def _print_exactness(exactness: Exactness) -> None:
 def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Accuracy of a run, a checkpoint or an .onnx file.
 
-    The data is the test split that the model's own recipe names, changed by --set data.KEY=VALUE, or that
-    of --recipe.
+    The data is the split that epochs are chosen on, as the model's own recipe says, changed by --set
+    data.KEY=VALUE, or that of --recipe; --set data.test_split=test names another.
     """
     from qat.commands.evaluation import evaluate_model
     from qat.system.collectives import joined

@@ -107,7 +107,8 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
 def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) -> Mapping[str, str]:
     """Facts for the exported file: recipe (with the size it takes), versions, accuracy of the network.
 
-    ``resize`` is the shorter side of an image in pixels before its centre is cut out; digits have none.
+    ``resize`` is the shorter side of an image in pixels before its centre is cut out; ``exif_orientation``
+    whether it was turned upright before that; digits have neither.
 
     The accuracy is that of the checkpoint: not of the float network (``as_float``) of a quantized one.
     """
@@ -117,6 +118,7 @@ def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) ->
     found = {"recipe": recipe.model_dump_json(), "exporter": f"bnext-qat {__version__}"}
     if data.dataset != "digits":
         found["resize"] = str(data.shorter_side)
+        found["exif_orientation"] = str(data.exif_orientation).lower()
     for key in ("versions", "accuracy", "test_fingerprint"):
         of_another = key == "accuracy" and as_float and checkpoint.quantization is not None
         if key in checkpoint.metadata and not of_another:

@@ -141,7 +141,7 @@ def load_folder_split(data: Data, name: SplitName, problems: list[Problem] | Non
         raise refusal(found, classes.folder)
     # Of a class with a single image, nothing is held out.
     missing = [] if layout.share is not None and files else _missing(labels, classes.names)
-    if missing and problems is None:
+    if missing and not problems:
         raise no_images(classes.folder, missing, listing.passed_over, listing.example)
     split = FolderSplit(
         classes.folder,

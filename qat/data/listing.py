@@ -26,23 +26,8 @@ __all__ = ["ClassFolders", "Listing", "class_folders", "direct_images", "list_im
 _LEFT_BEHIND: Final = frozenset({"__MACOSX", "@eaDir"})
 #: Suffixes of pictures that Pillow does not read, or not alone: they are not passed over in silence.
 _FOREIGN: Final = frozenset(
-    f".{suffix}"
-    for suffix in (
-        "arw",
-        "avif",
-        "cr2",
-        "cr3",
-        "dng",
-        "emf",
-        "eps",
-        "heic",
-        "heif",
-        "jxl",
-        "nef",
-        "orf",
-        "raw",
-    )
-    + ("rw2", "svg", "wmf")
+    {".arw", ".avif", ".cr2", ".cr3", ".dng", ".emf", ".eps", ".heic"}
+    | {".heif", ".jxl", ".nef", ".orf", ".raw", ".rw2", ".svg", ".wmf"}
 )
 
 

@@ -259,11 +259,11 @@ def _load(files: _Files, streaming: bool = False) -> Any:
                 **wanted,
             )
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        cache = Path(datasets.config.HF_DATASETS_CACHE)
-        if isinstance(error, OSError) and str(error.filename or "").startswith(str(cache.parents[-2])):
+        cache, blamed = Path(datasets.config.HF_DATASETS_CACHE), getattr(error, "filename", None)
+        if blamed and (Path(blamed).is_relative_to(cache) or cache.is_relative_to(blamed)):
             raise DataError(
                 f"{cache}: the cache that Parquet files are unpacked into cannot be written "
-                f"({error.strerror}); name a folder for it with the environment variable HF_HOME"
+                f"({first_line(error)}); name a folder for it with the environment variable HF_HOME"
             ) from error
         reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise DataError(f"{files.source}: cannot be read: {first_line(reason)}") from error

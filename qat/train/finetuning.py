@@ -20,6 +20,7 @@ from qat.recipe.loading import LoadedRecipe, resolve_checkpoint
 from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
 from qat.train.device import begin
+from qat.train.final import split_name
 from qat.train.job import Hooks, Job
 from qat.train.loop import fit
 from qat.train.parallel import check_parallel
@@ -89,7 +90,7 @@ def finetune(
         best = summarize(job, progress, "int8")
     reporter.message(
         f"{quantization_name(model, recipe.quantization)}: top-1 {best.top1:.2f}% "
-        f"(epoch {progress.best_epoch}), "
+        f"of {best.n} images of {split_name(job, 'test')} (epoch {progress.best_epoch}), "
         f"{best.top1 - progress.accuracies['float'].top1:+.2f} points against float rest"
     )
     return job.run
@@ -119,7 +120,7 @@ def pretrained(path: Path, recipe: Recipe, reporter: Reporter) -> BNext:
             "(qat pretrain)"
         )
     if checkpoint.recipe is not None:
-        for key in ("image_size", "mean", "std"):
+        for key in ("image_size", "mean", "std", "exif_orientation"):
             trained, asked = getattr(checkpoint.recipe.data, key), getattr(recipe.data, key)
             if trained != asked:
                 reporter.warning(f"data.{key} is {asked}, the checkpoint was trained with {trained}")

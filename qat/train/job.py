@@ -23,10 +23,19 @@ from qat.train.teachers import Teachers
 
 
 class Splits(NamedTuple):
-    """The images of a run: those it trains on, and those it is evaluated on."""
+    """The images of a run: those it trains on, those epochs are chosen on, and those of the last figure.
+
+    ``final`` is ``None`` where there are no others.
+    """
 
     train: Split
     test: Split
+    final: Split | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what was held out, left out or left aside."""
+        return [note for split in self if split is not None for note in split.notes]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.data.augment import normalize
-from qat.data.loading import check_fits, load_splits
+from qat.data.loading import check_fits, load_for_training
 from qat.data.split import Split
 from qat.errors import DataError, RecipeError
 from qat.evaluation import Accuracy
@@ -25,6 +25,7 @@ from qat.system.collectives import is_main, world
 from qat.system.sigterm import StopRequest
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
 from qat.train.capture import first_record
+from qat.train.final import measure_final, measured_on
 from qat.train.job import Hooks, Job, Splits
 from qat.train.loop import step_count
 from qat.train.precision import saves_no_time
@@ -59,8 +60,9 @@ def splits_of(recipe: Recipe) -> Splits:
         DataError: they can't be read, do not fit the network, or are too few for a batch.
         RecipeError: the processes can't share a batch evenly.
     """
-    train, test = load_splits(recipe.data)
-    for split in (train, test):
+    loaded = load_for_training(recipe.data)
+    train, test, final = loaded
+    for split in loaded.every:
         check_fits(split, recipe.model.num_classes)
         split.share = world().share
     if recipe.data.batch_size % world().size:
@@ -77,7 +79,7 @@ def splits_of(recipe: Recipe) -> Splits:
             f"schedule.accumulate: found {recipe.schedule.accumulate}, allowed: at most the "
             f"{train.batch_count(recipe.data.batch_size, drop_last=True)} batches of an epoch"
         )
-    return Splits(train, test)
+    return Splits(train, test, final)
 
 
 def begin_job(
@@ -114,6 +116,8 @@ def begin_job(
         reporter.warning(slow)
     if shards(recipe):
         reporter.message(f"FSDP: each of {world().size} processes keeps its part of the network")
+    for note in splits.notes:
+        reporter.message(note)
     folder = run.open()
     reporter = tracked(reporter, recipe, folder, device)
     if run.state.tensors:
@@ -172,6 +176,7 @@ def summarize(job: Job, progress: Progress, name: str) -> Accuracy:
     """Write the summary of a run that has ended, its best accuracy under ``name``, which is returned."""
     # Weights are binary after calibration and, as the schema demands, when the annealing has ended.
     assert progress.best is not None
+    final = measure_final(job, progress)
     job.run.write_json(
         SUMMARY,
         {
@@ -179,6 +184,8 @@ def summarize(job: Job, progress: Progress, name: str) -> Accuracy:
             "architecture": str(job.model.architecture),
             **{when: asdict(accuracy) for when, accuracy in progress.accuracies.items()},
             name: asdict(progress.best),
+            **({} if final is None else {"final": asdict(final)}),
+            "measured_on": measured_on(job, [*progress.accuracies, name]),
             "best_epoch": progress.best_epoch,
             "checkpoint": job.run.best.name,
             # Null where training started from random weights.

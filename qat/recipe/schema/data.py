@@ -65,7 +65,8 @@ class Data(Section):
         default="digits",
         description="'digits' comes with scikit-learn; 'imagefolder' has one folder per class in one per "
         "split, or in none; 'cifar10' is read from Parquet files or the Hugging Face Hub; 'parquet' is a "
-        "folder with SPLIT.parquet or SPLIT-*.parquet; 'hub' is any image data set of the Hub, see data.name.",
+        "folder with SPLIT.parquet or SPLIT-*.parquet; 'hub' is any image data set of the Hub, see "
+        "data.name.",
     )
     root: Text | None = Field(
         default=None,
@@ -129,7 +130,8 @@ class Data(Section):
     exif_orientation: bool = Field(
         default=False,
         description="Whether images are turned upright as their EXIF orientation says. False, as the "
-        "published weights were trained and measured without; what feeds an exported model has to do the same.",
+        "published weights were trained and measured without; what feeds an exported model has to do the "
+        "same.",
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop",
