@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Problems that are listed without --json.
 _LISTED: Final = 20
+_PURPOSES: Final = {"train": "to train on", "test": "to choose epochs on", "final": "for the last figure"}
 
 
 @main.group()
@@ -61,11 +62,11 @@ def data_check(folder: Path | None, recipe: str | None, overrides: tuple[str, ..
 
 
 def _print(found: CheckedData) -> None:
-    from qat.data.problems import shown
+    from qat.data.problems import counts, shown
 
     rows = [
         (
-            f"{shown(one.name)} ({one.purpose})",
+            f"{shown(one.name)} ({_PURPOSES[one.purpose]})",
             f"{one.images:,}",
             f"{one.classes:,}",
             f"{one.smallest:,}–{one.largest:,}",
@@ -73,7 +74,7 @@ def _print(found: CheckedData) -> None:
         )
         for one in found.splits
     ]
-    print_table("Splits", ("", "images", "classes", "images of a class", "other files"), rows)
+    print_table("Splits", ("", "images", "classes", "per class", "other files"), rows)
     for note in found.notes:
         click.echo(note)
     for problem in found.problems[:_LISTED]:
@@ -83,9 +84,9 @@ def _print(found: CheckedData) -> None:
     if not found.problems:
         click.echo("every image can be decoded")
         return
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in found.counts().items() if count)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts(found.problems).items())
     click.echo(
-        f"{len(found.problems):,} cannot be used: {counts}; repair or remove them, or leave them out with "
+        f"{len(found.problems):,} cannot be used: {kinds}; repair or remove them, or leave them out with "
         "--set data.on_error=skip"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat.data.layout import Layout
+from qat.data.layout import Layout, is_split_word
 from qat.data.listing import class_folders, direct_images, list_images, named, same_name
 from qat.data.problems import Problem
 from qat.data.split import SplitName
@@ -97,6 +97,8 @@ def no_class_folders(folder: Path) -> DataError:
     if images:
         count = "1 image" if len(images) == 1 else f"{len(images)} images"
         found = f"found {count} without a folder ({named(images, 3)})"
+        if is_split_word(folder.name):
+            found += f"; if {folder.name!r} is a class itself, set data.train_split=."
     if any(folder.glob("*.parquet")):
         found += "; its Parquet files are read with --set data.dataset=parquet"
     return DataError(

@@ -133,7 +133,7 @@ def load_folder_split(data: Data, name: SplitName, problems: list[Problem] | Non
         bad = probe(encoded, range(len(files)), turn=data.exif_orientation)
         found += bad.values()
         if found:
-            notes.append(f"{layout.called(name)}: left out: {counted(found)}")
+            notes.append(f"{layout.called(name)}: left out: {counted(found, classes.folder)}")
         files, labels = _at(files, labels, torch.tensor([row not in bad for row in range(len(files))]))
     elif problems is not None:
         problems += found

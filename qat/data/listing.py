@@ -114,19 +114,17 @@ def list_images(folder: Path, classes: Iterable[str]) -> Listing:
 
 def _walk(folder: str, name: str, found: Listing) -> None:
     """Add what lies anywhere in the class folder ``folder/name`` to ``found``."""
-    above: frozenset[tuple[int, int]] = frozenset()
-    waiting = [(name, above)]
+    waiting = [(name, frozenset([_identity(folder)]))]
     while waiting:
         relative, above = waiting.pop()
         path = f"{folder}/{relative}"
         try:
-            status = Path(path).stat()
+            this = _identity(path)
             with os.scandir(path) as entries:
                 here = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             found.problems.append(Problem(path, "unreadable", f"cannot be listed: {error.strerror}"))
             continue
-        this = (status.st_dev, status.st_ino)
         if this in above:
             found.problems.append(Problem(path, "dangling link", "leads to a folder that it lies in"))
             continue
@@ -146,6 +144,12 @@ def _walk(folder: str, name: str, found: Listing) -> None:
             else:
                 found.passed_over += 1
                 found.example = found.example or entry.path
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """What two paths have in common that lead to one folder."""
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino
 
 
 def _file_problem(entry: os.DirEntry[str], wrong: str | None) -> Problem | None:

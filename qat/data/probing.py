@@ -49,6 +49,8 @@ def _probed(
             look(images.image(row))
         except Exception as error:  # of a file that may hold anything
             kind, reason = _told(error)
+            if kind == "foreign" and _is_empty(images, row):
+                reason = "is empty"
             return Problem(images.name(row), kind, reason)
         return None
 
@@ -67,6 +69,14 @@ def _open(source: Path | bytes) -> None:
         return
     with Image.open(source, formats=formats()):
         pass
+
+
+def _is_empty(images: Encoded, row: int) -> bool:
+    try:
+        source = images.image(row)
+        return (source.stat().st_size if isinstance(source, Path) else len(source)) == 0
+    except (OSError, DataError):
+        return False
 
 
 def _told(error: Exception) -> tuple[Kind, str]:

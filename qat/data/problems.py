@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from qat.errors import DataError
 
-__all__ = ["Kind", "Problem", "counted", "refusal", "shown"]
+__all__ = ["Kind", "Problem", "counted", "counts", "refusal", "shown"]
 
 #: What is wrong with a file; also the order in which they are told.
 Kind = Literal["dangling link", "unreadable", "foreign", "broken"]
@@ -40,11 +41,24 @@ def shown(name: str) -> str:
     return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode()
 
 
-def counted(problems: Sequence[Problem]) -> str:
-    """Number and first names of each kind, such as ``2 broken (train/cat/1.png, train/cat/7.png)``."""
+def counts(problems: Sequence[Problem]) -> dict[str, int]:
+    """Number of each kind that there is, under its name in singular or plural."""
+    found = Counter(one.kind for one in problems)
+    return {
+        kind if found[kind] == 1 else _PLURALS.get(kind, kind): found[kind]
+        for kind in get_args(Kind)
+        if found[kind]
+    }
+
+
+def counted(problems: Sequence[Problem], folder: object = None) -> str:
+    """Number and first names of each kind, such as ``2 broken (cat/1.png, cat/7.png)``.
+
+    Names are shown as they are in ``folder``, if they lie there.
+    """
     parts = []
     for kind in get_args(Kind):
-        names = [shown(one.name) for one in problems if one.kind == kind]
+        names = [shown(one.name.removeprefix(f"{folder}/")) for one in problems if one.kind == kind]
         if names:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             word = kind if len(names) == 1 else _PLURALS.get(kind, kind)
@@ -57,6 +71,6 @@ def refusal(problems: Sequence[Problem], source: object) -> DataError:
     files = "1 file" if len(problems) == 1 else f"{len(problems)} files"
     why = f": {problems[0].reason}" if len(problems) == 1 else ""
     return DataError(
-        f"{source}: {files} cannot be used: {counted(problems)}{why}; repair or remove what is named, or "
-        "leave it out with --set data.on_error=skip (`qat data check` decodes every image and names all)"
+        f"{source}: {files} cannot be used: {counted(problems, source)}{why}; repair or remove what is "
+        "named, or leave it out with --set data.on_error=skip (`qat data check` decodes every image and names all)"
     )
