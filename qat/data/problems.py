@@ -72,5 +72,6 @@ def refusal(problems: Sequence[Problem], source: object) -> DataError:
     why = f": {problems[0].reason}" if len(problems) == 1 else ""
     return DataError(
         f"{source}: {files} cannot be used: {counted(problems, source)}{why}; repair or remove what is "
-        "named, or leave it out with --set data.on_error=skip (`qat data check` decodes every image and names all)"
+        "named, or leave it out with --set data.on_error=skip (`qat data check` decodes every image and "
+        "names all)"
     )

@@ -27,8 +27,8 @@ def measure_final(job: Job, progress: Progress) -> Accuracy | None:
     network = build(load_checkpoint(job.run.best)).to(job.device)
     accuracy = evaluate(predictor(network), split, job.recipe.data, job.device, job.check_stop)
     job.reporter.message(
-        f"on {split_name(job, 'final')}, which no epoch was chosen on: top-1 {accuracy.top1:.2f}% of "
-        f"{accuracy.n} images (epoch {progress.best_epoch})"
+        f"epoch {progress.best_epoch} on {split_name(job, 'final')}, which no epoch was chosen on: top-1 "
+        f"{accuracy.top1:.2f}% of {accuracy.n} images"
     )
     return accuracy
 

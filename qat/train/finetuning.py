@@ -90,7 +90,7 @@ def finetune(
         best = summarize(job, progress, "int8")
     reporter.message(
         f"{quantization_name(model, recipe.quantization)}: top-1 {best.top1:.2f}% "
-        f"of {best.n} images of {split_name(job, 'test')} (epoch {progress.best_epoch}), "
+        f"on {split_name(job, 'test')}, {best.n} images (epoch {progress.best_epoch}), "
         f"{best.top1 - progress.accuracies['float'].top1:+.2f} points against float rest"
     )
     return job.run

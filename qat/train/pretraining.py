@@ -54,7 +54,7 @@ def pretrain(
         fit(job, progress)
         best = summarize(job, progress, "binary")
     reporter.message(
-        f"binary: top-1 {best.top1:.2f}% of {best.n} images of {split_name(job, 'test')} (epoch "
+        f"binary: top-1 {best.top1:.2f}% on {split_name(job, 'test')}, {best.n} images (epoch "
         f"{progress.best_epoch})"
     )
     return job.run
