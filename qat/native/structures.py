@@ -77,11 +77,17 @@ class Struct:
         Raises `NativeLibraryError` where a field has no value or a value no field: another version of the
         library has fields of other names. Raises `ValueError` for a tensor that isn't on the CPU.
         """
-        if values.keys() != self.fields.keys():
-            given, known = ", ".join(sorted(values)), ", ".join(sorted(self.fields))
-            raise NativeLibraryError(f"{another_version()} ({self.name} takes {known}; it was given {given})")
-        fields = self.fields.items()
-        return self.c_type(*[in_c(name, values[name]) if in_c else values[name] for name, in_c in fields])
+        try:
+            given = [in_c(name, values[name]) if in_c else values[name] for name, in_c in self.fields.items()]
+        except KeyError as error:
+            raise self._other_fields(values) from error
+        if len(values) != len(given):
+            raise self._other_fields(values)
+        return self.c_type(*given)
+
+    def _other_fields(self, values: Mapping[str, Any]) -> NativeLibraryError:
+        given, known = ", ".join(sorted(values)), ", ".join(sorted(self.fields))
+        return NativeLibraryError(f"{another_version()} ({self.name} takes {known}; it was given {given})")
 
 
 @dataclass
@@ -134,7 +140,10 @@ def _kinds_of_grids(struct: Struct) -> dict[str, _Kind]:
     c_type, names = struct.c_type, tuple(struct.fields)
 
     def grid_in_c(name: str, grid: Grid) -> ctypes.Structure:
-        return c_type(*[getattr(grid, one) for one in names])
+        try:
+            return c_type(*[getattr(grid, one) for one in names])
+        except AttributeError as error:
+            raise another_version() from error
 
     def optional_in_c(name: str, grid: Grid | None) -> Any:
         return None if grid is None else ctypes.pointer(grid_in_c(name, grid))

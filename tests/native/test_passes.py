@@ -299,6 +299,7 @@ def test_a_library_from_before_there_was_a_description_is_refused_in_words(
         ("offset:ChannelVector ", ""),
         ("grid:OptionalGrid", "grid:Lattice"),
         ("struct Grid 32", "struct Grid 24"),
+        ("inverse:Number", "reciprocal:Number"),
     ],
 )
 @pytest.mark.usefixtures("looked_for_anew")
