@@ -2,7 +2,8 @@
 
 A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
 per epoch), ``best.safetensors``, ``last.safetensors``, after fine-tuning ``quantization.json`` and, once
-finished, ``summary.json``. Until then ``state/`` has what :mod:`qat.train.resume` goes on from.
+finished, ``summary.json``. Until then ``state/`` has what :mod:`qat.train.resume` goes on from. Where the
+network was trained in float first, ``float/`` holds the same of that stage.
 """
 
 from __future__ import annotations
@@ -26,9 +27,25 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run's folder. Of several processes the first one writes, and the others' calls do nothing."""
+    """One run's folder. Of several processes the first one writes, and the others' calls do nothing.
+
+    Attributes:
+        path: the folder.
+        part_of: the run that this one is a stage of, in a folder of its own; ``None`` for a whole run.
+    """
 
     path: Path
+    part_of: Path | None = None
+
+    @property
+    def whole(self) -> Path:
+        """The folder that ``--resume`` takes."""
+        return self.path if self.part_of is None else self.part_of
+
+    @property
+    def float_stage(self) -> RunDirectory:
+        """The stage that trains in float before quantization; its folder need not be there."""
+        return RunDirectory(self.path / "float", self.path)
 
     @classmethod
     def create(cls, loaded: LoadedRecipe) -> RunDirectory:

@@ -64,6 +64,7 @@ class Checkpoint:
         metadata: free facts such as accuracies.
         quantization_map: see :func:`qat.quantize.preparation.quantization_map`, as it was when saved.
         source: file it came from, for messages.
+        has_classifier: whether ``state`` has one; without it ``architecture.num_classes`` means nothing.
     """
 
     architecture: Architecture
@@ -74,6 +75,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     quantization_map: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: str = "checkpoint"
+    has_classifier: bool = True
 
 
 #: Bounded, so that a damaged header can't name a number too long to print.

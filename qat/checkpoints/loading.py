@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes
+from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes, infer_architecture
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
@@ -19,14 +19,25 @@ from qat.quantize.preparation import prepare
 from qat.recipe.dotted_keys import flatten
 from qat.recipe.schema import Model, Quantization
 
+#: Keys of the classifier in a state dict begin so.
+_CLASSIFIER: Final = "fc."
 
-def architecture_of(model: Model) -> Architecture:
-    """The architecture that a recipe's ``model`` section asks for."""
+
+def architecture_of(
+    model: Model, num_classes: int | None = None, stem_stride: int | None = None
+) -> Architecture:
+    """The architecture that a recipe's ``model`` section asks for.
+
+    Args:
+        model: the section.
+        num_classes: taken where the section leaves it open; 1000 by default.
+        stem_stride: taken where the section leaves it open; by default as :meth:`Architecture.of` says.
+    """
     return Architecture.of(
         model.size,
-        model.num_classes,
+        model.num_classes or num_classes or 1000,
         widths=model.widths,
-        stem_stride=model.stem_stride,
+        stem_stride=model.stem_stride or stem_stride,
         elm_attention=model.elm_attention,
         infor_recoupling=model.infor_recoupling,
     )
@@ -37,17 +48,31 @@ def highest_temperature(model: BNext) -> float:
     return max(float(conv.temperature) for conv in binary_convolutions(model).values())
 
 
-def load_state(model: BNext, checkpoint: Checkpoint) -> None:
+def load_state(
+    model: BNext,
+    checkpoint: Checkpoint | Mapping[str, Tensor],
+    classifier: Literal["keep", "new"] = "keep",
+) -> None:
     """Load ``checkpoint`` into ``model``, all of it or, on an error, nothing.
 
-    A float checkpoint may go into a prepared network: quantizers then keep the state they have. The
-    classifier is part of the network, so a checkpoint of other classes does not fit.
+    A float checkpoint may go into a prepared network: quantizers then keep the state they have.
+
+    Args:
+        model: the network; changed in place.
+        checkpoint: from :func:`qat.checkpoints.format.load_checkpoint`, or a state dict.
+        classifier: ``keep`` loads the checkpoint's, which must tell as many classes apart; ``new`` leaves
+            the classifier of ``model`` as it is, whatever the checkpoint has.
 
     Raises:
         CheckpointError: keys are missing, unexpected or misshapen (all are reported), types differ, a value
             is not finite, or the two were prepared differently.
     """
     network = model.architecture
+    if not isinstance(checkpoint, Checkpoint):
+        state = dict(checkpoint)
+        checkpoint = Checkpoint(infer_architecture(state, network.stem_stride), state, format="state dict")
+    if classifier == "new":
+        checkpoint = _without_classifier(checkpoint, network)
     problems = []
     if _differ(checkpoint, network):
         problems.append(f"the checkpoint is {checkpoint.architecture}; the network is {network}")
@@ -56,7 +81,12 @@ def load_state(model: BNext, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     quantizer_keys = {key for key in state if key not in float_shapes(checkpoint.architecture)}
     quantized = bool(quantizer_keys) or checkpoint.quantization is not None
-    missing = [key for key in target if key not in state and (key in float_keys or quantized)]
+    own = _CLASSIFIER if classifier == "new" else "\0"  # no key begins so
+    missing = [
+        key
+        for key in target
+        if key not in state and (key in float_keys or quantized) and not key.startswith(own)
+    ]
     unexpected = [key for key in state if key not in target]
     # A prepared network that was saved by other means has no settings, but its zero points give it away.
     of_quantized = checkpoint.quantization is not None or any(
@@ -99,6 +129,13 @@ def load_state(model: BNext, checkpoint: Checkpoint) -> None:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.source}: does not fit the network: {error}") from error
+
+
+def _without_classifier(checkpoint: Checkpoint, network: Architecture) -> Checkpoint:
+    """``checkpoint`` without the classifier's tensors, and with the number of classes of ``network``."""
+    state = {key: value for key, value in checkpoint.state.items() if not key.startswith(_CLASSIFIER)}
+    architecture = replace(checkpoint.architecture, num_classes=network.num_classes)
+    return replace(checkpoint, architecture=architecture, state=state)
 
 
 def build(checkpoint: Checkpoint) -> BNext:

@@ -105,7 +105,8 @@ def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequenc
 
 def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[str], None]) -> None:
     """Say that a recipe, taken for its data, describes another network than the checkpoint holds."""
-    asked = architecture_of(loaded.recipe.model)
+    held = checkpoint.architecture
+    asked = architecture_of(loaded.recipe.model, held.num_classes, held.stem_stride)
     if asked != checkpoint.architecture:
         warn(
             f"{loaded.path}: model: describes {asked}; evaluated is what {checkpoint.source} holds, "

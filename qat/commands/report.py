@@ -96,15 +96,19 @@ def _measure(checkpoint: Checkpoint, loaded: LoadedRecipe, files: RunFiles) -> M
 
 
 def _start(loaded: LoadedRecipe, files: RunFiles) -> BNext:
-    """The float-rest network that fine-tuning started from.
+    """The float-rest network that fine-tuning started from, or that it trained before quantization.
 
     Raises:
-        QatError: its file is gone, or another one has taken its place.
+        QatError: its file is gone, another one has taken its place, or its classifier was never trained.
     """
+    model = loaded.recipe.model
+    if loaded.recipe.schedule.float_epochs:
+        return build(load_checkpoint(files.run.float_stage.best, latent=model.latent))
+    if model.classifier == "new":
+        raise CheckpointError("With schedule.float_epochs 0 the new classifier was trained quantized only")
     path = resolve_checkpoint(loaded)
     if files.pretrained_sha256 is not None and files.pretrained_sha256 != file_hash(path):
         raise CheckpointError(f"{path} has changed since the run")
-    model = loaded.recipe.model
     found = load_checkpoint(path, latent=model.latent, stem_stride=model.stem_stride)
     return build(without_quantizers(found))
 

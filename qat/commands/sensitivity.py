@@ -21,9 +21,9 @@ from qat.sensitivity.suggestion import find_candidates, suggest
 from qat.sensitivity.variants import Variants, Watcher, grids_of
 from qat.system.files import write_atomically
 from qat.train.device import begin
-from qat.train.finetuning import pretrained
 from qat.train.reporter import Reporter
 from qat.train.setup import for_task, splits_of
+from qat.train.starting_point import starting_point
 
 
 def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter, watch: Watcher) -> Findings:
@@ -46,7 +46,13 @@ def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter,
     device = begin(recipe)
     train, test = splits_of(recipe)
     count = _count(questions.images, len(test))
-    model = pretrained(resolve_checkpoint(loaded), recipe, report).to(device)
+    start = starting_point(loaded, train, report)
+    if start.new_classifier:
+        raise QuantizationError(
+            f"{start.checkpoint}: its classifier would start anew, but what quantization costs is measured "
+            "of a trained network: run `qat finetune`, then set model.checkpoint=RUN/float/best.safetensors"
+        )
+    model = start.network.to(device)
     groups = _groups(
         loaded, quantization, set(quantized_layers(model, quantization).values()), questions.groups
     )

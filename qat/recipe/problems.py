@@ -114,7 +114,10 @@ def contradictions(
             )
         if type(epochs := schedule.get("epochs")) is int and epochs == 0:
             yield ("schedule", "epochs"), "found 0, allowed for task 'pretrain': an integer of at least 1"
-        for key in ("calibration_batches", "freeze_observers", "freeze_batch_norm", "freeze_binary"):
+        for key in (
+            *("float_epochs", "calibration_batches"),
+            *("freeze_observers", "freeze_batch_norm", "freeze_binary"),
+        ):
             if schedule.get(key, fixed[key]) != fixed[key]:
                 yield ("schedule", key), "only task 'finetune' uses it; remove it, or set task: finetune"
         yield from _never_binary(schedule, fixed)

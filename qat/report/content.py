@@ -161,6 +161,10 @@ def _origin(files: RunFiles, recipe: Recipe, measured: Measured) -> list[tuple[s
     facts: list[tuple[str, Any]] = [("Task", recipe.task), ("Seed", recipe.seed)]
     if recipe.model.checkpoint is not None:
         facts.append(("Started from", recipe.model.checkpoint))
+    if recipe.model.classifier == "new":
+        facts.append(("Classifier", f"new, for {recipe.model.num_classes} classes"))
+    if recipe.schedule.float_epochs:
+        facts.append(("Trained in float before quantization", f"{recipe.schedule.float_epochs} epochs"))
     if files.pretrained_sha256 is not None:
         facts.append(("SHA-256 of that file", files.pretrained_sha256))
     names = {"train": "Training images, SHA-256", "test": "Test images, SHA-256"}

@@ -60,6 +60,7 @@ class Job:
         hooks: what the task adds.
         state: where to go on; without tensors for a run that begins.
         stop: whether SIGTERM has come.
+        head_epochs: epochs at the beginning in which the classifier alone trains.
     """
 
     recipe: Recipe
@@ -73,11 +74,12 @@ class Job:
     hooks: Hooks = field(default_factory=Hooks)
     state: State = NOTHING_SAVED
     stop: StopRequest = field(default_factory=StopRequest)
+    head_epochs: int = 0
 
     def check_stop(self) -> None:
         """Raise ``Stopped`` where SIGTERM reached any of the processes, which all call this alike."""
         if any_of(self.stop.requested):
-            again = resume_command(self.recipe.task, self.run.path)
+            again = resume_command(self.recipe.task, self.run.whole)
             raise Stopped(f"stopped by SIGTERM, everything is saved; go on with: {again}")
 
     def evaluate(self, model: BNext) -> Accuracy:

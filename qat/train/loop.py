@@ -28,7 +28,7 @@ from qat.system.launch import Share
 from qat.train.capture import Parts, restore
 from qat.train.job import Job
 from qat.train.keeping import keep_checkpoints, last_good, save_state
-from qat.train.optimizer import learning_rate_factor, make_optimizer
+from qat.train.optimizer import learning_rate_factors, make_optimizer
 from qat.train.parallel import Parallel
 from qat.train.precision import autocast, gradient_scaler
 from qat.train.progress import Progress
@@ -75,13 +75,13 @@ def fit(job: Job, progress: Progress) -> None:
     epochs, steps = recipe.schedule.epochs, step_count(recipe, job.splits.train)
     if shards(recipe):
         shard(model, job.device)
-    optimizer = make_optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, recipe.optimizer, own_head=job.head_epochs > 0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(recipe.optimizer, step, epochs * steps)
+        optimizer, learning_rate_factors(optimizer, recipe.optimizer, epochs * steps, job.head_epochs * steps)
     )
     inputs = Inputs(
         Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed),
-        Mixer(recipe.data.augment, recipe.model.num_classes, recipe.seed),
+        Mixer(recipe.data.augment, model.architecture.num_classes, recipe.seed),
         world().share,
     )
     average = average_of(model, recipe.schedule.ema)

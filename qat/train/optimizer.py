@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,26 @@ def learning_rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
     return optimizer.min_lr + (1.0 - optimizer.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def learning_rate_factors(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, steps: int, head_steps: int = 0
+) -> list[Callable[[int], float]]:
+    """For each group of ``optimizer`` the factor of its peak learning rate by the step's number.
+
+    During the first ``head_steps`` of all ``steps`` the classifier's group alone moves; the schedule of the
+    others begins then.
+    """
+
+    def head(step: int) -> float:
+        return learning_rate_factor(settings, step, steps)
+
+    def body(step: int) -> float:
+        if step < head_steps:
+            return 0.0
+        return learning_rate_factor(settings, step - head_steps, steps - head_steps)
+
+    return [head if group.get("head") else body for group in optimizer.param_groups]
+
+
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``T² · KL(softmax(teacher / T) ‖ softmax(student / T))``, mean over the batch, in nats.
 
@@ -45,7 +66,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Optimizer, own_head: bool = False) -> torch.optim.Optimizer:
     """Optimizer with groups: binary latent weights, other matrices (decayed), vectors.
 
     Latent weights are not decayed: only their sign counts, and decay would move all of them towards the
@@ -53,11 +74,17 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
     as in the published script of BNext's authors: that is the decay of every parameter with four dimensions
     (a group of its own), latent weights among them, and ``weight_decay`` that of all others. Parameters that
     need no gradient are left out.
+
+    With ``own_head``, or a ``head_lr``, weight and bias of the classifier (``fc``) are two further groups,
+    which have ``head`` set.
     """
+    own_head = own_head or settings.head_lr is not None
+    head = dict(model.get_submodule("fc").named_parameters()) if own_head else {}
+    ids = {id(parameter) for parameter in head.values()}
     binary = {id(conv.weight) for conv in binary_convolutions(model).values()}
     groups: dict[str, list[nn.Parameter]] = {"binary": [], "kernel": [], "matrix": [], "vector": []}
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in ids:
             groups[_group_of(parameter, binary, settings)].append(parameter)
     decay, kernel_decay = settings.weight_decay, settings.kernel_decay
     published = kernel_decay is not None
@@ -71,6 +98,16 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
         {"params": groups["matrix"], "lr": settings.lr, "weight_decay": decay},
         {"params": groups["vector"], "lr": settings.lr, "weight_decay": decay if published else 0.0},
     ]
+    for parameter in (one for one in head.values() if one.requires_grad):
+        decays = decay if published or _group_of(parameter, binary, settings) == "matrix" else 0.0
+        options.append(
+            {
+                "params": [parameter],
+                "lr": settings.head_lr or settings.lr,
+                "weight_decay": decays,
+                "head": True,
+            }
+        )
     options = [group for group in options if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from qat.checkpoints.format import load_checkpoint
-from qat.checkpoints.loading import architecture_of, load_state, without_quantizers
-from qat.models.bnext import BNext, set_temperature
-from qat.recipe.loading import LoadedRecipe, resolve_checkpoint
+from qat.models.bnext import set_temperature
+from qat.recipe.loading import LoadedRecipe
 from qat.runs import RunDirectory
 from qat.train.device import begin
 from qat.train.job import Hooks, Job
@@ -14,7 +12,8 @@ from qat.train.optimizer import temperature_at
 from qat.train.parallel import check_parallel
 from qat.train.reporter import Reporter, SilentReporter
 from qat.train.resume import NewRun, Resumed
-from qat.train.setup import begin_job, for_task, reestimate, splits_of, summarize, under_way
+from qat.train.setup import begin_job, check_steps, for_task, reestimate, splits_of, summarize, under_way
+from qat.train.starting_point import starting_point
 from qat.train.teachers import load_teachers
 
 
@@ -40,15 +39,13 @@ def pretrain(
     check_parallel(recipe)
     device = begin(recipe)
     splits = splits_of(recipe)
-    model = BNext.from_architecture(architecture_of(recipe.model))
-    start = None if recipe.model.checkpoint is None else resolve_checkpoint(loaded)
-    if start is not None:
-        load_state(model, without_quantizers(load_checkpoint(start, latent=recipe.model.latent)))
-    model.to(device)
-    teachers = load_teachers(loaded, splits.train.class_names, device, reporter)
+    start = starting_point(loaded, splits.train, reporter)
+    check_steps(start.recipe, splits.train)
+    teachers = load_teachers(start.loaded, splits.train.class_names, device, reporter)
     hooks = Hooks(before_step=_anneal, after_training=reestimate)
-    run = resumed or NewRun(loaded)
-    job, progress = begin_job(run, model, splits, start, teachers, hooks, reporter)
+    run = resumed or NewRun(start.loaded)
+    network = start.network.to(device)
+    job, progress = begin_job(run, network, splits, start.checkpoint, teachers, hooks, reporter)
     with under_way(job):
         fit(job, progress)
         best = summarize(job, progress, "binary")

@@ -43,5 +43,6 @@ def held(run: RunDirectory) -> Iterator[None]:
             raise OutputError(f"{run.path}: another process is training in this run") from error
         except OSError:  # a file system without locks
             pass
-        remove_leftovers(run.path)
+        for stage in (run, run.float_stage):
+            remove_leftovers(stage.path)
         yield

@@ -56,28 +56,45 @@ def splits_of(recipe: Recipe) -> Splits:
     """The training and the test images of a recipe.
 
     Raises:
-        DataError: they can't be read, do not fit the network, or are too few for a batch.
+        DataError: they can't be read, or do not fit the network.
         RecipeError: the processes can't share a batch evenly.
     """
     train, test = load_splits(recipe.data)
+    classes = recipe.model.num_classes
+    if classes not in (None, train.num_classes):
+        raise DataError(
+            f"the data has {train.num_classes} classes, the network {classes}; without model.num_classes the "
+            "network has those of the data"
+        )
+    check_fits(test, train.num_classes)
     for split in (train, test):
-        check_fits(split, recipe.model.num_classes)
         split.share = world().share
     if recipe.data.batch_size % world().size:
         raise RecipeError(
             f"data.batch_size: found {recipe.data.batch_size}, allowed with {world().size} processes, which "
             f"share it: a multiple of {world().size}"
         )
-    if recipe.schedule.epochs and not train.batch_count(recipe.data.batch_size, drop_last=True):
+    return Splits(train, test)
+
+
+def check_steps(recipe: Recipe, train: Split) -> None:
+    """Refuse images that are too few for a single step of a run that trains.
+
+    Raises:
+        DataError: they are.
+    """
+    schedule = recipe.schedule
+    if not schedule.epochs and not schedule.float_epochs:
+        return
+    if not train.batch_count(recipe.data.batch_size, drop_last=True):
         raise DataError(
             f"data.batch_size: {recipe.data.batch_size} is more than the {len(train)} training images"
         )
-    if recipe.schedule.epochs and not step_count(recipe, train):
+    if not step_count(recipe, train):
         raise DataError(
-            f"schedule.accumulate: found {recipe.schedule.accumulate}, allowed: at most the "
+            f"schedule.accumulate: found {schedule.accumulate}, allowed: at most the "
             f"{train.batch_count(recipe.data.batch_size, drop_last=True)} batches of an epoch"
         )
-    return Splits(train, test)
 
 
 def begin_job(

@@ -173,8 +173,11 @@ def test_a_quantized_checkpoint_is_built_with_its_grids(tmp_path: Path) -> None:
 
 
 def test_the_architecture_of_a_recipe_is_that_of_its_network() -> None:
-    model = recipe().model
+    model = recipe().model.model_copy(update={"num_classes": 10})
     assert architecture_of(model) == toy().architecture
+    left_open = model.model_copy(update={"num_classes": None})
+    assert architecture_of(left_open, 10) == toy().architecture
+    assert architecture_of(left_open, 10, 2) == toy(stem_stride=2).architecture
     other = model.model_copy(update={"stem_stride": 2, "infor_recoupling": False})
     assert architecture_of(other) == toy(stem_stride=2, infor_recoupling=False).architecture
 

@@ -23,6 +23,7 @@ SHIPPED = [
     "tiny_int8_cifar10",
     "tiny_int8_imagenet",
     "tiny_int8_paper",
+    "tiny_int8_transfer",
 ]
 FINETUNE: dict[str, Any] = {
     "task": "finetune",

@@ -21,6 +21,7 @@ from qat.recipe.schema.fields import Count, Section
 from qat.recipe.schema.model import Model
 from qat.recipe.schema.quantization import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
 from qat.recipe.schema.training import (
+    FLOAT_EPOCHS,
     TIMM,
     Distillation,
     Loss,
@@ -32,6 +33,7 @@ from qat.recipe.schema.training import (
 )
 
 __all__ = [
+    "FLOAT_EPOCHS",
     "TIMM",
     "Augment",
     "Data",

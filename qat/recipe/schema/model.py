@@ -44,10 +44,15 @@ class Model(Section):
         description="Channels of the stem, then of each block; an entry equals the one before or doubles it. "
         "Null takes those of `size`.",
     )
-    num_classes: int = Field(default=10, ge=2, description="Number of classes the classifier tells apart.")
+    num_classes: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="Number of classes the classifier tells apart. Null: as many as the images have.",
+    )
     stem_stride: Annotated[Literal[1, 2] | None, BeforeValidator(_stride)] = Field(
         default=None,
-        description="Stride of the first convolution. Null: 2 at 1000 classes (large images), else 1.",
+        description="Stride of the first convolution. Null: that of `checkpoint`, where it is recorded, else "
+        "by the checkpoint's classifier: 2 at 1000 classes (large images), 1 at others. Without a checkpoint "
+        "by the network's own classes.",
     )
     elm_attention: bool = Field(
         default=True,
@@ -60,6 +65,11 @@ class Model(Section):
         default=None,
         description="Weights to start from. A relative path is looked up beside the recipe file, then in the "
         "working directory, then among the packaged recipes.",
+    )
+    classifier: Literal["auto", "keep", "new"] = Field(
+        default="auto",
+        description="What becomes of the checkpoint's classifier: 'keep' takes it, 'new' starts one from "
+        "random weights, 'auto' keeps it where it tells as many classes apart as the images have.",
     )
     latent: Positive = Field(
         default=1.0, description="Magnitude given to latent weights that are rebuilt from stored sign bits."

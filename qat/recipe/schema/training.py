@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 from qat.recipe.problems import found
 from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
 
+#: Default of `schedule.float_epochs` where the classifier starts anew.
+FLOAT_EPOCHS: Final = 5
 #: Opens the name of a teacher that timm makes.
 TIMM: Final = "timm:"
 
@@ -37,6 +39,12 @@ class Schedule(Section):
         default=3,
         ge=0,
         description="Passes over the training split. 0 (fine-tuning only) calibrates and stops.",
+    )
+    float_epochs: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Passes over the training split before anything is quantized. A new classifier is "
+        "trained alone at first, then the whole network in float: quantization is compared with the result. "
+        f"Null: {FLOAT_EPOCHS} with a new classifier, else 0 (fine-tuning only).",
     )
     calibration_batches: int = Field(
         default=8,
@@ -88,6 +96,9 @@ class Optimizer(Section):
     lr: Positive = Field(default=1e-3, description="Peak learning rate.")
     binary_lr: Positive | None = Field(
         default=None, description="Peak learning rate of the binary weights; null takes `lr`."
+    )
+    head_lr: Positive | None = Field(
+        default=None, description="Peak learning rate of the classifier; null takes `lr`."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Weight decay of matrices; decoupled with 'adamw'."
