@@ -41,6 +41,10 @@ class Split(ABC):
         """int64 (N,), in the split's order."""
         return self._labels
 
+    def image_name(self, index: int) -> str | None:
+        """What the image at ``index`` is called, without folders of this machine; ``None`` without a name."""
+        return None
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""

@@ -50,6 +50,10 @@ class TableSplit(Split):
         self._images = images
         self._kept = len(labels) * 3 * side**2 <= _SMALL if in_memory is None else in_memory
 
+    def image_name(self, index: int) -> str:
+        """The file or data set, and the row in it."""
+        return Path(self._images.name(index)).name
+
     def fingerprint(self) -> str:
         """The content's where the encoded images take at most 1 GiB, else over their sizes and labels."""
         return self._fingerprint
