@@ -25,7 +25,8 @@ class Rules:
         confidence: of the one-sided bounds of the change, between 0.5 and 1.
         floor: least top-1 in percent, 0 to 100; the measured one is compared, without statistics.
         on_inconclusive: what a comparison that cannot tell ends as. ``measured`` fails where the measured
-            drop is above the allowed one.
+            drop is above the allowed one. With ``pass`` alone, a model whose true drop is within the allowed
+            one fails with a probability of at most ``1 - confidence``; a broken floor is not counted.
 
     Raises:
         ValueError: out of range, or both drops; the message says what is allowed.
