@@ -112,7 +112,7 @@ def export_onnx(source: Source, target: Target) -> Exported:
     checkpoint, data = load(source, target.image_size)
     model, network = build_and_lower(checkpoint, data)
     # The data first: without it the model could not be verified, and should not be written.
-    split = verification_images(data, network.class_names)
+    split = verification_images(data, network.class_names, source.overrides)
     name = "native.onnx" if target.form is Form.NATIVE else "model.onnx"
     path = target.onnx or Path(checkpoint.source).with_name(name)
     return write_verified(model, network, split, data, path, target)
@@ -175,7 +175,7 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
             f"{highest_temperature(network):.3g}, binary means below 1e-7"
         )
     names = class_names(checkpoint) or tuple(map(str, range(network.architecture.num_classes)))
-    split = verification_images(data, names)
+    split = verification_images(data, names, source.overrides)
     path = target.onnx or Path(checkpoint.source).with_name("float32.onnx")
     return path, write_verified_float(build(checkpoint), network, checkpoint, split, data, path)
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
 
-import torch
-import torch.nn.functional as F
 from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint
 from qat.data.loading import check_fits, load_split
-from qat.data.split import MemorySplit, Split
+from qat.data.split import NoiseSplit, Split
 from qat.errors import CheckpointError, RecipeError
 from qat.recipe.loading import parse_recipe
 from qat.recipe.schema import Data, Recipe
-
-#: Images of noise that stand in for a test set.
-_NOISE: Final = 64
 
 
 def only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:
@@ -87,22 +81,20 @@ def load_test_split(data: Data, num_classes: int) -> Split:
     return split
 
 
-def verification_images(data: Data, class_names: Sequence[str]) -> Split:
-    """The test split that ``data`` names, or images of noise where it names none.
+def verification_images(data: Data, class_names: Sequence[str], overrides: Sequence[str] = ()) -> Split:
+    """The test split that ``data`` names, or images of noise where the network knows no images.
 
-    A network that was trained by a loop of the user's own knows the size and the normalization of its images,
-    not where they are. That an exported file computes what the network does is seen on any images.
+    A network that a user's own loop trained knows the size and the normalization of its images, not where
+    they are. That an exported file computes what the network does is seen on any images.
+
+    Args:
+        data: of the network, with ``overrides`` applied.
+        class_names: by label.
+        overrides: ``data.key=value`` texts; with any of them noise is no answer.
 
     Raises:
         DataError: the split cannot be read, or has another number of classes.
     """
-    if data.dataset != "imagefolder" or data.root is not None:
-        return load_test_split(data, len(class_names))
-    generator = torch.Generator().manual_seed(0)
-    shape = (_NOISE, 3, data.image_size, data.image_size)
-    # Half of it smooth, as photographs are: plain noise alone meets few of the values of deep layers.
-    coarse = torch.rand(_NOISE // 2, 3, 4, 4, generator=generator)
-    smooth = F.interpolate(coarse, data.image_size, mode="bilinear", align_corners=False)
-    pixels = torch.cat([smooth, torch.rand(*shape, generator=generator)[: _NOISE - len(smooth)]])
-    labels = torch.zeros(_NOISE, dtype=torch.int64)
-    return MemorySplit(class_names, (255 * pixels).round().to(torch.uint8), labels)
+    if data.dataset == "imagefolder" and data.root is None and not overrides:
+        return NoiseSplit(class_names, data.image_size)
+    return load_test_split(data, len(class_names))

@@ -84,7 +84,7 @@ def verify_model(path: Path, source: Source, network_path: Path | None) -> Verif
         source = replace(source, run=_run_around(path))
     checkpoint, data = load(source, model.image_size)
     torch_network, network = build_and_lower(checkpoint, data)
-    split = verification_images(data, network.class_names)
+    split = verification_images(data, network.class_names, source.overrides)
     # Refuses a model of another network, before the long part.
     exact = check_exactness(path, network, sample(split, model.image_size))
     return Verified(path, exact, compare(predictor(torch_network), model, network, split, data))

@@ -89,6 +89,8 @@ def test_what_was_saved_is_taken_by_every_command(tuned: Path, tmp_path: Path) -
     saved = tuned / "tuned.safetensors"
     printed = succeed("export", "--onnx", tmp_path / "again.onnx", "--checkpoint", saved)
     assert printed.splitlines()[-1].endswith(" MB, verified")
+    assert "Against the network, on images of noise" in printed
+    assert "top-1, torch network" not in printed
     assert (tmp_path / "again.onnx").read_bytes() == (tuned / "model.onnx").read_bytes()
     succeed("export", "--onnx", tmp_path / "float.onnx", "--checkpoint", saved, "--float32")
     assert "31 of" not in succeed("inspect", saved)
