@@ -207,10 +207,8 @@ def gate(
     for text in decision.warnings:
         warn(text)
     if decision.verdict == "inconclusive" and decision.passes:
-        warn(
-            f"{decision.headline}: it passes, as --on-inconclusive {on_inconclusive} says; a larger drop may "
-            "have gone unseen"
-        )
+        doubt = "the drop may be real" if decision.exceeds else "a larger drop may have gone unseen"
+        warn(f"{decision.headline}: it passes, as --on-inconclusive {on_inconclusive} says; {doubt}")
     if unwritten is not None:
         warn(str(unwritten))
     decision.require()

@@ -211,6 +211,7 @@ def test_a_measured_drop_above_the_limit_fails_unless_chance_is_asked_to_be_excl
     assert result.stderr.startswith(
         "warning: inconclusive, measured drop above what is allowed: it passes, as "
     )
+    assert result.stderr.endswith("; the drop may be real\n")
     assert qat(*arguments, "--max-drop", 1.4).exit_code == 0
     text = fail(1, *arguments, "--max-relative-drop", 0.2)
     assert " (0.2 % of the baseline's " in text
