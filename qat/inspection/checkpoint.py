@@ -19,7 +19,8 @@ from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS, InspectedLayer, Insp
 from qat.models.bnext import BNext
 from qat.nn.layers import Stem
 from qat.nn.sub_block import SubBlock
-from qat.quantize.quantizers import Quantizer, WeightQuantizer
+from qat.quantize.quantizer_base import Quantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 #: What the formats of :class:`qat.checkpoints.format.Checkpoint` are, in words.
 _FORMATS: Final = {

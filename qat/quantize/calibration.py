@@ -1,4 +1,4 @@
-"""Calibration: the range of every activation is found from the values of some batches."""
+"""Calibration finds the range of every activation from the values of some batches; freezing fixes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import ActivationQuantizer, activation_quantizers
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 
 def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
@@ -38,3 +39,10 @@ def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
     missed = [name for name, point in points.items() if not point.calibrated]
     if missed:
         raise QuantizationError(f"calibration reached no finite value at {missed[0]} ({len(missed)} points)")
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Fix every grid of ``model`` from here on, observed or learned."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.freeze()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import activation_quantizers
 
 
 def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None:

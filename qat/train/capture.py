@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat.errors import CheckpointError
 from qat.models.bnext import BNext
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.recipe.schema import Recipe
 from qat.system.collectives import is_main, world
 from qat.train.sharding import part_like, shards, whole

@@ -11,11 +11,11 @@ from qat.checkpoints.format import as_stored, load_checkpoint
 from qat.checkpoints.loading import architecture_of, highest_temperature, load_state, without_quantizers
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import BNext, binary_convolutions, is_binary
-from qat.quantize.calibration import calibrate
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import calibrate, freeze_observers
 from qat.quantize.image_grid import image_grid
 from qat.quantize.naming import quantization_name
 from qat.quantize.preparation import prepare, quantization_map
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.loading import LoadedRecipe, resolve_checkpoint
 from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.models.bnext import BNext
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.train.sharding import copy_of, own_part
 
 

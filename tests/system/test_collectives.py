@@ -13,8 +13,9 @@ from qat.ops.batch_norm import BatchNorm2d, batch_gain_and_offset
 from qat.ops.norm_prelu import norm_prelu
 from qat.ops.pooling import moments
 from qat.ops.scale_add import scaled
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.observers import MOVING, OBSERVERS, observed_grid
-from qat.quantize.quantizers import ActivationQuantizer, freeze_observers
 from qat.system.collectives import (
     any_of,
     exchanged,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
 from qat.ops.binary import LATENT_CLIP
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.schema import Quantization
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
 from tests.helpers.toy_networks import build_float_toy, toy_images

@@ -16,8 +16,8 @@ from qat.data.loading import load_split
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
 from qat.evaluation import evaluate, predictor
 from qat.models.bnext import binary_convolutions, set_temperature
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.preparation import quantization_map
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.loading import load_recipe
 from qat.runs import RunDirectory
 from qat.train.batch_norm_reestimation import reestimate_batch_norm

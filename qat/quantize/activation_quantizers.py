@@ -1,19 +1,20 @@
-"""Quantizers: modules that put values on a grid of integers, straight-through in training.
+"""Quantizers of activations: modules that put values on one grid per tensor, straight-through in training.
 
-Here is the backend ``torch_ao``: ranges are observed (:mod:`qat.quantize.observers`). The other one, whose
-scales are learned, is :mod:`qat.quantize.learned_scales`; :mod:`qat.quantize.backends` makes either by the
+These belong to the backend ``torch_ao``, whose ranges are observed (:mod:`qat.quantize.observers`). The other
+backend learns its scales (:mod:`qat.quantize.learned_scales`). :mod:`qat.quantize.backends` chooses by the
 recipe.
 
-An activation quantizer is in one of three states: *uncalibrated* (passes values through), *observing*
-(tracks the range; while training it also quantizes), *frozen* (quantizes on a fixed grid). Outside of
-training and calibration nothing is ever observed, so evaluation depends on the input and the state alone.
+An :class:`ActivationQuantizer` is in one of three states. *Uncalibrated*, it passes values through.
+*Observing*, it tracks their range, and in training it also quantizes. *Frozen*, it quantizes on a fixed grid.
+Outside of training and calibration it never observes, so that an evaluation depends on nothing but its input
+and the saved state.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,90 +22,8 @@ from torch import Tensor, nn
 from qat.grid import Grid
 from qat.ops.fake_quantize import Extremes, fake_quantize
 from qat.quantize.integers import saturate
-from qat.quantize.observers import MOVING, Observer, channel_scales, observed_grid
-
-#: Widest integers that integer networks hold; wider ones are only simulated, in float.
-LARGEST_BITS: Final = 8
-
-
-class _OwnState(nn.Module):
-    """A module whose state keeps its type, and that a checkpoint may leave out.
-
-    ``.to(dtype)`` leaves its tensors as they are, and a strict load of a state dict without them keeps what
-    the module has.
-    """
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A float-rest checkpoint has no key of this point. It loads strictly all the same: the point
-        # keeps what it has. A checkpoint with some of the keys is held to all of them.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OwnState:
-        # A scale in bfloat16 would move the grid by up to 0.4%, so `.to(dtype)` moves these tensors to the
-        # new device and leaves their values and types.
-        before = dict(self.named_buffers())
-        learned = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        for name, old in before.items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            new = getattr(module, leaf)
-            if new.dtype != old.dtype:
-                setattr(module, leaf, old.to(new.device))
-        for name, parameter in self.named_parameters():
-            if parameter.dtype != learned[name].dtype:
-                parameter.data = learned[name].to(parameter.device)
-        return self
-
-
-class Quantizer(_OwnState):
-    """Interface of a quantization point; this base class is a point left in float.
-
-    ``forward`` observes (if in that state) and quantizes; ``requantize`` puts further values on the grid
-    already chosen, observing nothing.
-    """
-
-    enabled = False
-    bits = 32
-    #: Whether the smallest and the largest value are all that ``forward`` looks at.
-    looks_at_extremes = True
-
-    def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape; ``observed`` is looked at for the range in place of ``x``.
-
-        With ``overwrite`` the result may take the memory of ``x``, see
-        :func:`qat.ops.fake_quantize.fake_quantize`.
-        """
-        return x
-
-    def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape, on the grid of this point."""
-        return x
-
-    @property
-    def observes(self) -> bool:
-        """Whether ``forward`` looks at values for the range right now."""
-        return False
-
-    @property
-    def has_grid(self) -> bool:
-        """Whether values can be put on a known grid right now."""
-        return False
-
-    def fixed_grid(self) -> Grid | None:
-        """The grid, where an operation may put values on it by itself; see :mod:`qat.ops.points`."""
-        return None
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether integer arithmetic may use this grid now: it is known, and has at most 8 bits."""
-        return self.has_grid and self.bits <= LARGEST_BITS
-
-    def describe(self) -> dict[str, object]:
-        """The point's line in the quantization map."""
-        return {"type": "float"}
+from qat.quantize.observers import MOVING, Observer, observed_grid
+from qat.quantize.quantizer_base import Quantizer, power_of_two_above
 
 
 class FixedQuantizer(Quantizer):
@@ -310,56 +229,6 @@ class ActivationQuantizer(Quantizer):
         self.calibrated = known if low is None else bool(torch.isfinite(low).all())
 
 
-class WeightQuantizer(_OwnState):
-    """Symmetric fake quantization of weights, one scale per output channel, taken from the weights.
-
-    The range is the weights' own at every forward, so there is nothing to calibrate and no state. A row of
-    zeros keeps a tiny positive scale and stays zero.
-
-    Args:
-        bits: 2 to 8; integers lie in ``±(2**(bits - 1) - 1)``.
-        power_of_two: round each scale up to the next power of two.
-        rows: output channels of each layer that it quantizes, which only learned scales need to know.
-    """
-
-    def __init__(self, bits: int = 8, power_of_two: bool = False, rows: Sequence[int] = ()) -> None:
-        """Take the width; there is nothing else to set."""
-        super().__init__()
-        self.bits, self.quant_max, self.power_of_two = bits, 2 ** (bits - 1) - 1, power_of_two
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """Scale of each output channel of ``weight`` (O, ...): (O,) float32."""
-        scale = channel_scales(weight, self.quant_max)
-        return power_of_two_above(scale) if self.power_of_two else scale
-
-    def freeze(self) -> None:
-        """Fix what is learned of the grid from here on; here that is nothing."""
-
-    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer weights (O, ...) in float32, and the scale of each output channel (O,) in float64."""
-        scale = self.scale(weight).double()
-        steps = weight.detach().double() / scale.view(-1, *[1] * (weight.ndim - 1))
-        return saturate(steps, -self.quant_max, self.quant_max).float(), scale
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """(O, ...) → same shape, on the grid of each output channel."""
-        scale = self.scale(weight)
-        zero = torch.zeros_like(scale, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.quant_max, self.quant_max)
-
-    def describe(self) -> dict[str, object]:
-        """Type and granularity."""
-        return {"type": f"int{self.bits}", "range": "weights", "granularity": "per output channel"}
-
-
-def power_of_two_above(scale: Tensor) -> Tensor:
-    """The smallest power of two that is not less than ``scale`` (positive, float32): same shape and type."""
-    mantissa, exponent = torch.frexp(scale)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    # In float64 and rounded once: some accelerators' float32 powers are off in the last place.
-    return torch.ldexp(torch.ones_like(scale, dtype=torch.float64), exponent).to(scale.dtype)
-
-
 def fake_quantize_symmetric(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     """Fake-quantize ``x`` per tensor on the signed grid of ``scale`` (scalar tensor), zero point 0."""
     return fake_quantize(x, scale.detach().float().reshape(1), bits, signed=True)
@@ -370,10 +239,3 @@ def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQua
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
             yield name, module
-
-
-def freeze_observers(model: nn.Module) -> None:
-    """Fix every grid of ``model`` from here on, observed or learned."""
-    for module in model.modules():
-        if isinstance(module, ActivationQuantizer | WeightQuantizer):
-            module.freeze()
