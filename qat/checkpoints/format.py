@@ -22,9 +22,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pydantic
@@ -33,9 +32,11 @@ import torch
 from torch import Tensor
 
 from qat import __version__
+from qat.checkpoints.architecture import float_shapes, infer_architecture
+from qat.checkpoints.header import FORMAT, FORMAT_VERSION, read_header
 from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
-from qat.errors import CheckpointError, QatError, QuantizationError, first_line
+from qat.errors import CheckpointError, QatError, first_line
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.quantize.preparation import quantization_map
 from qat.recipe.loading import parse_recipe
@@ -43,8 +44,6 @@ from qat.recipe.schema import Quantization, Recipe
 from qat.system.files import write_atomically
 from qat.system.tensor_hash import tensors_sha256
 
-FORMAT: Final = "bnext-qat"
-FORMAT_VERSION: Final = 1
 _BITS: Final = ".sign_bits"
 #: Float matrices, which half precision may store. By name: a vector and a matrix can have equal shapes.
 _MATRIX: Final = re.compile(r"feature\.0\.conv1\.weight|feature\.\d+\.\w+\.se\.se\.[13]\.weight|fc\.weight")
@@ -74,73 +73,6 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     quantization_map: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: str = "checkpoint"
-
-
-#: Bounded, so that a damaged header can't name a number too long to print.
-_Side = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
-
-
-class _Header(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
-    format_version: int
-    #: Of the tensors as they are in the file, see :func:`tensors_hash`.
-    tensors_sha256: str
-    architecture: Architecture
-    recipe: dict[str, Any] | None
-    quantization: dict[str, Any] | None
-    quantization_map: dict[str, dict[str, Any]]
-    #: Shape of each weight stored as sign bits, by state-dict key.
-    sign_bits: dict[str, tuple[_Side, _Side, _Side, _Side]]
-    versions: dict[str, str]
-    metadata: dict[str, str]
-
-
-def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = None) -> Architecture:
-    """The architecture that a state dict belongs to, from its keys and shapes.
-
-    Args:
-        state: tensors by key, without prefix; quantizer keys are ignored.
-        stem_stride: the one option that leaves no trace in a state dict; ``None`` means 2 at 1000 classes,
-            else 1.
-
-    Raises:
-        CheckpointError: no BNext has these keys; the message names a key that is missing or contradicts.
-    """
-
-    def shape(key: str, ndim: int) -> tuple[int, ...]:
-        if key not in state:
-            raise CheckpointError(f"not a BNext: key {key!r} is missing")
-        if state[key].ndim != ndim:
-            raise CheckpointError(
-                f"not a BNext: {key}: shape {list(state[key].shape)}, expected {ndim} sides"
-            )
-        return tuple(state[key].shape)
-
-    widths = [shape("feature.0.conv1.weight", 4)[0]]
-    numbers = {int(found[1]) for key in state if (found := re.match(r"feature\.(\d{1,4})\.", key))}
-    elm_attention = "feature.1.FFN_3x3.binary_conv.weight" not in state
-    spatial = "Attention" if elm_attention else "FFN_3x3"
-    for i in range(1, max(max(numbers), 1) + 1):
-        key = f"feature.{i}.{spatial}.binary_conv.weight"
-        channels = shape(key, 4)[0]
-        if channels != widths[-1]:
-            raise CheckpointError(f"not a BNext: {key}: {channels} channels after a width of {widths[-1]}")
-        doubles = any(key.startswith((f"feature.{i}.FFN_1.", f"feature.{i}.FFN_2.")) for key in state)
-        for name in ("FFN_1", "FFN_2") if doubles else ("FFN",):
-            shape(f"feature.{i}.{name}.binary_conv.weight", 4)
-        widths.append(2 * channels if doubles else channels)
-    num_classes = shape("fc.weight", 2)[0]
-    try:
-        return Architecture.of(
-            num_classes=num_classes,
-            widths=widths,
-            stem_stride=stem_stride,
-            elm_attention=elm_attention,
-            infor_recoupling=any(".se.se.1." in key for key in state),
-        )
-    except QuantizationError as error:
-        raise CheckpointError(f"not a BNext: {error}") from error
 
 
 def save_checkpoint(
@@ -279,7 +211,7 @@ def file_hash(path: Path) -> str:
 
 
 def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) -> Checkpoint:
-    header = _read_header(text)
+    header = read_header(text)
     try:
         found = tensors_hash(tensors)
     except (RuntimeError, TypeError) as error:  # types that torch can't show the bytes of; we write none
@@ -318,36 +250,6 @@ def _decode(path: Path, tensors: dict[str, Tensor], text: str, latent: float) ->
     )
 
 
-def _read_header(text: str) -> _Header:
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its metadata is not JSON: {first_line(error)}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if type(version) is not int or version < 1:
-        raise CheckpointError("its metadata has no format version")
-    # Before anything else: a newer version may have other keys.
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"has format version {version}; this bnext-qat {__version__} reads up to {FORMAT_VERSION}"
-        )
-    try:
-        header = _Header.model_validate_json(text)
-        # Not only the types: widths that no network has, too.
-        Architecture.of(num_classes=header.architecture.num_classes, widths=header.architecture.widths)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"its metadata is not valid: {where}: {first['msg']}") from error
-    except QuantizationError as error:
-        raise CheckpointError(f"its metadata is not valid: architecture: {error}") from error
-    if header.architecture.stem_stride not in (1, 2):
-        raise CheckpointError(
-            f"its metadata is not valid: stem stride {header.architecture.stem_stride}, allowed: 1, 2"
-        )
-    return header
-
-
 def _unpack(key: str, bits: Tensor, shape: tuple[int, ...], latent: float) -> Tensor:
     count = math.prod(shape)
     length = -(-count // 8)
@@ -364,11 +266,3 @@ def _unpack(key: str, bits: Tensor, shape: tuple[int, ...], latent: float) -> Te
 
 def _widened(value: Tensor) -> Tensor:
     return value.to(torch.float32) if value.is_floating_point() else value
-
-
-@lru_cache(maxsize=8)
-def float_shapes(architecture: Architecture) -> Mapping[str, torch.Size]:
-    """Shapes of the float network's state by key. Keys beyond these belong to quantizers."""
-    with torch.device("meta"):
-        state: dict[str, Tensor] = BNext.from_architecture(architecture).state_dict()
-    return {key: value.shape for key, value in state.items()}

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes
+from qat.checkpoints.architecture import float_shapes
+from qat.checkpoints.format import Checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions

@@ -11,7 +11,8 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoints.format import FORMAT, Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
 from qat.checkpoints.tensor_checks import dtype_name, listed
 from qat.errors import CheckpointError

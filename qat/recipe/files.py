@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qat.errors import OutputError, RecipeError, nearest
+from qat.recipe.wording import dotted
 from qat.system.files import write_atomically
 
 # YAML 1.1 reads `1e-3` as text because it has no dot; people write learning rates that way.
@@ -188,15 +189,6 @@ def copy_recipe(name: str, destination: str | Path, force: bool = False) -> Path
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
-
-
-KeyPath = tuple[str | int, ...]
-
-
-def dotted(path: KeyPath) -> str:
-    """A key path as messages print it: ``("data", "mean", 1)`` is ``data.mean[1]``."""
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
-    return text.removeprefix(".")
 
 
 @dataclass(frozen=True)

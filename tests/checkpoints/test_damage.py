@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.checkpoints.format import FORMAT, as_stored, load_checkpoint, save_checkpoint, tensors_hash
+from qat.checkpoints.format import as_stored, load_checkpoint, save_checkpoint, tensors_hash
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.loading import build
 from qat.errors import CheckpointError
 from qat.models.bnext import binary_convolutions

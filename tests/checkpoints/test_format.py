@@ -14,7 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from qat.checkpoints.format import FORMAT, file_hash, load_checkpoint, save_checkpoint
+from qat.checkpoints.format import file_hash, load_checkpoint, save_checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.loading import build
 from qat.errors import CheckpointError
 from qat.models.bnext import binary_convolutions

@@ -14,8 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qat.errors import nearest
-from qat.recipe.files import dotted
-from qat.recipe.problems import contradictions
+from qat.recipe.contradictions import contradictions
 from qat.recipe.schema.data import Augment, Data, RandAugment
 from qat.recipe.schema.fields import Count, Section
 from qat.recipe.schema.model import Model
@@ -30,6 +29,7 @@ from qat.recipe.schema.training import (
     Temperature,
     Tracking,
 )
+from qat.recipe.wording import dotted
 
 __all__ = [
     "TIMM",

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
+from qat.recipe.wording import found
 
 
 def ascending(pair: tuple[float, float]) -> tuple[float, float]:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
 from qat.recipe.schema.fields import Count, Positive, Section, Text
+from qat.recipe.wording import found
 
 
 def _widths(widths: list[int]) -> list[int]:

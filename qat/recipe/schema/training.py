@@ -8,8 +8,8 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
 from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
+from qat.recipe.wording import found
 
 #: Opens the name of a teacher that timm makes.
 TIMM: Final = "timm:"
