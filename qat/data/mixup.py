@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.data.augment import mixed_seed
 from qat.recipe.schema import Augment
-from qat.system.collectives import exchanged, world
+from qat.system.collectives import permuted_rows, world
 
 
 class Mixer:
@@ -51,7 +51,7 @@ class Mixer:
         share = float(random.beta(self._alphas[kind], self._alphas[kind]))
         order = random.permutation(len(images) * world().size).tolist()
         targets = F.one_hot(labels, self._classes).float()
-        others, other_targets = exchanged(images, order), exchanged(targets, order)
+        others, other_targets = permuted_rows(images, order), permuted_rows(targets, order)
         if kind == "mixup":
             images = torch.lerp(others, images, share)
         else:

@@ -124,21 +124,25 @@ class Split(ABC):
 
 
 class MemorySplit(Split):
-    """Images in memory as uint8 (N, 3, H, W), or (N, 1, H, W): yielded with three equal channels."""
+    """Images that are held in memory.
+
+    Attributes:
+        images: uint8 (N, 3, H, W), or (N, 1, H, W), which is yielded with three equal channels.
+    """
 
     def __init__(self, class_names: Sequence[str], images: Tensor, labels: Tensor) -> None:
         """Take the class names, the images and the int64 labels (N,)."""
         super().__init__(class_names, labels)
-        self._images = images
+        self.images = images
 
     def fingerprint(self) -> str:
         """SHA-256 over shape, pixels and labels."""
-        digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
-        digest.update(self._images.numpy().tobytes())
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in batches:
-            images = self._images[indices]
+            images = self.images[indices]
             yield images.expand(-1, 3, -1, -1).contiguous(), self.labels[indices]

@@ -21,9 +21,9 @@ from qat.errors import DataError
 
 __all__ = ["TableSplit"]
 
-#: Decoded bytes that are kept in memory unless a recipe says otherwise, and encoded bytes that a fingerprint
-#: reads.
-_SMALL: Final = 2**30
+#: Most bytes of decoded images that are kept in memory unless the recipe says otherwise. Also the most bytes
+#: of encoded images that :meth:`TableSplit.fingerprint` reads.
+IN_MEMORY_BYTES: Final = 2**30
 
 
 class TableSplit(Split):
@@ -48,7 +48,7 @@ class TableSplit(Split):
         self.side = side
         self.workers = workers
         self._images = images
-        self._kept = len(labels) * 3 * side**2 <= _SMALL if in_memory is None else in_memory
+        self._kept = len(labels) * 3 * side**2 <= IN_MEMORY_BYTES if in_memory is None else in_memory
 
     def fingerprint(self) -> str:
         """The content's where the encoded images take at most 1 GiB, else over their sizes and labels."""
@@ -71,7 +71,7 @@ class TableSplit(Split):
         sizes = [
             size if size is not None else self._size(row) for row, size in enumerate(self._images.sizes())
         ]
-        if sum(sizes) <= _SMALL:
+        if sum(sizes) <= IN_MEMORY_BYTES:
             return self._content_fingerprint
         digest = hashlib.sha256()
         for size, label in zip(sizes, self.labels.tolist(), strict=True):

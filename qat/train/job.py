@@ -14,7 +14,7 @@ from qat.evaluation import Accuracy, evaluate, predictor
 from qat.models.bnext import BNext
 from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
-from qat.system.collectives import any_of
+from qat.system.collectives import any_process
 from qat.system.sigterm import StopRequest
 from qat.train.reporter import Reporter
 from qat.train.resume import resume_command
@@ -76,7 +76,7 @@ class Job:
 
     def check_stop(self) -> None:
         """Raise ``Stopped`` where SIGTERM reached any of the processes, which all call this alike."""
-        if any_of(self.stop.requested):
+        if any_process(self.stop.requested):
             again = resume_command(self.recipe.task, self.run.path)
             raise Stopped(f"stopped by SIGTERM, everything is saved; go on with: {again}")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.models.bnext import BNext
 from qat.nn.block import bounded
 from qat.recipe.schema import Recipe
-from qat.system.collectives import greatest, world
+from qat.system.collectives import elementwise_maximum, world
 from qat.system.launch import is_set
 
 #: What ``accelerate launch --use_fsdp`` sets.
@@ -121,7 +121,7 @@ def first_with_nan(model: nn.Module) -> str | None:
     tensors = model.state_dict()
     first = next((place for place, value in enumerate(tensors.values()) if _has_nan(value)), len(tensors))
     if is_sharded(model):
-        first = -round(float(greatest(torch.tensor([-float(first)]))))
+        first = -round(float(elementwise_maximum(torch.tensor([-float(first)]))))
     return None if first == len(tensors) else list(tensors)[first]
 
 

@@ -17,12 +17,12 @@ from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.calibration import freeze_observers
 from qat.quantize.observers import MOVING, OBSERVERS, observed_grid
 from qat.system.collectives import (
-    any_of,
-    exchanged,
+    any_process,
     extremes,
     from_main,
+    gathered,
     is_main,
-    of_each,
+    permuted_rows,
     rows_of_all,
     total,
     world,
@@ -40,12 +40,12 @@ def test_a_process_alone_is_given_back_what_it_gives() -> None:
     assert world() == World()
     assert is_main()
     assert total([1.5, 2.0]) == [1.5, 2.0]
-    assert any_of(True)
-    assert not any_of(False)
+    assert any_process(True)
+    assert not any_process(False)
     assert from_main("a") == "a"
     assert rows_of_all(x) is x
-    assert of_each(x).shape == (1, 4, 3)
-    assert torch.equal(exchanged(x, [2, 0, 1, 3]), x[[2, 0, 1, 3]])
+    assert gathered(x).shape == (1, 4, 3)
+    assert torch.equal(permuted_rows(x, [2, 0, 1, 3]), x[[2, 0, 1, 3]])
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}])
@@ -75,14 +75,14 @@ def _everything() -> dict[str, object]:
     return {
         "world": (world().rank, world().size, is_main()),
         "total": total([rank + 1, 0.5]),
-        "any": (any_of(rank == 1), any_of(False)),
+        "any": (any_process(rank == 1), any_process(False)),
         "text": from_main(f"of {rank}"),
         "rows": rows_of_all(rows).flatten().tolist(),
         "nothing": rows_of_all(rows if rank else torch.empty(0, 0)).tolist(),
         "extremes": extremes(torch.tensor([1.0, 2.0]) * (1 - 3 * rank)).tolist(),
         "of_few": extremes(torch.tensor([4.0, 5.0][:rank])).tolist(),
         "no_number": extremes(torch.tensor([1.0, NAN][: 2 - rank])).tolist(),
-        "exchanged": exchanged(mine, order).flatten().tolist(),
+        "permuted": permuted_rows(mine, order).flatten().tolist(),
     }
 
 
@@ -90,8 +90,8 @@ def test_each_process_is_told_what_the_others_have() -> None:
     first, second = call(_everything)
     assert first.pop("world") == (0, 2, True)
     assert second.pop("world") == (1, 2, False)
-    assert first.pop("exchanged") == [5, 0, 3]
-    assert second.pop("exchanged") == [1, 4, 2]
+    assert first.pop("permuted") == [5, 0, 3]
+    assert second.pop("permuted") == [1, 4, 2]
     assert first == second
     assert first["total"] == [3.0, 1.0]
     assert first["any"] == (True, False)
@@ -126,7 +126,7 @@ def _trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     found = {"out": out.detach(), "input": images.grad}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
-        found[name] = of_each(parameter.grad).mean(0)
+        found[name] = gathered(parameter.grad).mean(0)
     return found | {name: value.clone() for name, value in network.named_buffers()}
 
 
