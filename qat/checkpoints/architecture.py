@@ -14,15 +14,16 @@ from qat.models.bnext import Architecture, BNext
 
 
 def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = None) -> Architecture:
-    """The architecture that a state dict belongs to, from its keys and shapes.
+    """The architecture that a state dict belongs to, found from its keys and shapes.
 
     Args:
-        state: tensors by key, without prefix; quantizer keys are ignored.
-        stem_stride: the one option that leaves no trace in a state dict; ``None`` means 2 at 1000 classes,
-            else 1.
+        state: tensors by key, without the prefix ``module.``. Keys of quantizers are ignored.
+        stem_stride: stride of the stem, which keys and shapes don't show. ``None`` means 2 if there are 1000
+            classes, else 1.
 
     Raises:
-        CheckpointError: no BNext has these keys; the message names a key that is missing or contradicts.
+        CheckpointError: no BNext has these keys. The message names a key that is missing or contradicts the
+            others.
     """
 
     def shape(key: str, ndim: int) -> tuple[int, ...]:
@@ -62,7 +63,10 @@ def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = No
 
 @lru_cache(maxsize=8)
 def float_shapes(architecture: Architecture) -> Mapping[str, torch.Size]:
-    """Shapes of the float network's state by key. Keys beyond these belong to quantizers."""
+    """Shape of each tensor in the state dict of a float network, by key.
+
+    Keys of a prepared network that are not among these belong to quantizers.
+    """
     with torch.device("meta"):
         state: dict[str, Tensor] = BNext.from_architecture(architecture).state_dict()
     return {key: value.shape for key, value in state.items()}

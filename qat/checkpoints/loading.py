@@ -1,4 +1,4 @@
-"""From a checkpoint to a network: what must fit, and the network that a checkpoint holds."""
+"""Makes a network from a checkpoint, or loads a checkpoint into a network after checking that it fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from qat.recipe.schema import Model, Quantization
 
 
 def architecture_of(model: Model) -> Architecture:
-    """The architecture that a recipe's ``model`` section asks for."""
+    """The architecture that a recipe's ``model`` section asks for.
+
+    Raises:
+        QuantizationError: see :meth:`qat.models.bnext.Architecture.of`.
+    """
     return Architecture.of(
         model.size,
         model.num_classes,
@@ -35,19 +39,19 @@ def architecture_of(model: Model) -> Architecture:
 
 
 def highest_temperature(model: BNext) -> float:
-    """The highest temperature of the binary convolutions; below 1e-7 the weights in use are exactly ±1."""
+    """The highest temperature of the binary convolutions. Below 1e-7 all weights in use are exactly ±1."""
     return max(float(conv.temperature) for conv in binary_convolutions(model).values())
 
 
 def load_state(model: BNext, checkpoint: Checkpoint) -> None:
-    """Load ``checkpoint`` into ``model``, all of it or, on an error, nothing.
+    """Load ``checkpoint`` into ``model``. If that raises an error, ``model`` is unchanged.
 
-    A float checkpoint may go into a prepared network: quantizers then keep the state they have. The
-    classifier is part of the network, so a checkpoint of other classes does not fit.
+    A float checkpoint can be loaded into a prepared network, whose quantizers then keep their state. A
+    checkpoint with another number of classes doesn't fit, because the classifier is loaded, too.
 
     Raises:
-        CheckpointError: keys are missing, unexpected or misshapen (all are reported), types differ, a value
-            is not finite, or the two were prepared differently.
+        CheckpointError: keys are missing or unexpected, shapes or types differ, values are not finite, or the
+            two networks were prepared differently. The message lists all problems.
     """
     network = model.architecture
     problems = []
@@ -60,7 +64,8 @@ def load_state(model: BNext, checkpoint: Checkpoint) -> None:
     quantized = bool(quantizer_keys) or checkpoint.quantization is not None
     missing = [key for key in target if key not in state and (key in float_keys or quantized)]
     unexpected = [key for key in state if key not in target]
-    # A prepared network that was saved by other means has no settings, but its zero points give it away.
+    # A prepared network that was saved by other means than `save_checkpoint` comes without its settings, but
+    # keys of zero points show that it was quantized.
     of_quantized = checkpoint.quantization is not None or any(
         key.endswith("zero_point") for key in unexpected
     )
@@ -97,27 +102,28 @@ def load_state(model: BNext, checkpoint: Checkpoint) -> None:
     if problems:
         raise CheckpointError("\n  ".join([f"{checkpoint.source}: does not fit the network:", *problems]))
     try:
-        # Not strict: absent quantizer keys were judged above.
+        # Not strict, because quantizer keys may be absent; the checks above found all other problems.
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.source}: does not fit the network: {error}") from error
 
 
 def build(checkpoint: Checkpoint) -> BNext:
-    """The network that ``checkpoint`` holds, loaded, on the CPU, in evaluation mode.
+    """The network that ``checkpoint`` holds, on the CPU and in evaluation mode.
 
-    Uses no random numbers.
+    No random numbers are drawn.
 
     Args:
-        checkpoint: from :func:`load_checkpoint`.
+        checkpoint: from :func:`qat.checkpoints.format.load_checkpoint`.
 
     Raises:
-        CheckpointError: the state does not fit the architecture.
+        CheckpointError: the state doesn't fit the architecture, or the network can't be prepared as recorded.
     """
     with torch.device("meta"):
         model = BNext.from_architecture(checkpoint.architecture)
     model.to_empty(device="cpu")
-    # The float part first: preparing may look at the weights, which are uninitialized memory until then.
+    # Float weights are loaded before the network is prepared, because preparing may read the weights, which
+    # are uninitialized memory so far.
     if checkpoint.quantization is None:
         load_state(model, checkpoint)
     else:
@@ -132,10 +138,12 @@ def build(checkpoint: Checkpoint) -> BNext:
 
 
 def float_network(checkpoint: Checkpoint) -> BNext:
-    """The network of ``checkpoint`` without quantizers; of a quantized one it keeps that the sign of 0 is +1.
+    """The network of ``checkpoint`` without quantizers.
+
+    From a quantized checkpoint it keeps one property: binary activations map 0 to +1.
 
     Raises:
-        CheckpointError: the state does not fit the architecture.
+        CheckpointError: the state doesn't fit the architecture.
     """
     model = build(without_quantizers(checkpoint))
     for module in model.modules():
@@ -145,22 +153,26 @@ def float_network(checkpoint: Checkpoint) -> BNext:
 
 
 def without_quantizers(checkpoint: Checkpoint) -> Checkpoint:
-    """The float network of ``checkpoint``: quantizer state and quantization left out."""
+    """A copy of ``checkpoint`` without the state of quantizers and without quantization settings."""
     keys = float_shapes(checkpoint.architecture)
     state = {key: value for key, value in checkpoint.state.items() if key in keys}
     return replace(checkpoint, state=state, quantization=None)
 
 
 def _differ(checkpoint: Checkpoint, network: Architecture) -> bool:
+    """Whether the checkpoint's architecture is another one than ``network``."""
     known = checkpoint.architecture
     if checkpoint.format != FORMAT:
-        # Published checkpoints don't tell the stem's stride, so what was assumed can't contradict.
+        # Published checkpoints don't record the stem's stride, so the stride assumed for them is ignored.
         known = replace(known, stem_stride=network.stem_stride)
     return known != network
 
 
 def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
-    """In words, the first setting of the grids that differs. Equal keys can hold scales of other bits."""
+    """A message about the first quantization setting that differs, or an empty string.
+
+    The settings have to be compared, because the state dicts of grids with different bits have equal keys.
+    """
     network: Quantization | None = getattr(model, "quantization", None)
     if network is None or checkpoint.quantization is None:
         return ""
@@ -172,7 +184,8 @@ def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
 
 
 def _settings(quantization: Quantization) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each setting that decides what the values of a quantizer's state mean."""
     for key, value in flatten(quantization.model_dump(mode="json"), "quantization."):
-        # How a range is followed may change between two runs; the grid stays what it is.
+        # The averaging constant says how a range is tracked from here on, not what the saved grid is.
         if not key.endswith(".averaging_constant"):
             yield key, value

@@ -1,6 +1,6 @@
-"""Contradictions between the keys of a recipe, each of which is valid by itself.
+"""Finds contradictions between keys of a recipe that are valid each by itself.
 
-The defaults of the sections come as an argument, because `qat.recipe.schema` imports this module.
+The defaults of the sections are an argument, because :mod:`qat.recipe.schema` imports this module.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from qat.recipe.wording import KeyPath, found
 
 __all__ = ["contradictions"]
 
-#: That of :mod:`qat.ops.binary`, which imports torch.
+#: Below this temperature weights are exactly binary. It repeats the constant of :mod:`qat.ops.binary`,
+#: because importing that would load torch.
 _BINARY_TEMPERATURE: Final = 1e-7
 
 
 def contradictions(
     raw: Mapping[Any, object], defaults: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Key path and message of each problem between keys of ``raw``.
+    """Yield the key path and the message of each contradiction.
 
-    Works on the plain mapping, so that these show beside problems within keys. ``defaults`` holds those of
-    the sections ``data``, ``schedule`` and ``distillation``.
+    Args:
+        raw: content of a recipe. It need not be valid, so that contradictions are reported together with
+            values that are wrong by themselves.
+        defaults: default values of the sections ``data``, ``schedule`` and ``distillation``.
     """
 
     def section(value: object) -> Mapping[Any, Any]:
@@ -100,7 +103,7 @@ def _teachers(distillation: Mapping[Any, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _never_binary(schedule: Mapping[Any, Any], fixed: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What keeps a temperature that falls by a factor per epoch from making the weights exactly binary."""
+    """Problems with ``schedule.temperature.decay``, such as epochs too few for exactly binary weights."""
     temperature = schedule.get("temperature")
     chosen = {**fixed["temperature"], **(temperature if isinstance(temperature, Mapping) else {})}
     decay, start, epochs = chosen["decay"], chosen["start"], schedule.get("epochs", fixed["epochs"])
@@ -113,8 +116,9 @@ def _never_binary(schedule: Mapping[Any, Any], fixed: Mapping[str, Any]) -> Iter
         )
     numbers = all(type(value) in (int, float) for value in (decay, start))
     if not numbers or not 0 < decay < 1 or start <= 0 or type(epochs) is not int or epochs < 1:
-        return  # found by itself
-    # The steps are multiplied out as in training, where rounding decides about the last one.
+        return  # a value that is wrong by itself is reported elsewhere
+    # The power is computed as in training, because its rounding can decide which epoch is the first binary
+    # one.
     if start * decay**epochs >= _BINARY_TEMPERATURE:
         needed = math.ceil(math.log(_BINARY_TEMPERATURE / start) / math.log(decay))
         needed += start * decay**needed >= _BINARY_TEMPERATURE
@@ -125,7 +129,7 @@ def _never_binary(schedule: Mapping[Any, Any], fixed: Mapping[str, Any]) -> Iter
         )
 
 
-#: Keys of `data` that some data sets alone have.
+#: Keys of `data` that only some data sets have.
 _DATA_SETS: dict[str, tuple[str, ...]] = {
     "name": ("hub",),
     "config": ("hub",),
@@ -139,7 +143,7 @@ _DATA_SETS: dict[str, tuple[str, ...]] = {
 def _of_another_data_set(
     data: Mapping[Any, Any], defaults: Mapping[str, Any]
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Keys of ``data`` that its data set doesn't have, and the one that the Hub needs."""
+    """Keys of ``data`` that the chosen data set doesn't have, and a missing ``name`` of the Hub's."""
     chosen = data.get("dataset", defaults["dataset"])
     if chosen == "hub" and data.get("name") is None:
         yield ("data", "name"), "missing; dataset 'hub' needs a repository, such as 'uoft-cs/cifar10'"

@@ -1,7 +1,8 @@
-"""What is wrong with a recipe, in lines a reader can act on.
+"""Says what is wrong with a recipe, one line per problem, in the words of a recipe file.
 
-Explains pydantic's errors in the words of a recipe file, and finds the contradictions between its keys.
-The recipe's JSON schema and defaults come as arguments, because `qat.recipe.schema` imports this module.
+It explains pydantic's errors, and adds the contradictions between keys (:mod:`qat.recipe.contradictions`).
+The recipe's JSON schema and defaults are arguments, so that this module doesn't import
+:mod:`qat.recipe.schema`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ __all__ = ["not_a_mapping", "problem_lines"]
 
 Schema = dict[str, Any]  # a JSON schema, or one node of it
 
-# Keys that exist in a neighbouring group: "did you mean" would not say why they are absent here.
+# Keys that a neighbouring group has. For these the message says why this group doesn't have them, in place of
+# a "did you mean".
 _STEM_READS_PIXELS = (
     "only the stem's weights are quantized: its input is fixed 8-bit pixels, "
     "and its output belongs to quantization.trunk"
@@ -45,9 +47,15 @@ def problem_lines(
     schema: Schema,
     defaults: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """One line per problem of ``raw``; it opens with the override it comes from, else with ``source``.
+    """A line for each problem, which begins with the override that caused it, else with ``source``.
 
-    ``schema`` is the JSON schema of a recipe; ``defaults`` are those `contradictions` takes.
+    Args:
+        error: pydantic's errors about ``raw``.
+        raw: content of the recipe, after overrides.
+        source: name of the recipe for messages.
+        overrides: the overrides that were applied.
+        schema: JSON schema of a recipe.
+        defaults: see :func:`qat.recipe.contradictions.contradictions`.
     """
     details = error.errors(include_url=False)
     problems: list[tuple[KeyPath, str]] = []
@@ -56,7 +64,8 @@ def problem_lines(
             problems += detail["ctx"]["problems"]
         else:
             problems.append(_explain(detail, schema))
-    # pydantic compares keys only once each is valid by itself; a reader wants to hear of both at once.
+    # pydantic compares keys with each other only if each is valid by itself. Readers want all problems at
+    # once, so the comparison is done here in the other case.
     if not any(detail["type"] == "contradiction" for detail in details):
         reported = {path for path, _ in problems}
         problems += [(path, why) for path, why in contradictions(raw, defaults) if path not in reported]
@@ -73,9 +82,9 @@ def _explain(detail: ErrorDetails, schema: Schema) -> tuple[KeyPath, str]:
     """Key path and message of one pydantic error."""
     path, kind, value = detail["loc"], detail["type"], detail["input"]
     if kind == "missing" and isinstance(path[-1], int):
-        path, kind = path[:-1], "too_short"  # a list with too few entries: speak of the list
+        path, kind = path[:-1], "too_short"  # a list with too few entries; the message is about the list
     if kind in ("extra_forbidden", "invalid_key"):
-        path = (*path[:-1], str(path[-1]))  # a bare number is a key here, not a position in a list
+        path = (*path[:-1], str(path[-1]))  # a number is a key here, not a position in a list
         if why := _ABSENT_ON_PURPOSE.get(path):
             return path, f"not a key of this group: {why}"
         keys = list(_plain(_schema_at(path[:-1], schema), schema).get("properties", {}))
@@ -97,7 +106,7 @@ def _explain(detail: ErrorDetails, schema: Schema) -> tuple[KeyPath, str]:
 
 
 def _plain(node: Schema, schema: Schema) -> Schema:
-    """``node`` without the `null` alternative and with its reference followed."""
+    """The schema that ``node`` refers to, without the alternative `null`."""
     for option in node.get("anyOf", []):
         if option.get("type") != "null":
             node = option
@@ -107,7 +116,7 @@ def _plain(node: Schema, schema: Schema) -> Schema:
 
 
 def _schema_at(path: KeyPath, schema: Schema) -> Schema:
-    """The JSON schema of the value at ``path``; empty for a key that is not in the schema."""
+    """The JSON schema of the value at ``path``. It is empty for a key that the schema doesn't have."""
     node = schema
     for key in path:
         node = _plain(node, schema)
@@ -120,7 +129,7 @@ def _schema_at(path: KeyPath, schema: Schema) -> Schema:
 
 
 def _allowed(node: Schema, schema: Schema) -> str:
-    """What a JSON schema node allows, in words: "an integer from 2 to 8, or null"."""
+    """What a node of a JSON schema allows, in words, such as "an integer from 2 to 8, or null"."""
     plain = _plain(node, schema)
     null = ", or null" if any(option.get("type") == "null" for option in node.get("anyOf", [])) else ""
     match plain.get("type"):
@@ -163,6 +172,6 @@ def _range(node: Schema) -> str:
 
 
 def not_a_mapping(value: object, source: str, schema: Schema) -> str:
-    """Message for a recipe that is a list, a number, a text or nothing."""
+    """The message for a recipe that is a list, a number, a text or empty."""
     what = "nothing" if value is None else found(value)
     return f"{source}: found {what} at the top level, allowed: {_allowed(schema, schema)}"

@@ -9,13 +9,13 @@ KeyPath = tuple[str | int, ...]
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as messages print it: ``("data", "mean", 1)`` is ``data.mean[1]``."""
+    """A key path as messages print it: ``("data", "mean", 1)`` becomes ``data.mean[1]``."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".")
 
 
 def found(value: object) -> str:
-    """A value as a reader of YAML knows it; long ones are cut."""
+    """A value in the notation of YAML, for messages. Long values are cut short."""
     if value is None:
         return "null"
     if isinstance(value, bool):

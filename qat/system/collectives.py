@@ -240,7 +240,7 @@ def gathered(values: Tensor) -> Tensor:
     """
     if _world.size == 1:
         return values.unsqueeze(0)
-    stacked: Tensor = _AllGather.apply(values)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    stacked: Tensor = _AllGather.apply(values)  # type: ignore[no-untyped-call]  # torch has no types
     return stacked
 
 

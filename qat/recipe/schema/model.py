@@ -34,7 +34,7 @@ def _stride(value: object) -> object:
 
 
 class Model(Section):
-    """The network: which BNext, and the weights it starts from."""
+    """Which BNext the network is, and the weights that it starts from."""
 
     size: Literal["tiny", "small", "middle", "large"] = Field(
         default="tiny", description="Size of the published networks; `widths` overrides it."
