@@ -10,7 +10,7 @@ from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
 
 
 class RandAugment(Section):
-    """Random changes of colour and shape, a few of fifteen at a time (Cubuk et al. 2019, arXiv 1909.13719)."""
+    """Random changes of colour and shape, some of fifteen at a time (Cubuk et al. 2019, arXiv 1909.13719)."""
 
     count: Annotated[int, Field(ge=1, le=15)] = Field(
         default=2, description="Changes in a row, drawn without repetition."
