@@ -1,4 +1,4 @@
-"""Fine-tuning: a pretrained binary network is calibrated, then trained with fake quantization."""
+"""Fine-tuning: a pretrained binary network is calibrated and then trained with fake quantization."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def finetune(
     """Calibrate a pretrained binary network and fine-tune it with fake quantization.
 
     Args:
-        loaded: a recipe with ``task: finetune``; ``resumed.loaded`` for a run that is resumed.
-        reporter: told about progress; nobody by default.
-        resumed: the run to go on with, from :func:`qat.train.resume.open_run`; a new one by default.
+        loaded: a recipe with ``task: finetune``; for a resumed run, ``resumed.loaded``.
+        reporter: is told about the progress; by default nothing is reported.
+        resumed: the run to resume, from :func:`qat.train.resume.open_run`; by default a new run begins.
 
     Returns:
-        The finished run's directory.
+        The directory of the finished run.
 
     Raises:
         Stopped: SIGTERM came; the run can be resumed.
-        QatError: see the tree in :mod:`qat.errors`.
+        QatError: one of the other errors in :mod:`qat.errors`.
     """
     reporter = reporter or SilentReporter()
     recipe = for_task(loaded, "finetune")
@@ -65,7 +65,8 @@ def finetune(
     float_model = pretrained(start, recipe, reporter).to(device)
     model = copy.deepcopy(float_model)
     prepare(model, recipe.quantization, image_grid(recipe.data.mean, recipe.data.std))
-    # Asked before there is a run directory, which a recipe that quantizes nothing must not leave behind.
+    # This is checked before the run directory is made, so that a recipe which quantizes nothing leaves none
+    # behind.
     if not quantization_map(model):
         raise QuantizationError(
             f"{loaded.path}: quantization: nothing is left to quantize; enable stem, se, classifier or "
@@ -96,15 +97,17 @@ def finetune(
 
 
 def pretrained(path: Path, recipe: Recipe, reporter: Reporter) -> BNext:
-    """The recipe's float-rest network with the weights of the checkpoint at ``path``.
+    """The recipe's network, not quantized yet, with the weights of the checkpoint at ``path``.
 
     Args:
-        path: of the checkpoint.
-        recipe: names the architecture, and the data that the checkpoint should have been trained on.
-        reporter: warned where the checkpoint is fine-tuned already, or was trained on other data.
+        path: file of the checkpoint.
+        recipe: says the architecture, and the preprocessing that the checkpoint should have been trained
+            with.
+        reporter: is warned if the checkpoint is fine-tuned already, or was trained with other preprocessing.
 
     Raises:
-        CheckpointError: it can't be read, does not fit the network, or is not binary.
+        CheckpointError: the checkpoint can't be read, doesn't fit the network, or has weights in use other
+            than ±1.
     """
     architecture = architecture_of(recipe.model)
     checkpoint = load_checkpoint(path, latent=recipe.model.latent, stem_stride=architecture.stem_stride)
@@ -127,7 +130,13 @@ def pretrained(path: Path, recipe: Recipe, reporter: Reporter) -> BNext:
 
 
 def apply_freezes(model: BNext, recipe: Recipe, share: float) -> None:
-    """Fix observers and batch-norm statistics once their share of the training is over."""
+    """Freeze grids and batch-norm statistics if the recipe's share of the training is over for them.
+
+    Args:
+        model: the network.
+        recipe: its schedule has the shares.
+        share: how much of the training is done, from 0 to 1.
+    """
     if share >= recipe.schedule.freeze_observers:
         freeze_observers(model)
     if share >= recipe.schedule.freeze_batch_norm:
@@ -141,11 +150,11 @@ def _freeze(job: Job, share: float) -> None:
 
 
 def _calibrate(job: Job, progress: Progress, float_model: BNext) -> None:
-    """Find the grids of ``job.model`` and write the quantization map; evaluate before and afterwards."""
+    """Find the grids of ``job.model``, evaluate before and after that, and write the quantization map."""
     recipe, model, reporter = job.recipe, job.model, job.reporter
     before = job.evaluate(float_model)
     reporter.message(f"float rest: top-1 {before.top1:.2f}% of {before.n} images")
-    if any(True for _ in activation_quantizers(model)):  # weights alone need no calibration
+    if any(True for _ in activation_quantizers(model)):  # quantizers of weights need no calibration
         train, device = job.splits.train, job.device
         calibrate(model, lambda: calibration_pass(model, train, recipe, device, job.check_stop))
     stored = as_stored(model, recipe.output.float_weights)

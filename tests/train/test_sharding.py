@@ -26,15 +26,15 @@ from qat.system.launch import World
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel, check_parallel
 from qat.train.sharding import (
-    bound_parts,
+    clamp_parts,
     copy_of,
     first_with_nan,
+    full_tensor,
     is_sharded,
-    own_part,
+    local_part,
     part_like,
     shard,
     shards,
-    whole,
     whole_network,
 )
 from qat.train.state_file import newest_state
@@ -110,7 +110,7 @@ def _held() -> dict[str, Any]:
     }
     assert not is_sharded(whole_network(model))
     return {
-        kind: (_occupied([own_part(one) for one in held]), sum(one.nbytes for one in held))
+        kind: (_occupied([local_part(one) for one in held]), sum(one.nbytes for one in held))
         for kind, held in kinds.items()
     }
 
@@ -157,12 +157,13 @@ def _parts() -> dict[str, Any]:
         "equal": all(torch.equal(value, before[key]) for key, value in gathered.named_parameters()),
         "keys": [*gathered.state_dict()] == [*before] == [*model.state_dict()],
         "frozen": not any(value.requires_grad for value in gathered.parameters()),
-        "whole": all(torch.equal(whole(value), before[key]) for key, value in model.named_parameters()),
+        "whole": all(torch.equal(full_tensor(value), before[key]) for key, value in model.named_parameters()),
         "cut": all(
-            equal_and_apart(own_part(cut[key]), own_part(value)) for key, value in model.named_parameters()
+            equal_and_apart(local_part(cut[key]), local_part(value))
+            for key, value in model.named_parameters()
         ),
         "copied": all(
-            equal_and_apart(own_part(mine), own_part(its))
+            equal_and_apart(local_part(mine), local_part(its))
             for mine, its in zip(average.parameters(), model.parameters(), strict=True)
         ),
         "buffers": float(model.get_buffer("feature.0.bn1.running_mean")[0]),
@@ -185,7 +186,7 @@ def test_a_whole_network_is_given_back_as_it_is() -> None:
     assert not is_sharded(model)
     assert whole_network(model) is model
     weight = model.fc.weight
-    assert own_part(weight).data_ptr() == whole(weight).data_ptr() == weight.data_ptr()
+    assert local_part(weight).data_ptr() == full_tensor(weight).data_ptr() == weight.data_ptr()
     assert part_like(weight, weight) is weight
 
 
@@ -194,10 +195,10 @@ def _kept_in_bounds() -> tuple[float, list[float]]:
     shard(model, CPU)
     with torch.no_grad():
         for parameter, _, highest in bounded(model):
-            own_part(parameter).add_(10 * highest)
+            local_part(parameter).add_(10 * highest)
     network = Parallel(model, CPU)
     network(toy_images(4)).sum().backward()  # type: ignore[no-untyped-call]
-    parts = [(own_part(parameter), highest) for parameter, _, highest in bounded(model)]
+    parts = [(local_part(parameter), highest) for parameter, _, highest in bounded(model)]
     return len(parts), [float((part - highest).abs().max()) for part, highest in parts if part.numel()]
 
 
@@ -214,7 +215,7 @@ def test_bounds_are_those_that_layers_keep_in_a_training_pass() -> None:
             for value in model.parameters():
                 value.mul_(5.0)
     passed(toy_images(4))
-    bound_parts(bound)
+    clamp_parts(bound)
     for (name, mine), its in zip(bound.named_parameters(), passed.parameters(), strict=True):
         assert torch.equal(mine, its), name
 
@@ -224,13 +225,13 @@ def _spoilt_parts() -> list[str | None]:
     shard(model, CPU)
     found = [first_with_nan(model)]
     with torch.no_grad():
-        part = own_part(model.fc.weight)
+        part = local_part(model.fc.weight)
         if world().rank == 1:
             part[-1, -1] = torch.nan
     found.append(first_with_nan(model))
     with torch.no_grad():
         if world().rank == 0:
-            own_part(model.prelu.weight)[0] = torch.nan
+            local_part(model.prelu.weight)[0] = torch.nan
     return [*found, first_with_nan(model)]
 
 
