@@ -27,12 +27,12 @@ from qat.quantize.quantizer_base import Quantizer, power_of_two_above
 
 
 class FixedQuantizer(Quantizer):
-    """Fake quantization on a grid known beforehand: the image and the attention.
+    """Fake quantization on a grid that is known beforehand, as for the image and the attention.
 
     Args:
-        scale: step of the grid.
-        zero_point: integer that stands for 0.
-        bits: width of the unsigned integer, 2 to 8.
+        scale: distance between neighbouring values of the grid.
+        zero_point: the integer that stands for 0.
+        bits: width of the unsigned integers, 2 to 8.
     """
 
     enabled = True
@@ -40,34 +40,34 @@ class FixedQuantizer(Quantizer):
     zero_point: Tensor
 
     def __init__(self, scale: float, zero_point: int, bits: int = 8) -> None:
-        """Fix the grid."""
+        """Store the grid."""
         super().__init__()
         self.bits, self.quant_min, self.quant_max = bits, 0, 2**bits - 1
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
 
     def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape, on the grid."""
+        """Put values of any shape on the grid; the shape stays."""
         return self.requantize(x)
 
     def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape, on the grid."""
+        """Put values of any shape on the grid; the shape stays."""
         return torch.fake_quantize_per_tensor_affine(
             x, self.scale, self.zero_point, self.quant_min, self.quant_max
         )
 
     @property
     def has_grid(self) -> bool:
-        """Always."""
+        """True, since the grid is fixed."""
         return True
 
     def steps(self, x: Tensor) -> Tensor:
-        """Integers of the grid less the zero point, in float32; any shape."""
+        """The integers of ``x`` minus the zero point, in float32; any shape."""
         q = torch.round(x.float() / self.scale) + self.zero_point
         return q.clamp_(self.quant_min, self.quant_max) - self.zero_point
 
     def describe(self) -> dict[str, object]:
-        """Type, scale and zero point."""
+        """The entry in the quantization map: type, scale and zero point."""
         return {
             "type": f"uint{self.bits}",
             "scale": float(self.scale),
@@ -77,20 +77,21 @@ class FixedQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """Per-tensor fake quantization of an activation, its range observed.
+    """Fake quantization of an activation on one grid per tensor, whose range is observed.
 
-    Signed points are symmetric with zero point 0 and use all ``2**bits`` integers; unsigned points (of
-    values that are never negative) start at 0. Values outside the range saturate, and get no gradient.
+    ``scale · clamp(round(x / scale), quant_min, quant_max)``, with a straight-through gradient; values
+    outside of the range get no gradient. The zero point is 0. Signed grids use all ``2**bits`` integers.
+    Unsigned grids, for values that are never negative, start at 0.
 
     Args:
-        bits: 2 to 8; up to 16 to simulate, which no integer network holds.
-        signed: whether the values take both signs.
-        observer: how the range is found, see :mod:`qat.quantize.observers`; those that clip observe during
-            calibration only, the others go on while training until frozen.
+        bits: width of the integers, 2 to 8. Up to 16 bits can be simulated, but not exported.
+        signed: whether values can be negative.
+        observer: how the range is found, see :mod:`qat.quantize.observers`. Observers that clip observe only
+            during calibration; the others also in training, until they are frozen.
         averaging: weight of the newest batch in the moving average.
-        percentile: of the ``percentile`` observer, in percent.
-        clip: the range spans no more than this magnitude; ``None`` leaves it to the observer.
-        power_of_two: round the scale up to the next power of two.
+        percentile: percent of the magnitudes that the ``percentile`` observer keeps in range.
+        clip: largest magnitude that the range may span; ``None`` leaves it to the observer.
+        power_of_two: whether the scale is rounded up to a power of two.
     """
 
     enabled = True
@@ -118,12 +119,15 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def scale(self) -> Tensor:
-        """Step of the grid, (1,) float32."""
+        """Distance between neighbouring values of the grid, float32 (1,)."""
         scale: Tensor = self.fake.scale
         return power_of_two_above(scale) if self.power_of_two else scale
 
     def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape; see the class for when it observes and quantizes."""
+        """Observe and quantize ``x``, see :meth:`Quantizer.forward`. Without a grid ``x`` is returned.
+
+        Warns in training if there is no range and the observer doesn't observe in training either.
+        """
         extremes = None
         if self.observes:
             found = self._observe(x if observed is None else observed)
@@ -140,7 +144,7 @@ class ActivationQuantizer(Quantizer):
         return self._on_grid(x, extremes, overwrite)
 
     def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape, on the grid; unchanged while calibrating or uncalibrated."""
+        """Put values of any shape on the grid; without a grid they are returned unchanged."""
         return self._on_grid(x, None, overwrite) if self.has_grid else x
 
     def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
@@ -148,46 +152,47 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def observes(self) -> bool:
-        """In calibration, and with a moving observer in training, until frozen."""
+        """True in calibration, and in training with an observer that doesn't clip; false once frozen."""
         return self.observing and (self.calibrating or (self.training and self.observer in MOVING))
 
     @property
     def has_grid(self) -> bool:
-        """Calibrated, and not observing for calibration just now."""
+        """Whether a range was found, and no calibration is running."""
         return self.calibrated and not self.calibrating
 
     def fixed_grid(self) -> Grid | None:
-        """See :class:`Quantizer`."""
+        """The grid, if it is known and doesn't change, and no hook of torch watches this point."""
         watched = self._forward_hooks or self._forward_pre_hooks
         if watched or self.observes or not self.has_grid:
             return None
         return Grid(float(self.scale), self.bits, self.signed)
 
     def saturate(self, steps: Tensor) -> Tensor:
-        """Round half to even, clamp to the grid's integers; any shape, same type."""
+        """Round half to even and clamp to the grid's integers; any shape, same type."""
         return saturate(steps, self.quant_min, self.quant_max)
 
     def steps(self, x: Tensor) -> Tensor:
-        """Integers of the grid, in float32; any shape. Exact for values on the grid."""
+        """The integers of ``x``, in float32; any shape. They are exact for values on the grid."""
         return self.saturate(x.float() / self.scale)
 
     def values(self, steps: Tensor) -> Tensor:
-        """Values of steps, rounded and clamped to the grid first; any shape, float32."""
+        """The values of integers, which are rounded and clamped to the grid first; any shape, float32."""
         return self.saturate(steps) * self.scale
 
     @property
     def looks_at_extremes(self) -> bool:  # type: ignore[override]  # of the base class it is a constant
-        """Not while calibrating: observers that clip look at every value then."""
+        """False in calibration, when observers that clip look at every value."""
         return not self.calibrating
 
     def _observe(self, x: Tensor) -> Extremes | None:
-        """Take ``x`` into account; its extremes, where they were looked for."""
+        """Observe ``x``, and return its minimum and maximum if they were computed."""
         if self.observer not in MOVING:
             self.fake.activation_post_process(x.detach().float())
             return None
-        # These observers look at nothing else, and the rounding after them needs the extremes, too.
+        # These observers use nothing but the extremes, which are computed here because `fake_quantize` needs
+        # them, too.
         extremes = torch.aminmax(x.detach()) if x.numel() else None
-        # Without values of its own this process must still hear those of the others.
+        # A process without values calls the observer, too, which gets the extremes of the other processes.
         seen = x.detach() if extremes is None else torch.stack(extremes)
         self.fake.activation_post_process(seen.float())
         if not self.calibrating:
@@ -195,6 +200,7 @@ class ActivationQuantizer(Quantizer):
         return extremes
 
     def _update_grid(self) -> None:
+        """Compute the grid from the observed range."""
         scale, zero_point = self.fake.activation_post_process.calculate_qparams()
         if self.clip is not None:
             scale = scale.clamp_max(self.clip / ((self.quant_max - self.quant_min) / (1 + self.signed)))
@@ -207,7 +213,7 @@ class ActivationQuantizer(Quantizer):
         self.calibrating = True
 
     def finish_calibration(self) -> None:
-        """Choose the grid from what was observed. A point that saw nothing stays uncalibrated."""
+        """Compute the grid from the observed range. A point that observed nothing stays uncalibrated."""
         self.calibrating = False
         if bool(torch.isfinite(self.fake.activation_post_process.min_val).all()):
             self._update_grid()
@@ -217,7 +223,7 @@ class ActivationQuantizer(Quantizer):
         self.observing = False
 
     def describe(self) -> dict[str, object]:
-        """Type, scale and how the range was found."""
+        """The entry in the quantization map: type, scale and how the range was found."""
         kind = f"{'int' if self.signed else 'uint'}{self.bits}"
         scale = float(self.scale) if self.calibrated else None
         return {"type": kind, "scale": scale, "zero_point": 0, "range": self.observer}
@@ -230,12 +236,18 @@ class ActivationQuantizer(Quantizer):
 
 
 def fake_quantize_symmetric(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
-    """Fake-quantize ``x`` per tensor on the signed grid of ``scale`` (scalar tensor), zero point 0."""
+    """Fake-quantize ``x``, any shape, on one signed grid with zero point 0.
+
+    Args:
+        x: the values.
+        scale: scalar tensor, which gets no gradient.
+        bits: width of the integers.
+    """
     return fake_quantize(x, scale.detach().float().reshape(1), bits, signed=True)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
-    """Every observed quantization point of ``model`` with its module name, in definition order."""
+    """Yield the module name and the quantizer of each observed quantization point, in definition order."""
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
             yield name, module

@@ -15,15 +15,15 @@ LARGEST_BITS: Final = 8
 
 
 class QuantizerState(nn.Module):
-    """A module whose state keeps its type, and that a checkpoint may leave out.
+    """A module whose tensors keep their type, and whose state a checkpoint may leave out.
 
-    ``.to(dtype)`` leaves its tensors as they are, and a strict load of a state dict without them keeps what
-    the module has.
+    ``.to(dtype)`` doesn't change its tensors. When a state dict without any key of this module is loaded
+    strictly, the module keeps its state.
     """
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A float-rest checkpoint has no key of this point. It loads strictly all the same: the point
-        # keeps what it has. A checkpoint with some of the keys is held to all of them.
+        # The checkpoint of a network with a float rest has no key of this module, and is loaded all the same.
+        # If a checkpoint has some of the keys, it must have all of them.
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -47,56 +47,66 @@ class QuantizerState(nn.Module):
 
 
 class Quantizer(QuantizerState):
-    """Interface of a quantization point; this base class is a point left in float.
+    """Interface of a quantization point. This base class leaves values in float.
 
-    ``forward`` observes (if in that state) and quantizes; ``requantize`` puts further values on the grid
-    already chosen, observing nothing.
+    ``forward`` observes values, while it is to find a range, and quantizes them. ``requantize`` puts further
+    values on the same grid without observing them.
     """
 
     enabled = False
     bits = 32
-    #: Whether the smallest and the largest value are all that ``forward`` looks at.
+    #: Whether ``forward`` observes nothing but the smallest and the largest value.
     looks_at_extremes = True
 
     def forward(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape; ``observed`` is looked at for the range in place of ``x``.
+        """Observe and quantize ``x``.
 
-        With ``overwrite`` the result may take the memory of ``x``, see
-        :func:`qat.ops.fake_quantize.fake_quantize`.
+        Args:
+            x: values of any shape.
+            observed: values that are observed in place of ``x``.
+            overwrite: whether the result may be written to the memory of ``x``, see
+                :func:`qat.ops.fake_quantize.fake_quantize`.
+
+        Returns:
+            Values of the same shape.
         """
         return x
 
     def requantize(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """Any shape → same shape, on the grid of this point."""
+        """Put values of any shape on the grid of this point; the shape stays. Nothing is observed."""
         return x
 
     @property
     def observes(self) -> bool:
-        """Whether ``forward`` looks at values for the range right now."""
+        """Whether ``forward`` observes values in the present state."""
         return False
 
     @property
     def has_grid(self) -> bool:
-        """Whether values can be put on a known grid right now."""
+        """Whether the grid is known, and ``forward`` puts values on it in the present state."""
         return False
 
     def fixed_grid(self) -> Grid | None:
-        """The grid, where an operation may put values on it by itself; see :mod:`qat.ops.points`."""
+        """The grid, if an operation may put values on it without calling this point, else ``None``.
+
+        See :mod:`qat.ops.points`.
+        """
         return None
 
     @property
     def is_integer(self) -> bool:
-        """Whether integer arithmetic may use this grid now: it is known, and has at most 8 bits."""
+        """Whether integer arithmetic may use the grid: it is known, and has at most 8 bits."""
         return self.has_grid and self.bits <= LARGEST_BITS
 
     def describe(self) -> dict[str, object]:
-        """The point's line in the quantization map."""
+        """The entry of this point in the quantization map."""
         return {"type": "float"}
 
 
 def power_of_two_above(scale: Tensor) -> Tensor:
-    """The smallest power of two that is not less than ``scale`` (positive, float32): same shape and type."""
+    """The smallest power of two that is not below ``scale``, which is positive float32 of any shape."""
     mantissa, exponent = torch.frexp(scale)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    # In float64 and rounded once: some accelerators' float32 powers are off in the last place.
+    # The power is computed in float64 and then rounded, because on some accelerators float32 powers are
+    # inexact.
     return torch.ldexp(torch.ones_like(scale, dtype=torch.float64), exponent).to(scale.dtype)

@@ -47,7 +47,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def saves_no_time(precision: Precision, device: torch.device) -> str | None:
-    """A warning if ``device`` has no instructions for ``precision``, which then saves no time; or ``None``."""
+    """A warning if ``device`` has no instructions for ``precision`` and so saves no time, or ``None``."""
     if precision == "float32" or not is_emulated(device, _TYPES[precision]):
         return None
     return (

@@ -1,4 +1,4 @@
-"""The architecture of a network is read off the keys and shapes of its state."""
+"""The architecture of a network is inferred from the keys and shapes of its state dict."""
 
 from __future__ import annotations
 

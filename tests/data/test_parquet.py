@@ -1,4 +1,4 @@
-"""Parquet folders, from files to batches; each valid case stands beside a broken one."""
+"""Parquet folders, from files to batches. Each valid case is followed by a broken one."""
 
 from __future__ import annotations
 

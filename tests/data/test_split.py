@@ -1,4 +1,4 @@
-"""Batches: their order, their number, and the fingerprint of what they come from."""
+"""Splits in memory: the order and number of their batches, and their fingerprint."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Processes that work together as `torchrun` starts them, but quickly: forked from one that has torch."""
+"""Starts processes that train together, as `torchrun` does, but quickly: by forking one that loaded torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat.cli.group import main
 from tests.helpers.fork_server import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 
-#: Seconds after which a process that says nothing hangs.
+#: Seconds without output after which a process counts as hanging.
 _PATIENCE: Final = 120.0
 
 
@@ -172,10 +172,10 @@ def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> Non
     import qat.train.setup
 
     qat.cli.training.report_on = lambda run: None  # type: ignore[assignment]
-    qat.train.setup.remove_states = lambda path: None  # what a finished run ends with is compared
+    qat.train.setup.remove_states = lambda path: None  # states of finished runs are compared
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
-    sys.argv = ["qat", *arguments]  # of a worker that tests run in, it is another name
+    sys.argv = ["qat", *arguments]  # otherwise it would be the command line of pytest
     main(arguments)
 
 
@@ -217,7 +217,7 @@ def send(number: int, to: int, at: int, rank: int) -> None:
 
     from qat.system import collectives
 
-    # A killed process never says why it ended: the others need not wait long to hear it.
+    # A killed process never reports why it ended, so the others needn't wait long for its message.
     collectives.PATIENCE = timedelta(seconds=1)
     steps = []
 

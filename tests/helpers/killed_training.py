@@ -1,4 +1,4 @@
-"""Training in a process of its own that a signal reaches at a given moment, and what it leaves."""
+"""Runs a training in its own process, sends it a signal at a given moment, and compares what it leaves."""
 
 from __future__ import annotations
 

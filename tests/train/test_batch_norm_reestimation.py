@@ -1,4 +1,4 @@
-"""Statistics averaged anew: which, how, and what stays."""
+"""Batch-norm re-estimation: what is averaged, and that nothing else of the network changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def statistics(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 
 def spoil(model: BNext) -> None:
-    """Statistics that no images gave."""
+    """Set the statistics to values that no images would give."""
     for norm in norms(model).values():
         cast(Tensor, norm.running_mean).fill_(7.0)
         cast(Tensor, norm.running_var).fill_(1e-3)
@@ -65,7 +65,7 @@ def test_statistics_are_the_plain_average_over_the_batches_whatever_they_were(to
 
 
 def test_everything_but_the_statistics_stays(toy: BNext) -> None:
-    with torch.no_grad():  # beyond what training mode lets stand
+    with torch.no_grad():  # outside of the bounds of training mode
         toy.feature[1].FFN.binary_conv.weight.mul_(100.0)
         toy.feature[1].FFN.scale.fill_(1.5)
     assert toy.feature[1].FFN.binary_conv.weight.abs().max() > LATENT_CLIP

@@ -1,4 +1,4 @@
-"""Networks in parts: each of several processes holds its share, and trains what one alone would have."""
+"""Sharded networks: each process has a part of the network, and the result is that of one process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def toy(widths: tuple[int, ...] = (8, 8, 16)) -> BNext:
 
 
 def one_step(model: BNext) -> torch.optim.Optimizer:
-    """A step of AdamW; of several processes each has images of its own."""
+    """Do a step of AdamW, with other images in each process."""
     optimizer = make_optimizer(model, Optimizer())
     network = Parallel(model, CPU)
     images = toy_images(4 * world().size)[world().share.of(4 * world().size)]
@@ -91,12 +91,12 @@ def _of_two() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_two() -> list[dict[str, Any]]:
-    """What each of two processes found out about networks in parts, one network after the other."""
+    """What each of two processes found out about several sharded networks."""
     return call(_of_two)
 
 
 def _held() -> dict[str, Any]:
-    """Bytes that a training keeps in memory, by kind, and how large the whole of that is."""
+    """Bytes that this process keeps in memory, by kind, and the bytes of the unsharded tensors."""
     model = toy()
     shard(model, CPU)
     average = ExponentialMovingAverage(model, 0.9)
@@ -116,7 +116,7 @@ def _held() -> dict[str, Any]:
 
 
 def _occupied(tensors: list[Tensor]) -> int:
-    """Bytes of the memory that tensors lie in: that of which they may be a part, too."""
+    """Bytes of the storages of tensors, of which a tensor may be a part."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -294,7 +294,7 @@ def test_in_bfloat16_parts_train_as_copies_do(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes with parts leave that nothing disturbs."""
+    """What two processes with a sharded network leave that are not interrupted."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert codes(together(arguments("pretrain", out, *AVERAGED, FSDP))) == [0, 0]
     return left(the_run(out))
@@ -302,7 +302,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training with parts that SIGTERM stopped in its second epoch."""
+    """A training of a sharded network that SIGTERM stopped in its second epoch."""
     out = tmp_path_factory.mktemp("stopped")
     ended = together(arguments("pretrain", out, *AVERAGED, FSDP), partial(send, signal.SIGTERM, 1, 5))
     assert codes(ended) == [143, 143], ended
@@ -328,7 +328,7 @@ def test_a_stopped_run_that_is_killed_as_it_goes_on_with_parts_ends_with_the_sam
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Metrics of one process alone that nothing disturbs."""
+    """Metrics of one process alone that is not interrupted."""
     out = tmp_path_factory.mktemp("one")
     alone(arguments("pretrain", out, *AVERAGED))
     return rows(the_run(out))

@@ -1,4 +1,4 @@
-"""The average of weights: what it is of, and what it takes over as it is."""
+"""The exponential moving average of weights: what is averaged, and what is copied."""
 
 from __future__ import annotations
 
