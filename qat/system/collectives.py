@@ -103,7 +103,7 @@ def failure_report(code: int, message: str, error: BaseException) -> tuple[int, 
     lost = _is_lost(error)
     try:
         if lost:
-            with _without_timeout():
+            with _ignoring_timeouts():
                 _store.wait([_FAILED], PATIENCE)
             code, message = 2, "another process of this training ended without a word; --resume goes on"
         if int(_store.add(_FAILURES, 1)) == 1:
@@ -117,7 +117,7 @@ def failure_report(code: int, message: str, error: BaseException) -> tuple[int, 
 
 
 @contextmanager
-def _without_timeout() -> Iterator[None]:
+def _ignoring_timeouts() -> Iterator[None]:
     """Context that ends quietly where a wait for another process's message takes too long."""
     try:
         yield

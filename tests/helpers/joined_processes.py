@@ -45,10 +45,13 @@ LONG = (
 def by_launcher(
     launcher: Sequence[str], words: Sequence[str], out: Path, at: str | None = None
 ) -> tuple[int, str, str]:
-    """Run `qat WORDS` by a real launcher, a module and its arguments; its exit code, output and errors.
+    """Run `qat WORDS` by a real launcher, given as a module and its arguments.
 
-    Once ``at`` is printed, the launcher is sent SIGTERM. It is forked with torch in memory, but starts
-    interpreters of their own. What they say lies below ``out`` meanwhile.
+    The launcher is forked with torch in memory, but starts new interpreters, whose output goes to files below
+    ``out``. Once ``at`` is printed, the launcher is sent SIGTERM.
+
+    Returns:
+        Exit code, standard output and standard error.
     """
     output, errors = out / "output", out / "errors"
     output.touch()
@@ -78,7 +81,7 @@ def _launch(launcher: list[str], words: list[str], output: Path, errors: Path) -
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which no process listens."""
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return int(opened.getsockname()[1])
@@ -87,12 +90,15 @@ def free_port() -> int:
 def together(
     arguments: Sequence[str], prepare: Callable[[int], None] | None = None, size: int = 2
 ) -> list[Ended]:
-    """Run `qat ARGUMENTS` in processes that share the work; ``prepare`` is given the rank of each first."""
+    """Run `qat ARGUMENTS` in processes that share the work. Each first calls ``prepare`` with its rank."""
     return _run(_command, (list(arguments), prepare), size)
 
 
 def call(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
-    """What ``function`` of ``arguments`` returns in each of the processes, joined; it must be of a module."""
+    """Call ``function(*arguments)`` in connected processes, and return each one's result.
+
+    The function must be defined at the top of a module.
+    """
     ended = _run(_function, (function, arguments), size)
     assert [one.code for one in ended] == [0] * size, [one.errors for one in ended]
     return [one.result for one in ended]

@@ -68,9 +68,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def require_same(run: Path, one: Path, near_to: float = 1e-4) -> None:
-    """Sums are added up in another order; by that, an integer of an evaluation may come out one step away.
+    """Metrics are equal but for rounding, since two processes compute sums in another order.
 
-    Networks near chance may then answer two of 360 images otherwise.
+    By that an integer of an evaluation can differ by one step, and a network near chance level can give other
+    answers to two of 360 images.
     """
     near = {"loss": 1e-5, "test_loss": 1e-4}
     for mine, expected in zip(rows(run), rows(one), strict=True):
