@@ -24,7 +24,7 @@ from qat.system.collectives import joined, rows_of_all
 from qat.train.capture import Parts, capture
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel
-from qat.train.sharding import own_part, shard, whole_network
+from qat.train.sharding import local_part, shard, whole_network
 
 GIGABYTE = 1e9
 
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], float, float
     held: list[torch.Tensor] = list(model.parameters())
     held += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     held += [moment for state in optimizer.state.values() for moment in state.values()]
-    size = sum(own_part(tensor).nbytes for tensor in held) / GIGABYTE
+    size = sum(local_part(tensor).nbytes for tensor in held) / GIGABYTE
     predictor(whole_network(model))(images)
     peaks.end("evaluation")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

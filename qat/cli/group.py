@@ -100,9 +100,9 @@ class _Group(click.Group):
 
 def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
     """End this one of several processes; one of those that end for the same reason says it."""
-    from qat.system.collectives import speaks
+    from qat.system.collectives import failure_report
 
-    code, said = speaks(code, message, error)
+    code, said = failure_report(code, message, error)
     if said is not None:
         click.echo(f"error: {said}", err=True)
     _leave(code)  # what waits for the other processes must not keep this one

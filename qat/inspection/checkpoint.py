@@ -11,7 +11,8 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoints.format import FORMAT, Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
 from qat.checkpoints.tensor_checks import dtype_name, listed
 from qat.errors import CheckpointError
@@ -19,7 +20,8 @@ from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS, InspectedLayer, Insp
 from qat.models.bnext import BNext
 from qat.nn.layers import Stem
 from qat.nn.sub_block import SubBlock
-from qat.quantize.quantizers import Quantizer, WeightQuantizer
+from qat.quantize.quantizer_base import Quantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 #: What the formats of :class:`qat.checkpoints.format.Checkpoint` are, in words.
 _FORMATS: Final = {

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.nn.layers import SqueezeExcitation
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.backends import Backend
 from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import LayerIntegers
 from qat.quantize.integers import requantization, sigmoid_table
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.recipe.schema import Group
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.quantizer_base import Quantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Quantization, TrunkGroup
 
 

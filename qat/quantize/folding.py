@@ -21,13 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.ops.batch_norm import folded_batch_norm
+from qat.quantize.activation_quantizers import ActivationQuantizer, fake_quantize_symmetric
 from qat.quantize.integers import Requantization, snap_up
-from qat.quantize.quantizers import (
-    ActivationQuantizer,
-    Quantizer,
-    fake_quantize_symmetric,
-    power_of_two_above,
-)
+from qat.quantize.quantizer_base import Quantizer, power_of_two_above
 
 #: Bits of PReLU slopes and of folded batch-norm offsets and gains in a quantized trunk.
 CONSTANT_BITS: Final = 8

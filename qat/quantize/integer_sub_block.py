@@ -9,11 +9,11 @@ from torch import Tensor
 from qat.nn.layers import pad_to_even, pool2x2
 from qat.ops.binary import sign
 from qat.ops.convolution import binary_conv2d
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
 from qat.quantize.folding import is_ready
 from qat.quantize.integers import mean_steps, prelu_steps, saturate
-from qat.quantize.quantizers import ActivationQuantizer
 from qat.quantize.sub_block_constants import BranchIntegers, SubBlockIntegers
 from qat.quantize.sub_block_points import SubBlockPoints
 

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from qat.grid import Grid
 from qat.ops.fake_quantize import Extremes
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.observers import channel_scales
-from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 
 @cache
@@ -94,9 +95,10 @@ def quantize(
 class LearnedActivationQuantizer(ActivationQuantizer):
     """Per-tensor fake quantization of an activation, its scale learned.
 
-    Calibration finds where it starts, as in :class:`qat.quantize.quantizers.ActivationQuantizer` (same
-    arguments); from then on the scale is trained, until frozen, and nothing is observed. ``clip`` bounds the
-    start alone.
+    Calibration finds the first scale as it does for
+    :class:`qat.quantize.activation_quantizers.ActivationQuantizer`, which has the same arguments. From then
+    on the scale is trained until it is frozen, and nothing is observed. ``clip`` bounds the first scale
+    alone.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

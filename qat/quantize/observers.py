@@ -1,6 +1,6 @@
 """The one adapter to ``torch.ao.quantization``: how the range of a tensor is found.
 
-No other file imports ``torch.ao``. Quantizers are in :mod:`qat.quantize.quantizers`. With
+No other file imports ``torch.ao``. The quantizers are in :mod:`qat.quantize.activation_quantizers`. With
 several processes each observer sees what all of them see, so that every process has the same ranges as one
 alone.
 

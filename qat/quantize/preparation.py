@@ -22,9 +22,10 @@ from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.backends import Backend, backend_of
 from qat.quantize.image_grid import image_grid
 from qat.quantize.overrides import GroupName, check_glob, check_overrides, group_of, settings_of
-from qat.quantize.quantizers import Quantizer, WeightQuantizer
+from qat.quantize.quantizer_base import Quantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Quantization, TrunkGroup
 
 #: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.

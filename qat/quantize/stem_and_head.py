@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat.nn.layers import GlobalAveragePool, Stem
 from qat.ops.planes import without_autocast
 from qat.ops.prelu import prelu
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.backends import Backend
 from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import (
@@ -34,7 +35,7 @@ from qat.quantize.folding import (
     scale_of,
 )
 from qat.quantize.integers import Requantization, mean_steps, prelu_steps, requantization
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, Quantizer, power_of_two_above
+from qat.quantize.quantizer_base import Quantizer, power_of_two_above
 from qat.recipe.schema import Group
 
 __all__ = ["FakeQuantLinear", "FakeQuantPReLU", "FakeQuantPool", "FakeQuantStem"]

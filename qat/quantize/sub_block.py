@@ -12,10 +12,10 @@ from qat.ops.norm_prelu import quantized_norm_prelu
 from qat.ops.planes import without_autocast
 from qat.ops.prelu import prelu
 from qat.ops.scale_add import quantized_scale_add
+from qat.quantize.activation_quantizers import fake_quantize_symmetric
 from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import CONSTANT_BITS
 from qat.quantize.integer_sub_block import computes_integers, integer_sub_block
-from qat.quantize.quantizers import fake_quantize_symmetric
 from qat.quantize.sub_block_constants import SubBlockIntegers, sub_block_integers
 from qat.quantize.sub_block_points import SubBlockPoints
 

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from qat.ops.binary import sign
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.dyadic import (
     ACCUMULATOR_UNIT,
@@ -19,7 +20,6 @@ from qat.quantize.dyadic import (
 )
 from qat.quantize.folding import LayerIntegers, flipped, folded_constants, scale_of
 from qat.quantize.integers import requantization, saturate
-from qat.quantize.quantizers import ActivationQuantizer
 from qat.quantize.sub_block_points import SubBlockPoints
 
 

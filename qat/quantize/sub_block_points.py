@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from qat.nn.sub_block import SubBlock
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.backends import Backend
 from qat.quantize.folding import (
     CONSTANT_BITS,
@@ -17,7 +18,7 @@ from qat.quantize.folding import (
     quantized_slope,
     scale_of,
 )
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer
+from qat.quantize.quantizer_base import Quantizer
 from qat.recipe.schema import TrunkGroup
 
 

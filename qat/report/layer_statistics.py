@@ -25,15 +25,11 @@ from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions
 from qat.nn.layers import BinaryConv2d
 from qat.nn.sub_block import SubBlock
-from qat.quantize.quantizers import (
-    ActivationQuantizer,
-    FixedQuantizer,
-    Quantizer,
-    WeightQuantizer,
-    activation_quantizers,
-)
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer, activation_quantizers
+from qat.quantize.quantizer_base import Quantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 Group = Literal["stem", "se", "classifier", "trunk", "binary"]
 

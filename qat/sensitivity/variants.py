@@ -20,10 +20,10 @@ from qat.data.split import Split
 from qat.errors import CheckpointError
 from qat.evaluation import accuracy_of, predictor
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization, Recipe
 from qat.train.setup import calibration_pass
 

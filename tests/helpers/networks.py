@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.layers import LearnableBias, SqueezeExcitation
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 
 MEAN, STD = (0.45, 0.48, 0.4), (0.25, 0.22, 0.3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.observers import Observer
-from qat.quantize.quantizers import ActivationQuantizer
 
 
 def calibrated(

@@ -16,7 +16,7 @@ from qat.inspection.checkpoint import inspect_checkpoint, open_checkpoint, store
 from qat.inspection.facts import SIGN_BITS, InspectedLayer, Inspection
 from qat.inspection.verdict import verdict
 from qat.models.bnext import BNext, binary_convolutions
-from qat.quantize.quantizers import WeightQuantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Quantization, StemGroup
 from tests.helpers.checkpoints import (
     WIDTHS,

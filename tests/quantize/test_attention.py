@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import ActivationQuantizer
 from qat.recipe.schema import Quantization
 from tests.helpers.toy_networks import build_float_toy
 

@@ -19,9 +19,11 @@ from qat.checkpoints.loading import build
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
 from qat.native.bindings import torch_alone
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.backends import backend_of
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers, freeze_observers, power_of_two_above
+from qat.quantize.quantizer_base import power_of_two_above
 from qat.recipe.schema import Quantization
 from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import (

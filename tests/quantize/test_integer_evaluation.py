@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qat.models.bnext import BNext, set_temperature
+from qat.quantize.activation_quantizers import ActivationQuantizer, activation_quantizers
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import ActivationQuantizer, activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.train.precision import autocast
 from tests.helpers.cases import combinations, slow

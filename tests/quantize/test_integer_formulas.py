@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext
 from qat.nn.layers import pool2x2
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.folding import folded_constants, quantized_slope
-from qat.quantize.quantizers import freeze_observers
 from qat.quantize.sub_block import FakeQuantSubBlock
 from tests.helpers.networks import pixels, quantization
 from tests.helpers.networks import toy as random_toy

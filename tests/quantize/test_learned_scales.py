@@ -16,6 +16,8 @@ from tests.helpers.rounding_bounds import assert_within, gamma, sum_bound
 
 pytest.importorskip("brevitas")
 
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.learned_scales import (
     LearnedActivationQuantizer,
     LearnedWeightQuantizer,
@@ -23,7 +25,7 @@ from qat.quantize.learned_scales import (
     quantize,
 )
 from qat.quantize.observers import OBSERVERS, Observer
-from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer, freeze_observers
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Optimizer
 from qat.train.optimizer import make_optimizer
 

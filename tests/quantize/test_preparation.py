@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.calibration import calibrate
 from qat.quantize.preparation import model_is_prepared, prepare, quantization_map
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, Quantizer
+from qat.quantize.quantizer_base import Quantizer
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from tests.helpers.prepared_networks import OFF, PARTS, assert_every_used_parameter_learns, sub_blocks
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext
 from qat.native.bindings import torch_alone
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import freeze_observers
 from qat.recipe.schema import Group, Quantization, TrunkGroup
 from tests.helpers.prepared_networks import sub_blocks
 from tests.helpers.rounding_bounds import assert_integers, assert_within, sum_bound

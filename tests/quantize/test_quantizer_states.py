@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer, activation_quantizers
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.observers import OBSERVERS, Observer
 from qat.quantize.preparation import quantization_map
-from qat.quantize.quantizers import (
-    ActivationQuantizer,
-    FixedQuantizer,
-    WeightQuantizer,
-    activation_quantizers,
-    freeze_observers,
-)
+from qat.quantize.weight_quantizers import WeightQuantizer
 from tests.helpers.quantizers import calibrated, noise, same_state, state_of
 
 

@@ -14,11 +14,12 @@ from qat.nn.layers import pool2x2
 from qat.nn.sub_block import SubBlock
 from qat.ops.batch_norm import folded_batch_norm
 from qat.ops.binary import binarize_activation
-from qat.quantize.calibration import calibrate
+from qat.quantize.activation_quantizers import ActivationQuantizer, fake_quantize_symmetric
+from qat.quantize.calibration import calibrate, freeze_observers
 from qat.quantize.folding import CONSTANT_BITS, largest_gain_step
 from qat.quantize.observers import Observer
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantize_symmetric, freeze_observers
+from qat.quantize.quantizer_base import Quantizer
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
@@ -32,7 +33,7 @@ def observe(point: Quantizer, x: Tensor) -> None:
     moves = isinstance(point, ActivationQuantizer) and point.observer == "moving_average"
     if isinstance(point, ActivationQuantizer) and moves and point.observing:
         point.fake.activation_post_process(x.detach().float())
-        point._update_grid()
+        point.finish_calibration()  # takes the grid from what was observed
 
 
 def on_grid(point: Quantizer, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from qat.nn.layers import BinaryConv2d
 from qat.quantize.overrides import group_of
-from qat.quantize.quantizers import WeightQuantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.sensitivity.bitwidths import Limits, Setting, measure_widths, settings_of, weight_bytes, with_bits
 from qat.sensitivity.parts import GROUPS, parts_of, without
 from qat.sensitivity.variants import grids_of

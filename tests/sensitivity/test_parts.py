@@ -12,9 +12,9 @@ import torch
 from qat.data.loading import load_split
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.overrides import group_of
 from qat.quantize.preparation import quantization_map
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization
 from qat.sensitivity.parts import GROUPS, Part, Sensitivity, measure_parts, parts_of, ranks_of, without
 from qat.sensitivity.variants import Grids, Measure, Variants, grids_of, signal_to_noise

@@ -24,7 +24,7 @@ import onnx
 from torch import Tensor, nn
 
 from qat import __version__
-from qat.checkpoints.format import float_shapes
+from qat.checkpoints.architecture import float_shapes
 from qat.checkpoints.tensor_checks import not_finite
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext

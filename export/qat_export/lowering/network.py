@@ -19,10 +19,10 @@ from qat.errors import QuantizationError
 from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.block import Block as FloatBlock
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.attention import AttentionIntegers, FakeQuantSqueezeExcitation
 from qat.quantize.folding import LayerIntegers, slope_scale
 from qat.quantize.preparation import model_is_prepared
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.quantize.sub_block_constants import BranchIntegers

@@ -19,7 +19,7 @@ from qat.checkpoints.tensor_checks import not_finite
 from qat.errors import QuantizationError
 from qat.nn.layers import BinaryConv2d
 from qat.quantize.folding import folded_constants
-from qat.quantize.quantizers import LARGEST_BITS
+from qat.quantize.quantizer_base import LARGEST_BITS
 from qat.quantize.sub_block import FakeQuantSubBlock
 
 #: Steps of grids lie between the inverse of this and this: any ratio of two is a float32 number above 0.
