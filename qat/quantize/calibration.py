@@ -1,4 +1,4 @@
-"""Calibration: the range of every activation is found from the values of some batches."""
+"""Calibration: find the range of every activation from the values of some batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from qat.quantize.quantizers import activation_quantizers
 
 
 def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
-    """Find every range from float values: run ``forward`` (some batches through ``model``) observing only.
+    """Find the range of every quantization point of ``model`` from float values.
 
-    The network is in evaluation mode meanwhile, and back in its former mode afterwards.
+    While ``forward`` runs, the points observe values and don't round them. The network is in evaluation mode
+    meanwhile, and back in its former mode afterwards.
+
+    Args:
+        model: prepared network.
+        forward: computes ``model`` on some batches.
 
     Raises:
-        QuantizationError: nothing to calibrate, grids frozen already, or ``forward`` reached not all points.
+        QuantizationError: the network has no quantization point, its grids are frozen, or ``forward`` did not
+            reach all points.
     """
     points = dict(activation_quantizers(model))
     if not points:

@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
-from qat.cli.inspection import _print_compact, _print_every_layer
+from qat.cli.inspection import print_compact, print_every_layer
 from qat.inspection.facts import InspectedLayer, Inspection, Total
 from qat.models.bnext import binary_convolutions, set_temperature
 from tests.helpers.checkpoints import prefixed, recipe, toy, training_checkpoint
@@ -168,7 +168,7 @@ def test_the_widest_names_and_numbers_fit_eighty_columns_with_nothing_folded_or_
     found = Inspection(
         "f", "a test", 9**9, "BNext large", (1024,) * 14, 10, (*binary, rest, rest), Total(0, 0), {}, False
     )
-    (_print_every_layer if every_layer else _print_compact)(found)
+    (print_every_layer if every_layer else print_compact)(found)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     # Every row begins with a whole name, and no cell is cut short.

@@ -84,7 +84,7 @@ def layer(name: str, group: GroupName, gain: float, gain_db: float) -> Sensitivi
 def test_candidates_gain_accuracy_and_save_noise_and_are_measured_again(study: Study) -> None:
     coarse = {
         key: value * 60 if key == "feature.1.trunk_out.fake.scale" else value
-        for key, value in study.grids.items()
+        for key, value in study.state.items()
     }
     ruined = study.variants.measure(study.variants.build(FULL, coarse))
     layers = [
