@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.spatial_name = "Attention" if elm_attention else "FFN_3x3"
         self.pointwise_names = ("FFN",) if in_channels == out_channels else ("FFN_1", "FFN_2")
         self.add_module(self.spatial_name, FusedSubBlock(in_channels, 3, stride, kind, infor_recoupling))
-        #: Places of the trunk's quantizers after the 3×3 sub-block and after the block; preparation sets them.
+        #: Places of the trunk's quantizers, which preparation sets: after the 3×3 sub-block, after the block.
         self.trunk_mid: nn.Module = nn.Identity()
         for name in self.pointwise_names:
             self.add_module(name, FusedSubBlock(in_channels, 1, 1, "bias", infor_recoupling))

@@ -127,7 +127,7 @@ class SqueezeExcitation(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
-        """Make both layers for the ``channels`` of ``m``, with :data:`SE_REDUCTION` times fewer in between."""
+        """Make both layers for ``channels`` of ``m``, with :data:`SE_REDUCTION` times fewer in between."""
         super().__init__()
         hidden = max(channels // SE_REDUCTION, 1)
         self.se = nn.Sequential(

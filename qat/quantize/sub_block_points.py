@@ -73,10 +73,8 @@ class SubBlockPoints(SubBlock):
 
     def product_step(self) -> Tensor:
         """Scale of the product in a sub-block of the scale kind: (1,) float32."""
-        if (
-            not self.source.quantizer.enabled
-        ):  # the trunk is left in float and has no scale to take account of
-            return scale_of(self.product)
+        if not self.source.quantizer.enabled:
+            return scale_of(self.product)  # the residual is left in float and has no scale
         return product_scale(scale_of(self.product), scale_of(self.source.quantizer), scale_of(self.branch))
 
     def gain_step(self, gain: Tensor) -> Tensor:
