@@ -24,7 +24,7 @@ from tests.helpers.checkpoints import prefixed, recipe, toy, training_checkpoint
 from tests.helpers.tiny_models import image_model
 from tests.helpers.toy_runs import fail, qat, succeed, tuned
 
-#: Of the toy network of tests/checkpoints.py, at temperature 1.
+#: The verdict on the toy network of tests/helpers/checkpoints.py at temperature 1.
 NOT_YET = (
     "binary: not yet: 0 of 7 layers; the temperature is 1, and weights in use are clamp(w / 1, -1, 1), "
     "of which 0 % are exactly ±1; they become ±1 when it falls below 1e-7 (their training multiplies it by "

@@ -29,7 +29,7 @@ def quick(toys: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcome(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What a run with every output says as JSON, and the folder with what it wrote."""
+    """The JSON that a run with every output prints, and the folder with the files that it wrote."""
     folder = tmp_path_factory.mktemp("sensitivity")
     result = qat(*quick, "--json", "-o", folder / "page.html", "--recipe-out", folder / "mixed.yaml")
     assert result.exit_code == 0, result.output

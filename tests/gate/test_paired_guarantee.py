@@ -1,4 +1,4 @@
-"""Rates that hold wherever the truth lies: every outcome of few images, and simulated models."""
+"""Error rates that hold for all true shares: by all outcomes of few images, and by simulated models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def probabilities(n: int, p_lost: Shares, p_gained: Shares) -> Shares:
 
 
 def line(change: float, points: int = 97) -> tuple[Shares, Shares]:
-    """Shares with that true change; at both ends dense, and off the points that the search visits."""
+    """Shares with that true change, dense at both ends, and not at the points that the search visits."""
     smaller = (1 - abs(change)) / 2 * np.sin(np.linspace(0, math.pi / 2, points)) ** 2.3
     return smaller + max(-change, 0), smaller + max(change, 0)
 
@@ -113,7 +113,7 @@ def all_limits(n: int, confidence: float) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("n", [1, 3, 20, 45])
 def test_the_score_is_monotone_in_both_counts_and_the_drop(n: int) -> None:
-    """What makes regions thresholds, nested, and their probability largest on the boundary."""
+    """So regions are given by thresholds and are nested, and their probability is largest at the boundary."""
     lost, gained = np.meshgrid(np.arange(n + 1.0), np.arange(n + 1.0), indexing="ij")
     possible = lost + gained <= n
     before = np.full(lost.shape, np.inf)

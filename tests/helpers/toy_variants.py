@@ -39,7 +39,7 @@ class Counter:
 
 
 def make_variants(model: BNext, count: int = 64) -> Variants:
-    """Variants of a toy on random images, whose labels are the float-rest network's answers."""
+    """Variants of a toy network, with random images whose labels are the float-rest network's answers."""
     overrides = ("data.image_size=16", "schedule.calibration_batches=2", "data.batch_size=32")
     recipe = toyruns.recipe("tiny_int8", Path("runs"), *overrides).recipe
     random = torch.Generator().manual_seed(3)
@@ -59,7 +59,7 @@ def layer_of(point: str, layers: Sequence[str]) -> str:
 
 @dataclasses.dataclass
 class Study:
-    """A toy, measured as the recipe ``FULL`` quantizes it, and with fewer bits."""
+    """A toy network, measured with the section ``FULL`` and with fewer bits."""
 
     variants: Variants
     state: QuantizerState

@@ -27,7 +27,7 @@ from tests.helpers.toy_variants import FULL, Counter, layer_of, make_variants
 
 @pytest.fixture(scope="module")
 def variants() -> Variants:
-    """To be read only: all variants share the parameters of one network."""
+    """Variants that share the parameters of one network, which tests must not change."""
     return make_variants(build_float_toy(widths=(8, 8, 16)))
 
 
@@ -154,7 +154,7 @@ def test_the_figures_are_those_of_the_variants(variants: Variants, state: Quanti
 def test_a_ruined_layer_ranks_first_everywhere(
     variants: Variants, state: QuantizerState, ruined: str, factor: float
 ) -> None:
-    """A grid far too fine, on which all values saturate, or far too coarse: as one huge outlier makes it."""
+    """With a grid far too fine, which saturates all values, or far too coarse, as after a huge outlier."""
     spoilt = {
         key: value * factor if key.startswith(f"{ruined}.") and key.endswith("fake.scale") else value
         for key, value in state.items()
