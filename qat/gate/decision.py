@@ -125,20 +125,18 @@ class Decision:
             most = max(-self.lower, 0)
             return f"top-1 {verb}; {sure}, it did not fall by more than {most:.2f}, and {allowed} is allowed"
         if self.needed is None:
-            more = "no number of images would"
+            more = "no number of images could"
         elif self.needed > self.pairs.n:
-            more = (
-                f"about {self.needed:,} images would if it is as good as the baseline, here are "
-                f"{self.pairs.n:,}"
-            )
+            more = f"about {self.needed:,} images could, if the model is as good as the baseline"
         else:
             more = (
-                f"about {self.needed:,} images usually pass a model as good as the baseline, here are "
-                f"{self.pairs.n:,}, so it is likely worse, but near what is allowed"
+                f"a model as good as the baseline usually passes with about {self.needed:,} images, so this "
+                "one is likely worse, but near what is allowed"
             )
         return (
-            f"top-1 {verb}; whether the real change, from {points(self.lower)} to {points(self.upper)} (each "
-            f"bound {sure}), is a drop of more than {allowed}, the data can't tell; {more}"
+            f"top-1 {verb}; the true change is from {points(self.lower)} to {points(self.upper)} (each bound "
+            f"{sure}), so {self.pairs.n:,} images can't tell whether it is a drop of more than {allowed}; "
+            f"{more}"
         )
 
     @property

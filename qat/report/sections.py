@@ -202,7 +202,7 @@ def confusion_figure(answers: Answers) -> Figure | None:
     if len(answers.class_names) > _DRAWN:
         return None
     chart = heat_map("Confusion matrix", answers.confusion().tolist(), answers.class_names)
-    return Figure("Confusion matrix", chart, "Rows: true class. Columns: what the network says.")
+    return Figure("Confusion matrix", chart, "Rows: true class. Columns: the network's answer.")
 
 
 def confused_table(answers: Answers) -> Table | None:

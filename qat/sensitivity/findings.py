@@ -128,15 +128,15 @@ class Findings:
         if suggestion.excluded:
             found.append(
                 f"The recipe loses {lost:.2f} points, more than the tolerance of {limits.tolerance:g}; with "
-                f"{', '.join(suggestion.excluded)} in float it doesn't. So the suggestion excludes that."
+                f"{', '.join(suggestion.excluded)} in float it doesn't, so the suggestion excludes them."
             )
         elif lost > limits.tolerance:
             found.append(
                 f"The recipe itself loses {lost:.2f} points before fine-tuning, more than the tolerance of "
-                f"{limits.tolerance:g}; no candidates for exclude bring it within."
+                f"{limits.tolerance:g}; excluding layers does not bring it within."
             )
         if suggestion.quantization == self.loaded.recipe.quantization:
-            found.append("No setting can do with fewer bits: the suggestion is the recipe's own section.")
+            found.append("Fewer bits exceed the limits: the suggestion is the recipe's own section.")
             return found
         found.append(
             "The suggestion was chosen on these test images, which may flatter it: fine-tune it, then "
