@@ -1,4 +1,4 @@
-"""Checkpoints inspected: each format, and every number against a direct computation."""
+"""Inspection of checkpoints: each format, and every number against a direct computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both backends in whole networks: one key apart, and what follows from powers of two."""
+"""Both backends in whole networks, which differ in one key of the recipe, and scales of powers of two."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def settings(**keys: Any) -> Quantization:
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Everything in a description, by place."""
+    """Everything in an integer network, by dotted name."""
     if is_dataclass(value):
         for field in fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
@@ -59,7 +59,7 @@ def differences(one: IntegerNetwork, other: IntegerNetwork) -> list[str]:
 
 
 def train(model: BNext, steps: int = 4) -> None:
-    """Some steps on noise at a rate that moves every scale."""
+    """Train some steps on noise, with a learning rate that changes every scale."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The percentile observer, and limits of ranges; what all observers share is in test_fakequant.py."""
+"""The percentile observer, and limits of ranges; what all observers share is in the tests of quantizers."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ def test_the_recipe_path_and_quant_true_give_the_same_network(float_toy: BNext, 
 
 
 def test_the_state_of_a_quantized_network_is_all_that_it_depends_on(toy: BNext, images: Tensor) -> None:
-    twin = BNext(10, widths=toy.architecture.widths, quant=True).eval()
-    assert not torch.equal(twin(images), toy(images))
-    twin.load_state_dict(toy.state_dict())
-    assert torch.equal(twin(images), toy(images))
+    restored = BNext(10, widths=toy.architecture.widths, quant=True).eval()
+    assert not torch.equal(restored(images), toy(images))
+    restored.load_state_dict(toy.state_dict())
+    assert torch.equal(restored(images), toy(images))
 
 
 def test_preparing_works_in_place_and_keeps_the_parameters(float_toy: BNext) -> None:
