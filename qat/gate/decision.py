@@ -1,7 +1,8 @@
-"""The accuracy gate: did a model get worse than its baseline, and can the data tell?
+"""The accuracy gate: whether a model got worse than its baseline.
 
-Both models answered the same images, so they are compared in pairs: only images that one has right and the
-other wrong say something about the change in top-1. :mod:`qat.gate.paired_statistics` has the arithmetic.
+Both models classified the same images, so their answers are compared in pairs: only the images that one
+model has right and the other has wrong tell something about the change in top-1. The statistics are in
+:mod:`qat.gate.paired_statistics`.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from qat.gate.paired_statistics import (
 from qat.gate.rules import Rules
 
 Verdict = Literal["pass", "improved", "fail", "inconclusive"]
-#: Chance with which ``images_needed`` images pass a model as good as the baseline, and with which a
-#: ``detectable_drop`` fails.
+#: Statistical power of the figures in an inconclusive result: the probability that a model as good as the
+#: baseline passes with ``needed`` images, and that a model with a drop of ``detectable`` points fails.
 POWER: Final = 0.8
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A model against its baseline. Changes of top-1 are in percentage points, below 0 where it fell.
+    """A model compared with its baseline. Changes of top-1 are in percentage points, negative for a drop.
 
     Attributes:
-        baseline, observed, rules: what was compared, and how.
-        pairs: images by who has them right.
-        p: two-sided exact p-value of McNemar's test that nothing changed.
-        lower, upper: one-sided bounds of the change, each with ``rules.confidence``.
+        baseline, observed, rules: what was compared, and by which rules.
+        pairs: how many images only the baseline, and only this model, has right.
+        p: exact two-sided p-value of McNemar's test that nothing changed.
+        lower, upper: one-sided confidence bounds of the true change, each with ``rules.confidence``.
         comparison: verdict of the comparison alone, without the floor.
         floor_broken: whether top-1 lies below ``rules.floor``.
         needed: of an inconclusive comparison, images with which a model as good as the baseline usually
@@ -78,12 +79,12 @@ class Decision:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of all: a broken floor fails, whatever the comparison says."""
+        """The final verdict: "fail" if the floor is broken, else that of the comparison."""
         return "fail" if self.floor_broken else self.comparison
 
     @property
     def reason(self) -> str:
-        """Why, in one sentence."""
+        """The reason for the verdict, in one sentence."""
         if not self.floor_broken:
             return self.comparison_reason
         more = f"; {self.comparison_reason}" if self.comparison == "fail" else ""
@@ -125,16 +126,13 @@ class Decision:
             most = max(-self.lower, 0)
             return f"top-1 {verb}; {sure}, it did not fall by more than {most:.2f}, and {allowed}"
         if self.needed is None:
-            more = "no number of images would"
+            more = "no number of images could"
         elif self.needed > self.pairs.n:
-            more = (
-                f"about {self.needed:,} images would if it is as good as the baseline, here are "
-                f"{self.pairs.n:,}"
-            )
+            more = f"about {self.needed:,} images could, if the model is as good as the baseline"
         else:
             more = (
-                f"about {self.needed:,} images usually pass a model as good as the baseline, here are "
-                f"{self.pairs.n:,}, so it is likely worse, but near what is allowed"
+                f"a model as good as the baseline usually passes with about {self.needed:,} images, so this "
+                "one is likely worse, but near what is allowed"
             )
         doubt = "which may be chance" if self.exceeds else "but a larger drop may hide"
         return (
@@ -144,7 +142,7 @@ class Decision:
 
     @property
     def floor_reason(self) -> str:
-        """Where top-1 stands against the floor; empty without a floor."""
+        """A sentence on top-1 and the floor; empty without a floor."""
         if self.rules.floor is None:
             return ""
         side = "below" if self.floor_broken else "not below"
@@ -165,10 +163,10 @@ class Decision:
         return self.rules.on_inconclusive == "pass"
 
     def require(self) -> None:
-        """Raise where the gate stays shut.
+        """Raise unless the model passes.
 
         Raises:
-            GateError: with verdict and reason.
+            GateError: the model fails; the message gives verdict and reason.
         """
         if not self.passes:
             raise GateError(f"{self.headline}: {self.reason}")
@@ -200,7 +198,7 @@ class Decision:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """What :meth:`to_json` prints."""
+        """The content of :meth:`to_json`."""
         return {
             "verdict": self.verdict,
             "passes": self.passes,
@@ -240,12 +238,13 @@ def judge(baseline: Baseline, observed: Baseline, rules: Rules) -> Decision:
     """Compare a model with its baseline.
 
     Args:
-        baseline: recorded before.
-        observed: of the model in question, on the same images.
-        rules: what is asked of it.
+        baseline: the recorded baseline.
+        observed: the same record of the model to judge, on the same images.
+        rules: what the model must fulfil.
 
     Raises:
-        BaselineError: the two cannot be compared.
+        BaselineError: the two cannot be compared, see
+            :func:`qat.gate.comparability.check_comparable`.
     """
     check_comparable(baseline, observed.data, observed.num_classes, observed.images)
     before, now = baseline.answers(), observed.answers()

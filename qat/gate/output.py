@@ -1,4 +1,4 @@
-"""What a CI job shows of the accuracy gate: JUnit XML, and Markdown for GitHub's summary of a job."""
+"""Output of the accuracy gate for CI: JUnit XML, and Markdown for the summary of a GitHub job."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OUTPUTS: Final = ("verdict", "passes", "change", "change_at_least", "change_at_m
 _SUITE: Final = "qat gate"
 _COMPARISON: Final = "top-1 against the baseline"
 _FLOOR: Final = "top-1 against the floor"
-#: What XML 1.0 has no way to write, not even as a reference.
+#: Characters that XML 1.0 can't hold, not even as a character reference.
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-#: Characters with a meaning in Markdown's running text or tables, or in HTML.
+#: Characters that have a meaning in Markdown text or tables, or in HTML.
 _MARKUP: Final = re.compile(r"([\\`*_{}\[\]<>|~$#&!])")
 
 
@@ -33,8 +33,8 @@ def junit(decision: Decision, seconds: float) -> str:
     has the table, and the images that changed sides where they were asked for.
 
     Args:
-        decision: what was decided.
-        seconds: how long it took.
+        decision: the decision.
+        seconds: how long it took, in seconds.
     """
     comparison = _case(_COMPARISON, seconds)
     reason = f"{decision.comparison_headline}: {decision.comparison_reason}"
@@ -98,9 +98,9 @@ def markdown(decision: Decision, model: str, record: str) -> str:
     """Markdown of a decision: verdict, table, warnings, and the command that records a new baseline.
 
     Args:
-        decision: what was decided.
-        model: what was checked, as the user named it.
-        record: the command.
+        decision: the decision.
+        model: the model's path, as the user gave it.
+        record: the command that records a new baseline.
     """
     sign = "✅" if decision.passes else "❌"
     if decision.verdict == "inconclusive" and decision.passes:
@@ -130,22 +130,23 @@ def markdown_of_error(message: str, model: str) -> str:
 
 
 def _markup(text: str) -> str:
-    """``text`` on one line, with nothing that Markdown or HTML would read as markup."""
+    """``text`` on one line, with everything escaped that Markdown or HTML would read as markup."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> list[str]:
-    """A code block, which no run of backquotes inside can end."""
+    """The lines of a code block, with a fence longer than any run of backquotes in ``text``."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, text, fence]
 
 
 def append_summary(text: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Append ``text`` to the file that ``GITHUB_STEP_SUMMARY`` names, if it names one.
+    """Append ``text`` to the file that ``GITHUB_STEP_SUMMARY`` names, if that is set.
 
     Returns:
-        Why it could not be written, for a warning: a summary that is missing must not decide a job.
+        A sentence on why the file could not be written, for a warning, or ``None``. It is no error, since a
+        missing summary must not fail the job.
     """
     return _append(SUMMARY, f"{text}\n", environment)
 

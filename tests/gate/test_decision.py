@@ -106,7 +106,7 @@ def test_too_few_images_are_inconclusive_and_say_how_many_would_tell(rule: str, 
         "top-1 fell by 0.28 points (5 of 360 images changed sides: 3 became wrong, 2 right), and 1 is "
         f"allowed, but a larger drop may hide: the real change is from {points(found.lower)} to "
         f"{points(found.upper)} (each bound with 95 % confidence), and the data can't tell; about "
-        f"{needed:,} images would if it is as good as the baseline, here are 360"
+        f"{needed:,} images could, if the model is as good as the baseline"
     )
     assert found.headline == "inconclusive, measured drop within what is allowed"
     assert ("drop that surely fails, 80% of the time", f"{100 * drop:.2f}", "") in found.rows()
@@ -180,8 +180,8 @@ def test_images_that_would_pass_an_equal_model_are_not_said_to_be_too_few() -> N
     assert found.needed is not None
     assert found.needed < 5000
     assert found.reason.endswith(
-        f"the data can't tell; about {found.needed:,} images usually pass a model as good as the baseline, "
-        "here are 5,000, so it is likely worse, but near what is allowed"
+        f"a model as good as the baseline usually passes with about {found.needed:,} images, so this one is "
+        "likely worse, but near what is allowed"
     )
 
 
@@ -189,7 +189,7 @@ def test_where_no_number_of_images_would_tell_it_says_so() -> None:
     found = decide(360, 1, 1, max_drop=0)
     assert found.verdict == "inconclusive"
     assert found.needed is None
-    assert found.reason.endswith("the data can't tell; no number of images would")
+    assert found.reason.endswith("; no number of images could")
     assert json.loads(found.to_json())["images_needed"] is None
 
 
