@@ -33,7 +33,7 @@ _BROKEN_PIPE = 141
 #: Where a click context notes that --debug was given.
 _DEBUG = "qat.debug"
 #: Commands whose work several processes share.
-_SHARED: Final = ("evaluate", "finetune", "pretrain")
+_SHARED: Final = ("evaluate", "finetune", "pretrain", "quantize")
 
 
 class Command(click.Command):

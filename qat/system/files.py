@@ -16,7 +16,7 @@ _REFUSALS: Final = (OSError, RuntimeError, ValueError)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write ``data`` to ``path`` in one step, creating parent folders.
+    """Write ``data`` to ``path`` in one step. Its folder must be there: a misspelt one is not made.
 
     The bytes go to a temporary file in the same folder, reach the disk, and then take the name: whoever
     reads ``path`` finds the old content or the new one. A failed write leaves no file behind. A symbolic
@@ -27,7 +27,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         data: bytes, or text to be stored as UTF-8 with its line ends as they are.
 
     Raises:
-        OutputError: ``path`` or a parent folder cannot be written; the message has the reason.
+        OutputError: ``path`` cannot be written; the message has the reason.
     """
     payload = data.encode() if isinstance(data, str) else data
     with replacing(path) as temporary:
@@ -45,11 +45,12 @@ def replacing(path: Path) -> Iterator[Path]:
         path: file to create or replace.
 
     Raises:
-        OutputError: ``path`` or a parent folder cannot be written, or the block raised ``OSError``.
+        OutputError: ``path`` cannot be written, or the block raised ``OSError``.
     """
     try:
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.exists():
+            raise OutputError(f"{path}: cannot be written: there is no folder {target.parent}")
         temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
         try:
             # Exclusive creation, with the permissions that the user's umask gives any new file.
@@ -73,8 +74,8 @@ def require_writable(path: Path) -> None:
     """
     try:
         folder = _target(path).parent
-        while not folder.exists():
-            folder = folder.parent
+        if not folder.exists():
+            raise OutputError(f"{path}: cannot be written: there is no folder {folder}")
         if not folder.is_dir():
             raise OutputError(f"{path}: cannot be written: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from torch import nn
@@ -49,6 +50,7 @@ def finetune(
     reporter: Reporter | None = None,
     resumed: Resumed | None = None,
     splits: Splits | None = None,
+    folder: Path | None = None,
 ) -> RunDirectory:
     """Calibrate a pretrained binary network and fine-tune it with fake quantization.
 
@@ -57,6 +59,7 @@ def finetune(
         reporter: told about progress; nobody by default.
         resumed: the run to go on with, from :func:`qat.train.resume.open_run`; a new one by default.
         splits: images in place of those that the recipe names.
+        folder: of a new run; by default a new one under ``output.dir``.
 
     Returns:
         The finished run's directory.
@@ -93,7 +96,7 @@ def finetune(
         own = Teacher(float_model)
         teachers = Teachers([own], recipe.distillation.temperature, recipe.distillation.weight)
     hooks = Hooks(before_step=_freeze, after_training=reestimate)
-    run = resumed or NewRun(start.loaded)
+    run = resumed or NewRun(start.loaded, folder)
     job, progress = begin_job(run, float_model, splits, start.checkpoint, teachers, hooks, reporter)
     with under_way(job):
         if start.float_epochs:
