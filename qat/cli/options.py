@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NonEmptyPath(click.Path):
-    """A path that is not empty: pathlib would take an empty one for the working directory."""
+    """A path that is not empty, since pathlib reads an empty path as the working directory."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -61,7 +61,7 @@ _OVERRIDE = NonEmptyText("write section.key=value")
 
 
 def set_option(help: str, metavar: str = "KEY=VALUE") -> Callable[[F], F]:
-    """--set, repeatable: the command's ``overrides``, a tuple of texts."""
+    """Add the repeatable option --set, which gives the command ``overrides``, a tuple of texts."""
     return click.option("--set", "overrides", multiple=True, type=_OVERRIDE, metavar=metavar, help=help)
 
 
