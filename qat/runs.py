@@ -49,35 +49,26 @@ class RunDirectory:
         return RunDirectory(self.path / "float", self.path)
 
     @classmethod
-    def create(cls, loaded: LoadedRecipe) -> RunDirectory:
-        """Make a folder ``<output.dir>/<recipe>-<date>-<time>`` that holds the resolved recipe.
+    def create(cls, loaded: LoadedRecipe, folder: Path | None = None) -> RunDirectory:
+        """A new folder with the resolved recipe inside.
+
+        Args:
+            loaded: the recipe.
+            folder: the folder to make; by default ``<output.dir>/<name>-<date>-<time>``, where the name is
+                ``output.name`` or the recipe's.
 
         Raises:
-            RecipeError: the checkpoint to start from, or that of a teacher, doesn't exist.
-            OutputError: the folder can't be created or written to.
+            RecipeError: the checkpoint to start from, or a teacher, isn't there.
+            OutputError: the folder can't be made or written, or it is there already and not empty.
         """
-        return cls(Path(from_main(str(cls._create(loaded)) if is_main() else "")))
+        return cls(Path(from_main(str(cls._create(loaded, folder)) if is_main() else "")))
 
     @staticmethod
-    def _create(loaded: LoadedRecipe) -> Path:
+    def _create(loaded: LoadedRecipe, folder: Path | None) -> Path:
         recipe = _with_absolute_paths(loaded)
-        root = Path(loaded.recipe.output.dir)
-        stem = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for attempt in range(100):
-            path = root / (stem if attempt == 0 else f"{stem}-{attempt}")
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                if path.is_dir():
-                    continue
-                raise OutputError(f"{root}: output.dir is not a folder") from None
-            except OSError as error:
-                raise OutputError(
-                    f"{path}: cannot make the run directory: {error.strerror or error}"
-                ) from error
-            write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
-            return path
-        raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
+        path = _new_folder(loaded) if folder is None else _made(folder)
+        write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
+        return path
 
     @property
     def best(self) -> Path:
@@ -134,6 +125,36 @@ class RunDirectory:
         if not isinstance(content, dict):
             raise QatError(f"{path}: not a JSON object")
         return content
+
+
+def _new_folder(loaded: LoadedRecipe) -> Path:
+    root = Path(loaded.recipe.output.dir)
+    stem = f"{loaded.recipe.output.name or loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(100):
+        path = root / (stem if attempt == 0 else f"{stem}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.is_dir():
+                continue
+            raise OutputError(f"{root}: output.dir is not a folder") from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot make the run directory: {error.strerror or error}") from error
+        return path
+    raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
+
+
+def _made(folder: Path) -> Path:
+    """The folder, new or empty."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder}: exists already and is not empty; name another folder with --output")
+    except FileExistsError as error:
+        raise OutputError(f"{folder}: is a file; name another folder with --output") from error
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot make the run directory: {error.strerror or error}") from error
+    return folder
 
 
 def find_run(path: Path) -> RunDirectory:

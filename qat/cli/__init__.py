@@ -8,8 +8,10 @@ from qat.cli import (  # noqa: F401, they add their commands to main
     gate,
     inspection,
     models,
+    prediction,
     recipes,
     report,
+    runs,
     sensitivity,
     training,
 )

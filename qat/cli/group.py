@@ -33,7 +33,7 @@ _BROKEN_PIPE = 141
 #: Key of ``click.Context.meta`` that is set when --debug was given.
 _DEBUG = "qat.debug"
 #: Commands that may be launched as several processes, which share the work.
-_SHARED: Final = ("evaluate", "finetune", "pretrain")
+_SHARED: Final = ("evaluate", "finetune", "pretrain", "quantize")
 
 
 class Command(click.Command):

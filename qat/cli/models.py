@@ -220,7 +220,7 @@ def _print_exactness(exactness: Exactness) -> None:
 
 @main.command()
 @click.argument("model", type=NonEmptyPath())
-@recipe_options(None)
+@recipe_options(None, metavar="data.KEY=VALUE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Measure the accuracy of a run, a checkpoint or an .onnx file.

@@ -46,7 +46,7 @@ class _Amount(click.types.FloatParamType):
 
 
 @main.command()
-@recipe_options("tiny_int8")
+@recipe_options("tiny_int8", "quantization.se.weight_bits=4")
 @click.option(
     "--by",
     type=click.Choice(["group", "layer", "both"]),

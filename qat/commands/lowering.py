@@ -77,8 +77,9 @@ def build_and_lower(checkpoint: Checkpoint, data: Data) -> tuple[BNext, IntegerN
     """
     if checkpoint.quantization is None:
         raise QuantizationError(
-            f"{checkpoint.source}: a float-rest network has no integers: fine-tune it first (qat finetune), "
-            "or export it as it is (qat export --onnx --float32)"
+            f"{checkpoint.source}: a float-rest network has no integers: fine-tune it (qat finetune "
+            "--checkpoint FILE), quantize it without training (qat quantize --checkpoint FILE), or export it "
+            "as it is (qat export --onnx --float32)"
         )
     model = build(checkpoint)
     return model, lowered(model, checkpoint, data)

@@ -10,7 +10,7 @@ import numpy as np
 from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint, load_checkpoint
-from qat.checkpoints.loading import architecture_of, build, highest_temperature
+from qat.checkpoints.loading import architecture_of, build, class_names, highest_temperature
 from qat.commands.sources import only_data, own_recipe, recipe_of_onnx
 from qat.errors import DataError, QatError
 from qat.evaluation import Predict, predictor
@@ -32,6 +32,7 @@ class Opened:
         format: format of the file, such as ``bnext-qat`` or ``bnext-qat portable 1``.
         architecture: description of the network, one line of text.
         file: the file that was read; of a run directory, its best checkpoint.
+        class_names: in the order of the logits; empty where they aren't known.
     """
 
     predict: Predict
@@ -41,6 +42,11 @@ class Opened:
     format: str
     architecture: str
     file: Path
+    class_names: tuple[str, ...] = ()
+
+    def name_of(self, label: int) -> str:
+        """Name of the class with this number; the number where names aren't known."""
+        return self.class_names[label] if self.class_names else str(label)
 
 
 def open_model(
@@ -82,6 +88,7 @@ def open_model(
         checkpoint.format,
         str(checkpoint.architecture),
         file,
+        class_names(checkpoint),
     )
 
 
@@ -100,6 +107,7 @@ def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequenc
         model.metadata["format"],
         model.metadata.get("architecture", "unknown"),
         model.path,
+        model.class_names,
     )
 
 

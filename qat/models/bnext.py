@@ -163,6 +163,10 @@ class BNext(nn.Module):
         self.prelu = nn.PReLU(arch.widths[-1])
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(arch.widths[-1], num_classes)
+        if not isinstance(quant, bool | Quantization):
+            raise QuantizationError(
+                f"quant: found {quant!r}, allowed: True, False or a qat.Quantization (which has the bits)"
+            )
         if quant:
             prepare(self, quant if isinstance(quant, Quantization) else Quantization(), image)
 

@@ -134,6 +134,7 @@ def _never_binary(schedule: Mapping[Any, Any], fixed: Mapping[str, Any]) -> Iter
 
 #: Keys of `data` that only some data sets have.
 _DATA_SETS: dict[str, tuple[str, ...]] = {
+    "root": ("imagefolder", "parquet", "cifar10"),
     "name": ("hub",),
     "config": ("hub",),
     "revision": ("hub",),
@@ -153,4 +154,5 @@ def _of_another_data_set(
     for key, names in _DATA_SETS.items():
         if data.get(key, defaults[key]) != defaults[key] and chosen not in names:
             listed = " and ".join(map(repr, names))
-            yield ("data", key), f"found {found(data[key])}, but only data.dataset {listed} has it"
+            hint = "; set data.dataset=imagefolder for a folder of images" if key == "root" else ""
+            yield ("data", key), f"found {found(data[key])}, but only data.dataset {listed} has it{hint}"

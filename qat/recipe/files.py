@@ -15,11 +15,17 @@ import yaml
 
 from qat.errors import OutputError, RecipeError, nearest
 from qat.recipe.wording import dotted
+from qat.recipe.written_numbers import WrittenFloat, WrittenInt
 from qat.system.files import write_atomically
 
-# YAML 1.1 reads `1e-3` as text because it has no dot, but that is how people write learning rates.
-_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-_EXPONENT_STARTS = list("-+.0123456789")
+# Numbers as people write them: decimal, an exponent with or without a dot. YAML 1.1 also has 010 for 8, 1:30
+# for 90 and 0x10 for 16, which would be recorded as numbers that nobody meant; here they are texts.
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_NUMBER_STARTS = list("-+.0123456789")
 
 # Exceptions that PyYAML's constructors don't catch for scalars such as `!!int x` or `!!bool x`.
 _SCALAR_FAILURES = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
@@ -55,13 +61,26 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _written(kind: type[WrittenInt] | type[WrittenFloat], construct: Any) -> Any:
+    def made(loader: _Loader, node: yaml.ScalarNode) -> object:
+        number = kind(construct(loader, node))
+        number.text = node.value
+        return number
+
+    return made
+
+
+_INT, _FLT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
 # Dates are read as text: no key takes a date, but the name of a folder can look like one.
 _Loader.yaml_implicit_resolvers = {
-    start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    start: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLT, _TIME)]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, _EXPONENT_STARTS)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, _EXPONENT_STARTS)
+_Loader.add_implicit_resolver(_INT, _INTEGER, _NUMBER_STARTS)
+_Loader.add_implicit_resolver(_FLT, _FLOAT, _NUMBER_STARTS)
+_Loader.add_constructor(_INT, _written(WrittenInt, yaml.SafeLoader.construct_yaml_int))
+_Loader.add_constructor(_FLT, _written(WrittenFloat, yaml.SafeLoader.construct_yaml_float))
+_Dumper.add_implicit_resolver(_FLT, _FLOAT, _NUMBER_STARTS)
 
 
 def read_yaml(text: str, source: str) -> object:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -29,6 +29,7 @@ from qat.recipe.schema import (
     Recipe,
     compared_defaults,
 )
+from qat.recipe.written_numbers import as_the_schema_has_it
 
 __all__ = [
     "LoadedRecipe",
@@ -86,6 +87,7 @@ def parse_recipe(mapping: object, source: str, overrides: Sequence[str] = ()) ->
     if not isinstance(mapping, Mapping):
         raise RecipeError(not_a_mapping(mapping, source, _schema()))
     changed, applied, problems = apply_overrides(mapping, overrides)
+    changed = cast(dict[Any, object], as_the_schema_has_it(changed, Recipe))
     recipe, more = _check(changed, source, applied)
     if recipe is None or problems:
         raise RecipeError("\n".join(problems + more))

@@ -16,7 +16,7 @@ _REFUSALS: Final = (OSError, RuntimeError, ValueError)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write ``data`` to ``path`` in one step, creating parent folders.
+    """Write ``data`` to ``path`` in one step. Its folder must be there: a misspelt one is not made.
 
     The bytes are written to a temporary file in the same folder and flushed to the disk. Then the temporary
     file is renamed to ``path``, so that a reader of ``path`` finds either the old content or the new. A
@@ -27,7 +27,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         data: bytes, or text, which is stored as UTF-8 with unchanged line ends.
 
     Raises:
-        OutputError: ``path`` or a parent folder can't be written; the message gives the reason.
+        OutputError: ``path`` cannot be written; the message has the reason.
     """
     payload = data.encode() if isinstance(data, str) else data
     with replacing(path) as temporary:
@@ -48,11 +48,12 @@ def replacing(path: Path) -> Iterator[Path]:
         The path of the temporary file, which exists already and is empty.
 
     Raises:
-        OutputError: ``path`` or a parent folder can't be written, or the block raised ``OSError``.
+        OutputError: ``path`` cannot be written, or the block raised ``OSError``.
     """
     try:
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.exists():
+            raise OutputError(f"{path}: cannot be written: there is no folder {target.parent}")
         temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
         try:
             # Mode "x" refuses an existing file. Permissions are those that the umask gives any new file.
@@ -78,8 +79,8 @@ def require_writable(path: Path) -> None:
     """
     try:
         folder = _target(path).parent
-        while not folder.exists():
-            folder = folder.parent
+        if not folder.exists():
+            raise OutputError(f"{path}: cannot be written: there is no folder {folder}")
         if not folder.is_dir():
             raise OutputError(f"{path}: cannot be written: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):

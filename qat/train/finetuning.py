@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from torch import nn
@@ -49,6 +50,7 @@ def finetune(
     reporter: Reporter | None = None,
     resumed: Resumed | None = None,
     splits: Splits | None = None,
+    folder: Path | None = None,
 ) -> RunDirectory:
     """Calibrate a pretrained binary network and fine-tune it with fake quantization.
 
@@ -57,6 +59,7 @@ def finetune(
         reporter: is told about the progress; by default nothing is reported.
         resumed: the run to resume, from :func:`qat.train.resume.open_run`; by default a new run begins.
         splits: images in place of those that the recipe names.
+        folder: of a new run; by default a new one under ``output.dir``.
 
     Returns:
         The directory of the finished run.
@@ -94,7 +97,7 @@ def finetune(
         own = Teacher(float_model)
         teachers = Teachers([own], recipe.distillation.temperature, recipe.distillation.weight)
     hooks = Hooks(before_step=_freeze, after_training=reestimate)
-    run = resumed or NewRun(start.loaded)
+    run = resumed or NewRun(start.loaded, folder)
     job, progress = begin_job(run, float_model, splits, start.checkpoint, teachers, hooks, reporter)
     with under_way(job):
         if start.float_epochs:

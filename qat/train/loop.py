@@ -264,9 +264,16 @@ class _Training:
         parts.scheduler.step()
 
     def _not_finite(self, when: str, what: str, value: float) -> TrainingError:
+        settings = self.job.recipe.optimizer
+        if settings.clip_norm is None:
+            advice = f"a smaller optimizer.lr (it is {settings.lr:g}) or an optimizer.clip_norm"
+        else:
+            advice = (
+                f"a smaller optimizer.lr (it is {settings.lr:g}) or optimizer.clip_norm "
+                f"({settings.clip_norm:g})"
+            )
         return TrainingError(
-            f"{when}: the {what} is {value}, training stops; {last_good(self.job.run)}. "
-            "A smaller optimizer.lr or an optimizer.clip_norm may help"
+            f"{when}: the {what} is {value}, training stops; {last_good(self.job.run)}. May help: {advice}"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qat.models.bnext import set_temperature
 from qat.recipe.loading import LoadedRecipe
 from qat.runs import RunDirectory
@@ -22,6 +24,7 @@ def pretrain(
     reporter: Reporter | None = None,
     resumed: Resumed | None = None,
     splits: Splits | None = None,
+    folder: Path | None = None,
 ) -> RunDirectory:
     """Train a binary network, annealing the temperature of its weights until each is exactly ±1.
 
@@ -30,6 +33,7 @@ def pretrain(
         reporter: is told about the progress; by default nothing is reported.
         resumed: the run to resume, from :func:`qat.train.resume.open_run`; by default a new run begins.
         splits: images in place of those that the recipe names.
+        folder: of a new run; by default a new one under ``output.dir``.
 
     Returns:
         The directory of the finished run. Its ``best`` is the best epoch whose weights were exactly ±1.
@@ -47,7 +51,7 @@ def pretrain(
     check_steps(start.recipe, splits.train)
     teachers = load_teachers(start.loaded, splits.train.class_names, device, reporter)
     hooks = Hooks(before_step=_anneal, after_training=reestimate)
-    run = resumed or NewRun(start.loaded)
+    run = resumed or NewRun(start.loaded, folder)
     network = start.network.to(device)
     job, progress = begin_job(run, network, splits, start.checkpoint, teachers, hooks, reporter)
     with under_way(job):

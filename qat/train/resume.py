@@ -50,9 +50,9 @@ class NewRun:
 
     state: State = NOTHING_SAVED
 
-    def __init__(self, loaded: LoadedRecipe) -> None:
-        """Take the recipe. :meth:`open` makes the folder."""
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedRecipe, folder: Path | None = None) -> None:
+        """Take the recipe, and the folder if it is not to be chosen; it is made by :meth:`open`."""
+        self._loaded, self._folder = loaded, folder
         self.recipe = loaded.recipe
 
     def open(self) -> RunDirectory:
@@ -61,7 +61,7 @@ class NewRun:
         Raises:
             QatError: see :meth:`qat.runs.RunDirectory.create`.
         """
-        return RunDirectory.create(self._loaded)
+        return RunDirectory.create(self._loaded, self._folder)
 
     @property
     def news(self) -> str:
@@ -132,7 +132,8 @@ def open_run(path: Path, overrides: Sequence[str], reporter: Reporter) -> Resume
     loaded = load_recipe(written, overrides)
     if changed := _differences(before, loaded.recipe, NEUTRAL):
         raise RecipeError(
-            f"--set {changed[0]}: cannot change when a run goes on; allowed are {', '.join(NEUTRAL)}"
+            f"--set {changed[0]}: cannot change when a run goes on; allowed are {', '.join(NEUTRAL)}. With "
+            f"others a new run begins: qat {before.task} {shlex.quote(str(written))} --set {changed[0]}=…"
         )
     state = newest_state(path, reporter.warning)
     if state is None:

@@ -148,6 +148,10 @@ def write_state(run: Path, record: Record, tensors: dict[str, Tensor], keep: int
     here = record.epoch, record.running.step
     name = f"{here[0]:05}-{here[1]:07}.safetensors" if tensors else _BEGUN
     path = run / FOLDER / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     with replacing(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata)

@@ -100,6 +100,7 @@ def test_a_recording_says_what_an_evaluation_says_and_twice_says_the_same(
     assert found.model.file == "best.safetensors"
     assert recorded.stat().st_size < 8000
     path = tmp_path / "new" / "b.json"
+    path.parent.mkdir()
     for _ in range(2):  # a new file, then over itself
         text = succeed("gate", "record", tuned(toys), "-o", path)
         assert text.startswith(f"{path}: top-1 {found.top1:.2f}%  top-5 {found.top5:.2f}%  of 360 images, ")

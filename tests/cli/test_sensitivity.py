@@ -104,6 +104,7 @@ def test_a_checkpoint_beside_the_recipe_is_found_from_where_the_new_recipe_lies(
     overrides = arguments(toys, tmp_path / "runs", "model.checkpoint=start.safetensors")
     given.write_text(succeed("recipe", "show", "tiny_int8", *overrides[1:]), encoding="utf-8")
     out = tmp_path / "there" / "mixed.yaml"
+    out.parent.mkdir()
     command = ["sensitivity", "--recipe", given, "--by", "group", "--bits", "4", "--images", "20"]
     succeed(*command, "--group", "stem", "--recipe-out", out)
     assert load_recipe(out).recipe.model.checkpoint == str(tmp_path / "here" / "start.safetensors")

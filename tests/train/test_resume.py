@@ -273,7 +273,9 @@ def test_a_finished_run_has_no_states_left_and_resuming_it_says_that_it_has_fini
     (run,) = tmp_path.iterdir()
     assert not (run / "state").exists()
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert succeed("pretrain", "--resume", run) == f"{run}: this run has finished; nothing is left to do\n"
+    printed = succeed("pretrain", "--resume", run)
+    assert printed.startswith(f"{run}: this run has finished; nothing is left to do. To train on, ")
+    assert f"qat pretrain {run}/recipe.yaml --checkpoint {run}/best.safetensors --epochs N" in printed
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 

@@ -69,6 +69,16 @@ class OnnxModel:
         """Whether it is called with raw uint8 pixels; :func:`qat.evaluation.input_for` reads this."""
         return takes_pixels(self.input_kind)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the logits; empty where the metadata have none, or not as many."""
+        try:
+            names = json.loads(self.metadata.get("class_names", "[]"))
+        except (ValueError, RecursionError):
+            return ()
+        fits = isinstance(names, list) and len(names) == self.num_classes
+        return tuple(map(str, names)) if fits else ()
+
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S), raw uint8 or normalized float32 → logits (N, classes).
 

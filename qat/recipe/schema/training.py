@@ -162,10 +162,24 @@ class Distillation(Section):
     temperature: Positive = Field(default=4.0, description="Softens both outputs before they are compared.")
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[^\s/\\.][^/\\\0]*", name):
+        raise PydanticCustomError(
+            "refused",
+            "{why}",
+            {"why": f"found {found(name)}, allowed: a folder's name, without '/' and not beginning with '.'"},
+        )
+    return name
+
+
 class Output(Section):
     """Where results go and how checkpoints are stored."""
 
     dir: Text = Field(default="runs", description="Folder that receives one folder per run.")
+    name: Annotated[Text, AfterValidator(_folder_name)] | None = Field(
+        default=None,
+        description="What the run's folder begins with, before date and time. Null: the recipe's name.",
+    )
     float_weights: Literal["float32", "float16"] = Field(
         default="float32", description="Storage type of float matrices in written checkpoints."
     )
