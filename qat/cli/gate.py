@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,6 +14,10 @@ from qat.cli.group import Command, main
 from qat.cli.options import RECIPE, F, NonEmptyPath, set_option
 from qat.cli.terminal import print_table, spinner, warn
 from qat.errors import OutputError
+
+if TYPE_CHECKING:
+    from qat.gate.decision import Decision
+    from qat.gate.rules import OnInconclusive
 
 
 class _Gate(Command, click.Group):
@@ -40,9 +44,11 @@ class _Gate(Command, click.Group):
 
 
 def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
-    """The value of an option that :class:`qat.gate.decision.Rules` has an attribute for, checked there."""
-    from qat.gate.decision import Rules
+    """The value of an option that is a rule of the gate."""
+    from qat.gate.rules import Rules
 
+    if value is None:
+        return None
     try:
         Rules(**{str(option.name): value})
     except ValueError as error:
@@ -71,8 +77,9 @@ def _data_options(function: F) -> F:
 
 
 _EPILOG: Final = (
-    "Exit codes: 0 pass, improved, or inconclusive; 1 fail, or inconclusive with --on-inconclusive fail; "
-    "2 wrong input, or a baseline of other data, classes or preprocessing."
+    "Exit codes: 0 pass, improved, or inconclusive with a measured drop within what is allowed; 1 fail, or "
+    "inconclusive with a larger one (--on-inconclusive changes both); 2 wrong input, or a baseline of other "
+    "data, classes or preprocessing."
 )
 
 
@@ -82,11 +89,16 @@ _EPILOG: Final = (
 @click.option(
     "--max-drop",
     type=float,
-    default=1.0,
-    show_default=True,
     callback=_checked,
     metavar="POINTS",
-    help="Largest drop of top-1 that is allowed, in percentage points.",
+    help="Largest drop of top-1 that is allowed, in percentage points.  [default: 1.0]",
+)
+@click.option(
+    "--max-relative-drop",
+    type=float,
+    callback=_checked,
+    metavar="PERCENT",
+    help="The same in percent of the baseline's measured top-1, instead of --max-drop.",
 )
 @click.option(
     "--confidence",
@@ -106,10 +118,14 @@ _EPILOG: Final = (
 )
 @click.option(
     "--on-inconclusive",
-    type=click.Choice(["pass", "fail"]),
-    default="pass",
+    type=click.Choice(["measured", "pass", "fail"]),
+    default="measured",
     show_default=True,
-    help="Whether the gate passes or fails if there are too few images to decide.",
+    help="Where the images are too few to tell: fail if the measured drop is larger than allowed, or always "
+    "pass or fail. With `pass`, a model that is no worse fails in at most 5 % of runs.",
+)
+@click.option(
+    "--show-flips", is_flag=True, help="List the images that changed sides, and in which direction."
 )
 @_data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -124,10 +140,12 @@ _EPILOG: Final = (
 def gate(
     model: Path,
     baseline: Path | None,
-    max_drop: float,
+    max_drop: float | None,
+    max_relative_drop: float | None,
     confidence: float,
     floor: float | None,
-    on_inconclusive: Literal["pass", "fail"],
+    on_inconclusive: OnInconclusive,
+    show_flips: bool,
     recipe: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -135,11 +153,10 @@ def gate(
 ) -> None:
     """Test whether MODEL got worse than a recorded baseline.
 
-    MODEL is a run, a checkpoint or an .onnx file. Its answers are paired with the baseline's, image by image,
-    which bounds the true change of top-1 from both sides. The gate fails if the drop is larger than
-    --max-drop with the given confidence, and passes if it is not larger with that confidence. Otherwise the
-    result is inconclusive, and the output says how many images would decide. A top-1 below --floor always
-    fails.
+    MODEL is a run, a checkpoint or an .onnx file. Its answers are paired with the baseline's, image by image.
+    With the confidence asked for, it fails if top-1 fell by more than --max-drop, and passes if it did not.
+    Else chance can't be excluded: the verdict says so, and the measured drop decides. Below --floor it always
+    fails; where no image changed sides, it passes.
 
     The images are the test split that the model's own recipe names, or the one that --recipe names; --set
     data.KEY=VALUE changes it. In a GitHub job, a summary is appended to the file that GITHUB_STEP_SUMMARY
@@ -149,22 +166,24 @@ def gate(
         raise click.UsageError(
             "--baseline FILE is missing; `qat gate record MODEL -o FILE` writes one for a model that is good"
         )
+    if max_drop is not None and max_relative_drop is not None:
+        raise click.UsageError("--max-drop and --max-relative-drop exclude each other; give one")
     for name, taken in (("MODEL", model), ("--baseline", baseline)):
         if junit_path is not None and junit_path.resolve() == taken.resolve():
             raise click.UsageError(f"--junit would overwrite {name}, {taken}; name another file")
     from qat.commands.gate import judge_model
-    from qat.gate.decision import Rules
     from qat.gate.output import junit, junit_of_error, markdown, markdown_of_error
+    from qat.gate.rules import Rules
     from qat.system.files import write_atomically
 
-    rules = Rules(max_drop, confidence, floor, on_inconclusive)
+    rules = Rules(max_drop, confidence, floor, on_inconclusive, max_relative_drop)
     started = time.monotonic()
     try:
         with spinner("evaluating"):
-            decision = judge_model(model, baseline, rules, recipe, overrides)
+            decision = judge_model(model, baseline, rules, recipe, overrides, show_flips)
     except Exception as error:
         message = str(error) or type(error).__name__
-        _summarize(markdown_of_error(message, str(model)))
+        _tell_github(markdown_of_error(message, str(model)), None)
         if junit_path is not None:
             try:
                 write_atomically(junit_path, junit_of_error(message, time.monotonic() - started))
@@ -173,8 +192,8 @@ def gate(
         raise
     seconds = time.monotonic() - started
     record = _record_command(model, baseline, recipe, overrides)
-    # Files first: a CI job finds them even if printing fails, for example on a closed pipe.
-    _summarize(markdown(decision, str(model), record))
+    # Files first: whatever becomes of the terminal, a closed pipe say, a CI job finds them.
+    _tell_github(markdown(decision, str(model), record), decision)
     unwritten = None
     if junit_path is not None:
         try:
@@ -185,17 +204,20 @@ def gate(
         click.echo(decision.to_json())
     else:
         print_table(f"{model} against {baseline}", ("", "value", "bound"), decision.rows())
+        for line in decision.flips.lines() if decision.flips else ():
+            click.echo(line)
     for text in decision.warnings:
         warn(text)
     if decision.verdict == "inconclusive" and decision.passes:
-        warn("inconclusive passes, as --on-inconclusive says: a drop may have gone unseen")
+        doubt = "the drop may be real" if decision.exceeds else "a larger drop may have gone unseen"
+        warn(f"{decision.headline}: it passes, as --on-inconclusive {on_inconclusive} says; {doubt}")
     if unwritten is not None:
         warn(str(unwritten))
     decision.require()
     if not as_json:
         if decision.verdict == "improved":
             click.echo(f"record it as the new baseline: {record}")
-        click.echo(f"{model}: {decision.verdict}: {decision.reason}")
+        click.echo(f"{model}: {decision.headline}: {decision.reason}")
     if unwritten is not None:
         raise unwritten
 
@@ -209,11 +231,12 @@ def _record_command(model: Path, baseline: Path, recipe: str | None, overrides: 
     return shlex.join(words)
 
 
-def _summarize(text: str) -> None:
-    from qat.gate.output import append_summary
+def _tell_github(summary: str, decision: Decision | None) -> None:
+    from qat.gate.output import append_outputs, append_summary
 
-    if problem := append_summary(text):
-        warn(problem)
+    for problem in (append_summary(summary), append_outputs(decision)):
+        if problem:
+            warn(problem)
 
 
 @gate.command("record", short_help="Write the baseline of MODEL to FILE.")

@@ -81,6 +81,10 @@ class FolderSplit(Split):
         """
         return content_hash(self._images, self.labels)
 
+    def image_name(self, index: int) -> str:
+        """``CLASS/file``."""
+        return self._images.image(index).relative_to(self._images.folder).as_posix()
+
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = decoded_batches(
             self._images, self.labels, batches, resize=self.resize, side=self.side, workers=self.workers

@@ -45,6 +45,10 @@ class Split(ABC):
         """The labels in the split's order, int64 (N,)."""
         return self._labels
 
+    def image_name(self, index: int) -> str | None:
+        """What the image at ``index`` is called, without folders of this machine; ``None`` without a name."""
+        return None
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""

@@ -60,6 +60,10 @@ class TableSplit(Split):
         self._images = images
         self._kept = len(labels) * 3 * side**2 <= IN_MEMORY_BYTES if in_memory is None else in_memory
 
+    def image_name(self, index: int) -> str:
+        """The file or data set, and the row in it."""
+        return Path(self._images.name(index)).name
+
     def fingerprint(self) -> str:
         """SHA-256 over sizes and labels if the encoded images take more than 1 GiB, else over their content.
 

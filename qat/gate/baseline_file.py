@@ -6,6 +6,7 @@ file is read, so that damage and edits by hand are found.
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BaselineError(f"{path}: not a file")
     try:
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_object, parse_constant=_constant)
+        content = json.loads(_text(path.read_bytes()), object_pairs_hook=_object, parse_constant=_constant)
     except OSError as error:
         raise BaselineError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -84,6 +85,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, str) or not found.startswith(f"{FORMAT} "):
         raise BaselineError(f"{path}: not a baseline: its 'format' is not {FORMAT!r} and a version")
     return dict(content)
+
+
+def _text(content: bytes) -> str:
+    """UTF-8, or what a byte order mark says: editors and shells on Windows write one."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def test_a_split_has_the_labels_classes_and_size_asked_for(root: Path) -> None:
     assert (images.shape, images.dtype) == ((7, 3, 16, 16), torch.uint8)
     assert labels.tolist() == split.labels.tolist() == LABELS
     assert (split.class_names, split.resize) == (CLASSES, 18)
+    assert split.image_name(3) == "train.parquet: row 3"
 
 
 @pytest.mark.parametrize(("in_memory", "workers"), [(True, 0), (False, 0), (False, 1), (True, 1)])

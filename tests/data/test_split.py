@@ -13,6 +13,10 @@ def test_the_order_without_a_seed_is_the_splits_own() -> None:
     assert labels.tolist() == [0, 1] * 5
 
 
+def test_images_in_memory_have_no_names() -> None:
+    assert small_split().image_name(0) is None
+
+
 def test_a_seed_alone_decides_the_order() -> None:
     first, labels = everything(small_split(), shuffle_seed=3)
     torch.rand(5)
