@@ -35,6 +35,7 @@ from torch import Tensor
 from qat import __version__
 from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
+from qat.checkpoints.wrappers import with_batch_counts
 from qat.errors import CheckpointError, QatError, QuantizationError, first_line
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.quantize.preparation import quantization_map
@@ -65,6 +66,7 @@ class Checkpoint:
         quantization_map: see :func:`qat.quantize.preparation.quantization_map`, as it was when saved.
         source: file it came from, for messages.
         has_classifier: whether ``state`` has one; without it ``architecture.num_classes`` means nothing.
+        notes: how the file was read where that isn't plain, in words, for the user to read.
     """
 
     architecture: Architecture
@@ -76,6 +78,7 @@ class Checkpoint:
     quantization_map: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: str = "checkpoint"
     has_classifier: bool = True
+    notes: tuple[str, ...] = ()
 
 
 #: Bounded, so that a damaged header can't name a number too long to print.
@@ -98,13 +101,16 @@ class _Header(pydantic.BaseModel):
     metadata: dict[str, str]
 
 
-def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = None) -> Architecture:
+def infer_architecture(
+    state: Mapping[str, Tensor], stem_stride: int | None = None, num_classes: int | None = None
+) -> Architecture:
     """The architecture that a state dict belongs to, from its keys and shapes.
 
     Args:
         state: tensors by key, without prefix; quantizer keys are ignored.
         stem_stride: the one option that leaves no trace in a state dict; ``None`` means 2 at 1000 classes,
             else 1.
+        num_classes: taken where the state has no classifier, which is refused by default.
 
     Raises:
         CheckpointError: no BNext has these keys; the message names a key that is missing or contradicts.
@@ -132,7 +138,8 @@ def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = No
         for name in ("FFN_1", "FFN_2") if doubles else ("FFN",):
             shape(f"feature.{i}.{name}.binary_conv.weight", 4)
         widths.append(2 * channels if doubles else channels)
-    num_classes = shape("fc.weight", 2)[0]
+    if num_classes is None or has_classifier(state):
+        num_classes = shape("fc.weight", 2)[0]
     try:
         return Architecture.of(
             num_classes=num_classes,
@@ -143,6 +150,11 @@ def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = No
         )
     except QuantizationError as error:
         raise CheckpointError(f"not a BNext: {error}") from error
+
+
+def has_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has a classifier; that of a backbone hasn't."""
+    return any(key.startswith("fc.") for key in state)
 
 
 def save_checkpoint(
@@ -221,14 +233,24 @@ def as_stored(model: BNext, float_dtype: Literal["float32", "float16"]) -> BNext
     return stored
 
 
-def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None = None) -> Checkpoint:
-    """Read a checkpoint of this package, or one in the formats of BNext's authors.
+def load_checkpoint(
+    path: Path,
+    *,
+    latent: float = 1.0,
+    stem_stride: int | None = None,
+    num_classes: int | None = None,
+    state_key: str | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of this package, or one that other code wrote.
 
     Args:
         path: file to read.
         latent: magnitude of the latent weights that sign bits become, above 0.
         stem_stride: stem stride of a published checkpoint, which doesn't say; ``None`` means 2 at 1000
             classes, else 1. Checkpoints of this package know theirs.
+        num_classes: of the architecture where the file has no classifier; ``None`` means 1000.
+        state_key: which state dict to take where the file holds several; ``None`` chooses, see
+            :func:`qat.checkpoints.wrappers.find_network`. Checkpoints of this package hold one.
 
     Raises:
         CheckpointError: the file is absent, damaged, of a newer version, or no BNext.
@@ -240,16 +262,23 @@ def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None 
             tensors, metadata = read_safetensors(path)
             if FORMAT in metadata:
                 return _decode(path, tensors, metadata[FORMAT], latent)
-        state, info = read_published(path)
-        state = {key: _widened(value) for key, value in state.items()}
-        architecture = infer_architecture(state, stem_stride)
+        found = read_published(path, state_key)
+        state = {key: _widened(value) for key, value in with_batch_counts(found.state).items()}
+        architecture = infer_architecture(state, stem_stride, num_classes or 1000)
     except CheckpointError as error:
         # Problems of the content, found without knowing where it came from, get the file's name here.
         if str(error).startswith(f"{path}: "):
             raise
         raise CheckpointError(f"{path}: {error}") from error
-    facts = {key: str(value) for key, value in info.items() if key != "format"}
-    return Checkpoint(architecture, state, format=str(info["format"]), metadata=facts, source=str(path))
+    return Checkpoint(
+        architecture,
+        state,
+        format=found.format,
+        metadata={key: str(value) for key, value in found.facts.items()},
+        source=str(path),
+        has_classifier=has_classifier(state),
+        notes=found.notes,
+    )
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes, infer_architecture
+from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes, has_classifier, infer_architecture
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
@@ -70,9 +70,19 @@ def load_state(
     network = model.architecture
     if not isinstance(checkpoint, Checkpoint):
         state = dict(checkpoint)
-        checkpoint = Checkpoint(infer_architecture(state, network.stem_stride), state, format="state dict")
+        checkpoint = Checkpoint(
+            infer_architecture(state, network.stem_stride, network.num_classes),
+            state,
+            format="state dict",
+            has_classifier=has_classifier(state),
+        )
     if classifier == "new":
         checkpoint = _without_classifier(checkpoint, network)
+    elif not checkpoint.has_classifier:
+        raise CheckpointError(
+            f"{checkpoint.source}: has no classifier (fc.weight); `qat finetune` and `qat pretrain` can start "
+            "a new one: model.classifier=new"
+        )
     problems = []
     if _differ(checkpoint, network):
         problems.append(f"the checkpoint is {checkpoint.architecture}; the network is {network}")
