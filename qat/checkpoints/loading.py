@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final, Literal
@@ -13,6 +14,7 @@ from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes, has_classif
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
+from qat.models.facts import Facts
 from qat.nn.layers import BinaryActivation
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
@@ -173,7 +175,27 @@ def build(checkpoint: Checkpoint) -> BNext:
         except QuantizationError as error:
             raise CheckpointError(f"{checkpoint.source}: cannot be prepared: {error}") from error
         load_state(model, checkpoint)
+    model.facts = facts_of(checkpoint)
     return model.eval()
+
+
+def facts_of(checkpoint: Checkpoint) -> Facts:
+    """What ``checkpoint`` knows about images and classes."""
+    names = class_names(checkpoint)
+    if checkpoint.recipe is None:
+        return Facts(class_names=names)
+    data = checkpoint.recipe.data
+    return Facts(data.mean, data.std, data.image_size, names, checkpoint.recipe)
+
+
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Class names a checkpoint carries; empty where it carries none or not as many as classes."""
+    try:
+        names = json.loads(checkpoint.metadata.get("class_names", "[]"))
+    except ValueError:
+        return ()
+    fits = isinstance(names, list) and len(names) == checkpoint.architecture.num_classes
+    return tuple(str(name) for name in names) if fits else ()
 
 
 def float_network(checkpoint: Checkpoint) -> BNext:

@@ -204,7 +204,7 @@ def verify(
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    print_table("Against the network, on the whole test set", ("", "value", "bound"), comparison.rows())
+    print_table(comparison.title, ("", "value", "bound"), comparison.rows())
 
 
 def _print_exactness(exactness: Exactness) -> None:

@@ -22,13 +22,16 @@ from qat_export.verify.exactness import check_exactness, sample
 from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel
 
-from qat.checkpoints.loading import build, float_network, highest_temperature
-from qat.commands.lowering import Source, build_and_lower, class_names, facts, load
-from qat.commands.sources import load_test_split
+from qat.checkpoints.format import Checkpoint
+from qat.checkpoints.loading import build, class_names, float_network, highest_temperature
+from qat.commands.lowering import Source, build_and_lower, facts, load
+from qat.commands.sources import verification_images
+from qat.data.split import Split
 from qat.errors import CheckpointError, OutputError
 from qat.evaluation import predictor
-from qat.models.bnext import is_binary
+from qat.models.bnext import BNext, is_binary
 from qat.native.library import native_library_path
+from qat.recipe.schema import Data
 from qat.system.files import write_atomically
 
 
@@ -109,9 +112,28 @@ def export_onnx(source: Source, target: Target) -> Exported:
     checkpoint, data = load(source, target.image_size)
     model, network = build_and_lower(checkpoint, data)
     # The data first: without it the model could not be verified, and should not be written.
-    split = load_test_split(data, len(network.class_names))
+    split = verification_images(data, network.class_names, source.overrides)
     name = "native.onnx" if target.form is Form.NATIVE else "model.onnx"
     path = target.onnx or Path(checkpoint.source).with_name(name)
+    return write_verified(model, network, split, data, path, target)
+
+
+def write_verified(
+    model: BNext, network: IntegerNetwork, split: Split, data: Data, path: Path, target: Target
+) -> Exported:
+    """Write the integers of a network as ONNX, unless the file does not compute what the network does.
+
+    Args:
+        model: the fake-quantized network.
+        network: its integers.
+        split: images to compare the file on.
+        data: how they are preprocessed.
+        path: file to write.
+        target: its form and its input; a file for the integer network, too.
+
+    Raises:
+        QatError: a file can't be written.
+    """
 
     def check(candidate: Path) -> Exported:
         comparison = compare(predictor(model), OnnxModel(candidate), network, split, data)
@@ -152,10 +174,30 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
             f"{checkpoint.source}: the weights in use are not binary: the temperature is "
             f"{highest_temperature(network):.3g}, binary means below 1e-7"
         )
-    split = load_test_split(data, network.architecture.num_classes)
+    names = class_names(checkpoint) or tuple(map(str, range(network.architecture.num_classes)))
+    split = verification_images(data, names, source.overrides)
     path = target.onnx or Path(checkpoint.source).with_name("float32.onnx")
+    return path, write_verified_float(build(checkpoint), network, checkpoint, split, data, path)
+
+
+def write_verified_float(
+    model: BNext, network: BNext, checkpoint: Checkpoint, split: Split, data: Data, path: Path
+) -> Comparison:
+    """Write a network's float32 layers as ONNX, unless the file does not compute what the network does.
+
+    Args:
+        model: the network, fake-quantized or not.
+        network: the same without quantizers.
+        checkpoint: what is known about it.
+        split: images to compare the file on.
+        data: how they are preprocessed.
+        path: file to write.
+
+    Raises:
+        QatError: a value is not finite, or the file can't be written.
+    """
     graph = emit_float(
-        build(checkpoint),
+        model,
         image_size=data.image_size,
         mean=data.mean,
         std=data.std,
@@ -166,7 +208,7 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
     def check(candidate: Path) -> Comparison:
         return compare(predictor(network), OnnxModel(candidate), None, split, data)
 
-    return path, _write_if_good(path, graph, check)
+    return _write_if_good(path, graph, check)
 
 
 def _write_if_good(path: Path, graph: onnx.ModelProto, check: Callable[[Path], Result]) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from qat_export.lowering.network import lower
 
 from qat import __version__
 from qat.checkpoints.format import Checkpoint, load_checkpoint
-from qat.checkpoints.loading import build
+from qat.checkpoints.loading import build, class_names
 from qat.commands.sources import only_data, own_recipe
 from qat.errors import QuantizationError, RecipeError
 from qat.models.bnext import BNext
@@ -81,8 +80,17 @@ def build_and_lower(checkpoint: Checkpoint, data: Data) -> tuple[BNext, IntegerN
             "or export it as it is (qat export --onnx --float32)"
         )
     model = build(checkpoint)
+    return model, lowered(model, checkpoint, data)
+
+
+def lowered(model: BNext, checkpoint: Checkpoint, data: Data) -> IntegerNetwork:
+    """The integers of a fake-quantized network, with the facts that ``checkpoint`` has about it.
+
+    Raises:
+        QuantizationError: something that can't be lowered, naming the layer.
+    """
     try:
-        return model, lower(
+        return lower(
             model,
             image_size=data.image_size,
             mean=data.mean,
@@ -92,16 +100,6 @@ def build_and_lower(checkpoint: Checkpoint, data: Data) -> tuple[BNext, IntegerN
         )
     except QuantizationError as error:
         raise QuantizationError(f"{checkpoint.source}: {error}") from error
-
-
-def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Class names a checkpoint carries; empty where it carries none or not as many as classes."""
-    try:
-        names = json.loads(checkpoint.metadata.get("class_names", "[]"))
-    except ValueError:
-        return ()
-    fits = isinstance(names, list) and len(names) == checkpoint.architecture.num_classes
-    return tuple(str(name) for name in names) if fits else ()
 
 
 def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) -> Mapping[str, str]:

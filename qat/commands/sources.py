@@ -9,7 +9,7 @@ from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint
 from qat.data.loading import check_fits, load_split
-from qat.data.split import Split
+from qat.data.split import NoiseSplit, Split
 from qat.errors import CheckpointError, RecipeError
 from qat.recipe.loading import parse_recipe
 from qat.recipe.schema import Data, Recipe
@@ -79,3 +79,22 @@ def load_test_split(data: Data, num_classes: int) -> Split:
     split = load_split(data, "test")
     check_fits(split, num_classes)
     return split
+
+
+def verification_images(data: Data, class_names: Sequence[str], overrides: Sequence[str] = ()) -> Split:
+    """The test split that ``data`` names, or images of noise where the network knows no images.
+
+    A network that a user's own loop trained knows the size and the normalization of its images, not where
+    they are. That an exported file computes what the network does is seen on any images.
+
+    Args:
+        data: of the network, with ``overrides`` applied.
+        class_names: by label.
+        overrides: ``data.key=value`` texts; with any of them noise is no answer.
+
+    Raises:
+        DataError: the split cannot be read, or has another number of classes.
+    """
+    if data.dataset == "imagefolder" and data.root is None and not overrides:
+        return NoiseSplit(class_names, data.image_size)
+    return load_test_split(data, len(class_names))

@@ -13,7 +13,7 @@ from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel, require_integers
 
 from qat.commands.lowering import Source, build_and_lower, load
-from qat.commands.sources import load_test_split, only_data, recipe_of_onnx
+from qat.commands.sources import load_test_split, only_data, recipe_of_onnx, verification_images
 from qat.errors import CheckpointError, QatError
 from qat.evaluation import predictor
 from qat.runs import find_run
@@ -84,7 +84,7 @@ def verify_model(path: Path, source: Source, network_path: Path | None) -> Verif
         source = replace(source, run=_run_around(path))
     checkpoint, data = load(source, model.image_size)
     torch_network, network = build_and_lower(checkpoint, data)
-    split = load_test_split(data, len(network.class_names))
+    split = verification_images(data, network.class_names, source.overrides)
     # Refuses a model of another network, before the long part.
     exact = check_exactness(path, network, sample(split, model.image_size))
     return Verified(path, exact, compare(predictor(torch_network), model, network, split, data))

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qat.system.launch import WHOLE, Share
 
-__all__ = ["MemorySplit", "Split", "SplitName"]
+__all__ = ["MemorySplit", "NoiseSplit", "Split", "SplitName"]
 
 SplitName = Literal["train", "test"]
 
@@ -142,3 +143,19 @@ class MemorySplit(Split):
         for indices in batches:
             images = self._images[indices]
             yield images.expand(-1, 3, -1, -1).contiguous(), self.labels[indices]
+
+
+class NoiseSplit(MemorySplit):
+    """Images of noise without a true class, always the same, for comparing two forms of one network.
+
+    Half of them are smooth, as photographs are: plain noise alone reaches few of the values of deep layers.
+    """
+
+    def __init__(self, class_names: Sequence[str], side: int, count: int = 64) -> None:
+        """Draw ``count`` images, an even number, of ``side`` × ``side`` pixels."""
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(count // 2, 3, 4, 4, generator=generator)
+        smooth = F.interpolate(coarse, side, mode="bilinear", align_corners=False)
+        pixels = torch.cat([smooth, torch.rand(count // 2, 3, side, side, generator=generator)])
+        labels = torch.zeros(count, dtype=torch.int64)
+        super().__init__(class_names, (255 * pixels).round().to(torch.uint8), labels)

@@ -10,6 +10,7 @@ from typing import Final
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError, nearest
+from qat.models.facts import Facts
 from qat.nn.block import Block
 from qat.nn.layers import BinaryActivation, BinaryConv2d, GlobalAveragePool, Stem
 from qat.nn.sub_block import Kind
@@ -131,6 +132,8 @@ class BNext(nn.Module):
     ) -> None:
         """Draw the weights at random; raises `QuantizationError` for sizes and widths that do not exist."""
         super().__init__()
+        #: What is known about its images and classes.
+        self.facts = Facts()
         self.architecture = arch = Architecture.of(
             size,
             num_classes,

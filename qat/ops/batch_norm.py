@@ -142,7 +142,17 @@ def gain_and_offset(
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, but for the batch that its statistics are of: that of all processes."""
+    """torch's, but for the batch that its statistics are of: that of all processes.
+
+    Attributes:
+        frozen: while true, :meth:`train` leaves it in evaluation mode, with the running statistics it has.
+    """
+
+    frozen = False
+
+    def train(self, mode: bool = True) -> BatchNorm2d:
+        """Enter training mode, unless it is frozen."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) → same shape."""

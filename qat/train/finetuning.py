@@ -21,7 +21,7 @@ from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
 from qat.train.device import begin
 from qat.train.float_stage import train_in_float
-from qat.train.job import Hooks, Job
+from qat.train.job import Hooks, Job, Splits
 from qat.train.loop import fit
 from qat.train.parallel import check_parallel
 from qat.train.progress import Progress
@@ -45,7 +45,10 @@ _HEAD_EPOCHS: Final = 1
 
 
 def finetune(
-    loaded: LoadedRecipe, reporter: Reporter | None = None, resumed: Resumed | None = None
+    loaded: LoadedRecipe,
+    reporter: Reporter | None = None,
+    resumed: Resumed | None = None,
+    splits: Splits | None = None,
 ) -> RunDirectory:
     """Calibrate a pretrained binary network and fine-tune it with fake quantization.
 
@@ -53,6 +56,7 @@ def finetune(
         loaded: a recipe with ``task: finetune``; ``resumed.loaded`` for a run that is resumed.
         reporter: told about progress; nobody by default.
         resumed: the run to go on with, from :func:`qat.train.resume.open_run`; a new one by default.
+        splits: images in place of those that the recipe names.
 
     Returns:
         The finished run's directory.
@@ -66,7 +70,7 @@ def finetune(
     check_parallel(recipe)
     assert recipe.quantization is not None  # the schema requires it for this task
     device = begin(recipe)
-    splits = splits_of(recipe)
+    splits = splits_of(recipe, splits)
     start = starting_point(loaded, splits.train, reporter)
     recipe = start.recipe
     check_steps(recipe, splits.train)

@@ -6,7 +6,7 @@ from qat.models.bnext import set_temperature
 from qat.recipe.loading import LoadedRecipe
 from qat.runs import RunDirectory
 from qat.train.device import begin
-from qat.train.job import Hooks, Job
+from qat.train.job import Hooks, Job, Splits
 from qat.train.loop import fit
 from qat.train.optimizer import temperature_at
 from qat.train.parallel import check_parallel
@@ -18,7 +18,10 @@ from qat.train.teachers import load_teachers
 
 
 def pretrain(
-    loaded: LoadedRecipe, reporter: Reporter | None = None, resumed: Resumed | None = None
+    loaded: LoadedRecipe,
+    reporter: Reporter | None = None,
+    resumed: Resumed | None = None,
+    splits: Splits | None = None,
 ) -> RunDirectory:
     """Train a binary network, annealing the temperature of its weights until each is exactly ±1.
 
@@ -26,6 +29,7 @@ def pretrain(
         loaded: a recipe with ``task: pretrain``; ``resumed.loaded`` for a run that is resumed.
         reporter: told about progress; nobody by default.
         resumed: the run to go on with, from :func:`qat.train.resume.open_run`; a new one by default.
+        splits: images in place of those that the recipe names.
 
     Returns:
         The finished run's directory; ``best`` is the best epoch whose weights were exactly ±1.
@@ -38,7 +42,7 @@ def pretrain(
     recipe = for_task(loaded, "pretrain")
     check_parallel(recipe)
     device = begin(recipe)
-    splits = splits_of(recipe)
+    splits = splits_of(recipe, splits)
     start = starting_point(loaded, splits.train, reporter)
     check_steps(start.recipe, splits.train)
     teachers = load_teachers(start.loaded, splits.train.class_names, device, reporter)

@@ -52,14 +52,14 @@ def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Rec
     return loaded.recipe
 
 
-def splits_of(recipe: Recipe) -> Splits:
-    """The training and the test images of a recipe.
+def splits_of(recipe: Recipe, given: Splits | None = None) -> Splits:
+    """The training and the test images of a recipe, or those ``given``; this process's share of them.
 
     Raises:
         DataError: they can't be read, or do not fit the network.
         RecipeError: the processes can't share a batch evenly.
     """
-    train, test = load_splits(recipe.data)
+    train, test = given or load_splits(recipe.data)
     classes = recipe.model.num_classes
     if classes not in (None, train.num_classes):
         raise DataError(

@@ -15,6 +15,7 @@ from qat.data.split import MemorySplit
 from qat.errors import CheckpointError, DataError
 from qat.models.bnext import BNext, binary_convolutions
 from qat.recipe.loading import LoadedRecipe, load_recipe
+from qat.recipe.schema import FLOAT_EPOCHS
 from qat.train.starting_point import StartingPoint, starting_point
 from tests.helpers import checkpoints
 from tests.helpers.toy_runs import Silent
@@ -101,7 +102,7 @@ def test_the_choices_are_written_into_the_recipe(published: Path) -> None:
     assert again.recipe.model == model
 
 
-@pytest.mark.parametrize(("asked", "epochs"), [(None, 5), (0, 0), (2, 2)])
+@pytest.mark.parametrize(("asked", "epochs"), [(None, FLOAT_EPOCHS), (0, 0), (2, 2)])
 def test_a_new_classifier_is_trained_in_float_first_by_default(
     published: Path, asked: int | None, epochs: int
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from qat.data.augment import normalize
-from qat.data.split import Split
+from qat.data.split import NoiseSplit, Split
 from qat.errors import VerificationError
 from qat.evaluation import Predict, accuracy_of, collect_logits, percent
 from qat.recipe.schema import Data
@@ -52,6 +52,7 @@ class Comparison:
         relative: ``rms`` over the root mean square of the network's logits.
         reference_n: images also given to the interpreter; none for a float export.
         reference_equal: percent of their logits that equal the interpreter's, bit for bit.
+        noise: whether the images are noise without a true class; both top-1 mean nothing then.
     """
 
     n: int
@@ -65,6 +66,13 @@ class Comparison:
     relative: float
     reference_n: int
     reference_equal: float
+    noise: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the table is about."""
+        where = "images of noise" if self.noise else "the whole test set"
+        return f"Against the network, on {where}"
 
     @property
     def _least_agreement(self) -> float:
@@ -72,10 +80,13 @@ class Comparison:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Table for people: what, value, bound."""
-        rows = [
-            ("images", f"{self.n}", ""),
+        accuracies = [
             ("top-1, torch network", f"{self.network_top1:.2f} %", ""),
             ("top-1, ONNX model", f"{self.model_top1:.2f} %", ""),
+        ]
+        rows = [
+            ("images", f"{self.n}", ""),
+            *([] if self.noise else accuracies),
             ("same top-1", percent(self.agreement), f"≥ {self._least_agreement:g} %"),
             ("logit difference, median", f"{self.median:.4g}", ""),
             ("logit difference, 99 % of the logits at most", f"{self.percentile_99:.4g}", ""),
@@ -161,4 +172,5 @@ def compare(
         relative=rms / scale if scale else rms,
         reference_n=len(specified),
         reference_equal=100.0 * float((found == specified).mean()) if len(specified) else 100.0,
+        noise=isinstance(split, NoiseSplit),
     )

@@ -12,7 +12,7 @@ from qat.recipe.problems import found
 from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
 
 #: Default of `schedule.float_epochs` where the classifier starts anew.
-FLOAT_EPOCHS: Final = 5
+FLOAT_EPOCHS: Final = 10
 #: Opens the name of a teacher that timm makes.
 TIMM: Final = "timm:"
 
