@@ -250,7 +250,7 @@ def load_checkpoint(
             classes, else 1. Checkpoints of this package know theirs.
         num_classes: of the architecture where the file has no classifier; ``None`` means 1000.
         state_key: which state dict to take where the file holds several; ``None`` chooses, see
-            :func:`qat.checkpoints.wrappers.find_network`. Checkpoints of this package hold one.
+            :func:`qat.checkpoints.network_search.find_network`. Checkpoints of this package hold one.
 
     Raises:
         CheckpointError: the file is absent, damaged, of a newer version, or no BNext.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes, has_classifier, infer_architecture
-from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
+from qat.checkpoints.tensor_checks import dtype_name, has_negative_variance, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.models.facts import Facts
@@ -82,8 +82,8 @@ def load_state(
         checkpoint = _without_classifier(checkpoint, network)
     elif not checkpoint.has_classifier:
         raise CheckpointError(
-            f"{checkpoint.source}: has no classifier (fc.weight); `qat finetune` and `qat pretrain` can start "
-            "a new one: model.classifier=new"
+            f"{checkpoint.source}: has no classifier (fc.weight); qat finetune and qat pretrain can start "
+            "a new one (model.classifier=new)"
         )
     problems = []
     if _differ(checkpoint, network):
@@ -131,6 +131,7 @@ def load_state(
         ("of another shape", misshapen),
         ("of another type", mistyped),
         ("with values that are not finite", unusable),
+        ("with negative variances", [key for key, value, _ in shared if has_negative_variance(key, value)]),
     ):
         if keys:
             problems.append(f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {what}: {listed(keys)}")

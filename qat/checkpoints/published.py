@@ -1,6 +1,6 @@
 """Reads checkpoints that other code wrote: BNext's authors', and what people train with.
 
-A state dict of BNext alone or among other things (:mod:`qat.checkpoints.wrappers`), in a file of
+A state dict of BNext alone or among other things (:mod:`qat.checkpoints.network_search`), in a file of
 ``torch.save`` (:mod:`qat.checkpoints.torch_files`) or in a safetensors file. The authors publish bare state
 dicts; their training script writes one under ``state_dict``; and their quantized variant has further keys,
 which carry nothing. No code in a file is ever run.
@@ -17,10 +17,10 @@ from typing import Any, Final
 import safetensors
 from torch import Tensor
 
+from qat.checkpoints.network_search import find_network, refuse_model
+from qat.checkpoints.pickle_values import StandIn, TensorRecord, is_tensor, kind_of
 from qat.checkpoints.tensor_checks import listed
 from qat.checkpoints.torch_files import PICKLE, ZIP, TorchFile, read_torch_file
-from qat.checkpoints.unpickling import StandIn, TensorRecord, kind_of
-from qat.checkpoints.wrappers import find_network, is_tensor, refuse_model
 from qat.errors import CheckpointError
 
 #: State of the authors' quantizers. Their clip values are never used, and neither is the scale.
@@ -53,7 +53,7 @@ def read_published(path: Path, state_key: str | None = None) -> Published:
 
     Args:
         path: file of ``torch.save`` (zip or legacy) or safetensors.
-        state_key: which one to take of several; see :func:`qat.checkpoints.wrappers.find_network`.
+        state_key: which one to take of several; see :func:`qat.checkpoints.network_search.find_network`.
 
     Raises:
         CheckpointError: the file is absent or damaged, or holds no tensors of a network.

@@ -19,7 +19,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from qat.checkpoints.unpickling import Global, StorageRecord, TensorRecord, unpickle
+from qat.checkpoints.pickle_values import Global, StorageRecord, TensorRecord
+from qat.checkpoints.unpickling import unpickle
 from qat.errors import CheckpointError
 
 #: How the archives begin, and the older files (a pickle of protocol 2 or later).
@@ -67,7 +68,7 @@ class TorchFile:
     Attributes:
         path: of the file.
         size: its bytes.
-        content: what was saved, see :mod:`qat.checkpoints.unpickling`.
+        content: what was saved, see :mod:`qat.checkpoints.pickle_values`.
         storages: where the numbers of each storage lie: first byte in the file, and how many bytes.
         big_endian: whether the most significant byte of a number comes first.
     """
@@ -108,7 +109,7 @@ class TorchFile:
                     torch.frombuffer(data, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
                 )
                 if self.big_endian:
-                    flat.untyped_storage().byteswap(dtype)
+                    flat.untyped_storage().byteswap(dtype)  # type: ignore[no-untyped-call]
                 found[key] = flat.as_strided(record.shape, record.stride).contiguous()
         return found
 
@@ -190,7 +191,7 @@ def _read_archive(path: Path, view: mmap.mmap) -> TorchFile:
 
 
 def _after_header(view: mmap.mmap, record: zipfile.ZipInfo) -> tuple[int, int]:
-    """First byte of a record and how many: the directory tells where its header begins, which has two lengths."""
+    """First byte of a record and how many: the directory says where its header begins."""
     begin = record.header_offset
     header = view[begin : begin + _ZIP_HEADER]
     first = begin + _ZIP_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))

@@ -16,7 +16,7 @@ from qat.errors import DataError, QatError
 from qat.evaluation import Predict, predictor
 from qat.models.bnext import is_binary
 from qat.recipe.loading import LoadedRecipe, load_recipe
-from qat.recipe.schema import Data, Recipe
+from qat.recipe.schema import Data, Model, Recipe
 from qat.runs import find_run
 
 
@@ -51,7 +51,7 @@ def open_model(
     Args:
         path: the model.
         recipe: take the data section of this recipe rather than of the model's own. For published weights it
-            tells the stem's stride, too.
+            tells the stem's stride, too, and which of several to take.
         overrides: ``data.key=value`` texts that change the recipe.
         warn: told what makes the accuracy another than the one asked for.
 
@@ -63,7 +63,10 @@ def open_model(
     if path.suffix.lower() == ".onnx" and not path.is_dir():
         return _open_onnx(OnnxModel(path), chosen, overrides)
     file = find_run(path).best if path.is_dir() else path
-    checkpoint = load_checkpoint(file, stem_stride=chosen.recipe.model.stem_stride if chosen else None)
+    model = chosen.recipe.model if chosen else Model()
+    checkpoint = load_checkpoint(file, stem_stride=model.stem_stride, state_key=model.state_key)
+    for note in checkpoint.notes:
+        warn(f"{file}: {note}")
     if chosen is not None:
         _check_model(checkpoint, chosen, warn)
     data = (chosen.recipe if chosen else own_recipe(checkpoint, overrides)).data

@@ -131,7 +131,7 @@ def load_teachers(
         loaded: the recipe.
         class_names: of the images, in the order of their labels.
         device: that they are put on.
-        reporter: warned where a teacher's classes have other names.
+        reporter: warned where a teacher's classes have other names, and told which weights of a file it has.
 
     Raises:
         RecipeError: there is no such teacher, or it has another number of classes.
@@ -159,6 +159,8 @@ def _from_checkpoint(
 ) -> tuple[Teacher, int]:
     path = Path(name)
     checkpoint = load_checkpoint(path)
+    for note in checkpoint.notes:
+        reporter.message(f"{_KEY}: {name}: {note}")
     names = checkpoint.metadata.get("class_names")
     if names is not None and json.loads(names) != list(class_names):
         reporter.warning(f"{_KEY}: {name}: its classes have other names than those of the images")
