@@ -22,6 +22,7 @@ _HARMFUL: Final = re.compile(
     r"(os|posix|nt|subprocess|sys|pty|runpy|importlib|ctypes|socket|shutil|webbrowser|code|codeop|commands"
     r"|timeit|pdb|bdb|pip)\..*"
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|input|breakpoint|__import__)"
+    r"|_?io\.(open|open_code|FileIO)"
 )
 #: Kind of the stand-in for a tensor that is not plain and dense: sparse, quantized, without values, sharded.
 OTHER_TENSOR: Final = "a tensor of another kind"

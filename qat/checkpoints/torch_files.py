@@ -45,15 +45,11 @@ _TYPES: Final = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
-    # Integers that stand for others: their sizes are needed to find what comes behind them.
-    "QInt8Storage": torch.qint8,
-    "QUInt8Storage": torch.quint8,
-    "QInt32Storage": torch.qint32,
 }
 _PLAIN: Final = {
     str(dtype): dtype
     for dtype in (
-        *(dtype for name, dtype in _TYPES.items() if not name.startswith("Q")),
+        *_TYPES.values(),
         torch.uint16,
         torch.uint32,
         torch.uint64,
