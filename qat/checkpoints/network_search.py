@@ -102,8 +102,8 @@ def find_network(content: Mapping[Any, Any], key: str | None = None) -> Network:
         return _without_first_convolution(content)
     chosen = copies[0] if key is None else copies[names.index(key)]
     notes = []
-    if len(copies) > 1:
-        why = ", an average, as is usual for evaluation" if chosen.average and key is None else ""
+    if len(copies) > 1 and key is None:
+        why = ", an average, as is usual for evaluation" if chosen.average else ""
         others = listed([name for name in names if name != chosen.name])
         notes.append(
             f"its weights are those of {listed([chosen.name])}{why}; it also holds {others} "

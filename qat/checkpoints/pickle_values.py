@@ -21,7 +21,8 @@ from qat.errors import CheckpointError
 _HARMFUL: Final = re.compile(
     r"(os|posix|nt|subprocess|sys|pty|runpy|importlib|ctypes|socket|shutil|webbrowser|code|codeop|commands"
     r"|timeit|pdb|bdb|pip)\..*"
-    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|input|breakpoint|__import__)"
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|input|raw_input|breakpoint|__import__|print"
+    r"|exit|quit|setattr|delattr|globals|locals|vars|apply|reload)"
     r"|_?io\.(open|open_code|FileIO)"
 )
 #: Kind of the stand-in for a tensor that is not plain and dense: sparse, quantized, without values, sharded.
