@@ -42,26 +42,29 @@ _WRAPPERS: Final = (
 #: Names that stand for the network itself rather than for another module beside it.
 _SELF: Final = frozenset({*_WRAPPERS, "model", "net", "network"})
 _BETWEEN: Final = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
+#: What is in front of the first convolution, and of any key of the network.
 _FIRST: Final = re.compile(rf"((?:.*\.)?)feature\.{_BETWEEN}0\.{_BETWEEN}conv1\.{_BETWEEN}weight")
 _ANY: Final = re.compile(
-    rf"((?:.*\.)?)(?:feature\.{_BETWEEN}\d+\..*|prelu\.{_BETWEEN}weight|fc\.{_BETWEEN}(?:weight|bias))"
+    rf"((?:.*?\.)??)(?:feature\.{_BETWEEN}\d+\..*|prelu\.{_BETWEEN}weight|fc\.{_BETWEEN}(?:weight|bias))"
 )
 #: Where the keys of a BNext begin.
 _ROOTS: Final = frozenset({"feature", "prelu", "fc"})
 #: What wrappers count, in any module.
 _COUNTERS: Final = frozenset({"n_averaged", "total_ops", "total_params"})
+#: Each is looked at in whole, and no real file has as many.
+_MOST_NETWORKS: Final = 100
 #: Longer keys are no network's.
 LONGEST_KEY: Final = 500
 
 
 def prefixes_in(mapping: Mapping[Any, Any]) -> list[str]:
-    """What is in front of the first convolution, for each network in a state dict; in order."""
+    """What is in front of the first convolution, for each network in a state dict; in order, at most 100."""
     found = (
         _FIRST.fullmatch(key)
         for key, value in mapping.items()
         if isinstance(key, str) and len(key) <= LONGEST_KEY and is_tensor(value)
     )
-    return list(dict.fromkeys(match[1] for match in found if match))
+    return list(dict.fromkeys(match[1] for match in found if match))[:_MOST_NETWORKS]
 
 
 def unwrapped(
@@ -92,10 +95,8 @@ def unwrapped(
             if name in entries:
                 raise _half_wrapped([named[name]], [text])
             entries[name], named[name] = value, text
-        elif _is_odd(text, prefix, prefixes):
-            odd.append(text)
-        else:
-            others.append(text)
+        elif (found := _ANY.fullmatch(text[:LONGEST_KEY])) is None or found[1] not in prefixes:
+            (odd if found and _is_own(found[1], prefix) else others).append(text)
     if odd:
         raise _half_wrapped(list(named.values()), odd)
     notes = []
@@ -105,12 +106,9 @@ def unwrapped(
     return entries, notes
 
 
-def _is_odd(key: str, prefix: str, prefixes: Collection[str]) -> bool:
-    """Whether ``key`` is of the network, but has something else in front than the first convolution has."""
-    found = _ANY.fullmatch(key[:LONGEST_KEY])
-    if found is None or found[1] in prefixes:
-        return False
-    return {*found[1].split(".")[:-1]} <= _SELF | {*prefix.split(".")}
+def _is_own(front: str, prefix: str) -> bool:
+    """Whether what is in front of a key may stand for the network whose first convolution has ``prefix``."""
+    return {*front.split(".")[:-1]} <= _SELF | {*prefix.split(".")}
 
 
 def _half_wrapped(keys: list[str], odd: list[str]) -> CheckpointError:
