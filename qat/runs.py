@@ -1,9 +1,10 @@
 """Run directories: what a training command leaves behind, and how other commands find it.
 
-A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
-per epoch), ``best.safetensors``, ``last.safetensors``, after fine-tuning ``quantization.json`` and, once
-finished, ``summary.json``. Until then ``state/`` has what :mod:`qat.train.resume` goes on from. Where the
-network was trained in float first, ``float/`` holds the same of that stage.
+A run directory holds ``recipe.yaml`` (with absolute paths, so that it can be run again from any folder),
+``metrics.jsonl`` (one JSON object per epoch), ``best.safetensors`` and ``last.safetensors``. Fine-tuning adds
+``quantization.json``, and a finished run has ``summary.json``. Until a run has finished, ``state/`` holds the
+states from which :mod:`qat.train.resume` resumes it. Where the network was trained in
+float first, ``float/`` holds the same of that stage.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run's folder. Of several processes the first one writes, and the others' calls do nothing.
+    """The folder of one run. Where several processes train together, the first one alone writes to it.
 
     Attributes:
         path: the folder.
@@ -49,17 +50,17 @@ class RunDirectory:
 
     @classmethod
     def create(cls, loaded: LoadedRecipe) -> RunDirectory:
-        """A new folder ``<output.dir>/<recipe>-<date>-<time>`` with the resolved recipe inside.
+        """Make a folder ``<output.dir>/<recipe>-<date>-<time>`` that holds the resolved recipe.
 
         Raises:
-            RecipeError: the checkpoint to start from, or a teacher, isn't there.
-            OutputError: the folder can't be made or written.
+            RecipeError: the checkpoint to start from, or that of a teacher, doesn't exist.
+            OutputError: the folder can't be created or written to.
         """
         return cls(Path(from_main(str(cls._create(loaded)) if is_main() else "")))
 
     @staticmethod
     def _create(loaded: LoadedRecipe) -> Path:
-        recipe = _anywhere(loaded)
+        recipe = _with_absolute_paths(loaded)
         root = Path(loaded.recipe.output.dir)
         stem = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in range(100):
@@ -85,11 +86,15 @@ class RunDirectory:
 
     @property
     def last(self) -> Path:
-        """Checkpoint of the last epoch that ended well."""
+        """Checkpoint of the last epoch that was completed."""
         return self.path / "last.safetensors"
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append ``metrics`` to ``metrics.jsonl`` as one line.
+
+        Raises:
+            OutputError: the file can't be written.
+        """
         if not is_main():
             return
         try:
@@ -99,7 +104,7 @@ class RunDirectory:
             raise OutputError(f"{self.path / 'metrics.jsonl'}: {error.strerror or error}") from error
 
     def rewrite_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make ``rows`` the whole of ``metrics.jsonl``, atomically; without rows there is no such file."""
+        """Replace ``metrics.jsonl`` by one line per row, atomically; without rows the file is removed."""
         if not is_main():
             return
         path = self.path / "metrics.jsonl"
@@ -109,12 +114,12 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write ``content`` to the file ``name``, atomically."""
+        """Write ``content`` as JSON to the file ``name`` in the run directory, atomically."""
         if is_main():
             write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """The finished run's summary.
+        """The content of ``summary.json``.
 
         Raises:
             QatError: the run has not finished, or the file is damaged.
@@ -132,10 +137,10 @@ class RunDirectory:
 
 
 def find_run(path: Path) -> RunDirectory:
-    """The run directory at ``path``, checked to be one.
+    """The run directory at ``path``.
 
     Raises:
-        QatError: absent, or without a best checkpoint.
+        QatError: the folder doesn't exist, or has no best checkpoint.
     """
     run = RunDirectory(path)
     if not path.is_dir():
@@ -146,10 +151,10 @@ def find_run(path: Path) -> RunDirectory:
 
 
 def newest_run(root: Path) -> RunDirectory:
-    """The fine-tuning run under ``root`` that finished last; damaged and unfinished runs don't count.
+    """The fine-tuning run under ``root`` that finished last. Damaged and unfinished runs are ignored.
 
     Raises:
-        QatError: there is none.
+        QatError: no fine-tuning run under ``root`` has finished.
     """
     finished: list[tuple[float, str, RunDirectory]] = []
     for summary in root.glob(f"*/{SUMMARY}") if root.is_dir() else ():
@@ -168,8 +173,8 @@ def newest_run(root: Path) -> RunDirectory:
     return max(finished, key=lambda item: item[:2])[2]
 
 
-def _anywhere(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with the paths it reads from made absolute, so that it can be run again from anywhere."""
+def _with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with absolute paths for all files that it reads, so that it can be run from any folder."""
     recipe = loaded.recipe
     if recipe.model.checkpoint is not None:
         model = recipe.model.model_copy(update={"checkpoint": str(resolve_checkpoint(loaded))})
@@ -178,6 +183,7 @@ def _anywhere(loaded: LoadedRecipe) -> Recipe:
         named = recipe.distillation.model_copy(update={"teachers": resolve_teachers(loaded)})
         recipe = recipe.model_copy(update={"distillation": named})
     if recipe.data.root is not None:
-        root = Path(recipe.data.root).expanduser().absolute()  # as the data set is looked up
+        # Expanded as `qat.data.paths.found_root` expands it.
+        root = Path(recipe.data.root).expanduser().absolute()
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
     return recipe

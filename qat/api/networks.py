@@ -21,7 +21,6 @@ from qat.models.facts import per_channel
 from qat.ops.batch_norm import BatchNorm2d
 from qat.quantize import calibration, preparation
 from qat.quantize.image_grid import image_grid
-from qat.quantize.quantizers import freeze_observers
 from qat.recipe.schema import Data, Model, Quantization, Recipe
 from qat.runs import find_run
 
@@ -153,7 +152,7 @@ def freeze(model: torch.nn.Module, *, observers: bool = True, batch_norm: bool =
         batch_norm: fix the running statistics, which then normalize in training as well.
     """
     if observers:
-        freeze_observers(model)
+        calibration.freeze_observers(model)
     if batch_norm:
         for module in model.modules():
             if isinstance(module, BatchNorm2d):

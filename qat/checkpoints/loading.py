@@ -1,4 +1,4 @@
-"""From a checkpoint to a network: what must fit, and the network that a checkpoint holds."""
+"""Makes a network from a checkpoint, or loads a checkpoint into a network after checking that it fits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from qat.checkpoints.format import FORMAT, Checkpoint, float_shapes, has_classifier, infer_architecture
+from qat.checkpoints.architecture import float_shapes, has_classifier, infer_architecture
+from qat.checkpoints.format import Checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.tensor_checks import dtype_name, has_negative_variance, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
@@ -46,7 +48,7 @@ def architecture_of(
 
 
 def highest_temperature(model: BNext) -> float:
-    """The highest temperature of the binary convolutions; below 1e-7 the weights in use are exactly ±1."""
+    """The highest temperature of the binary convolutions. Below 1e-7 all weights in use are exactly ±1."""
     return max(float(conv.temperature) for conv in binary_convolutions(model).values())
 
 
@@ -66,8 +68,8 @@ def load_state(
             the classifier of ``model`` as it is, whatever the checkpoint has.
 
     Raises:
-        CheckpointError: keys are missing, unexpected or misshapen (all are reported), types differ, a value
-            is not finite, or the two were prepared differently.
+        CheckpointError: keys are missing or unexpected, shapes or types differ, values are not finite, or the
+            two networks were prepared differently. The message lists all problems.
     """
     network = model.architecture
     if not isinstance(checkpoint, Checkpoint):
@@ -100,7 +102,8 @@ def load_state(
         if key not in state and (key in float_keys or quantized) and not key.startswith(own)
     ]
     unexpected = [key for key in state if key not in target]
-    # A prepared network that was saved by other means has no settings, but its zero points give it away.
+    # A prepared network that was saved by other means than `save_checkpoint` comes without its settings, but
+    # keys of zero points show that it was quantized.
     of_quantized = checkpoint.quantization is not None or any(
         key.endswith("zero_point") for key in unexpected
     )
@@ -138,7 +141,7 @@ def load_state(
     if problems:
         raise CheckpointError("\n  ".join([f"{checkpoint.source}: does not fit the network:", *problems]))
     try:
-        # Not strict: absent quantizer keys were judged above.
+        # Not strict, because quantizer keys may be absent; the checks above found all other problems.
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.source}: does not fit the network: {error}") from error
@@ -152,20 +155,21 @@ def _without_classifier(checkpoint: Checkpoint, network: Architecture) -> Checkp
 
 
 def build(checkpoint: Checkpoint) -> BNext:
-    """The network that ``checkpoint`` holds, loaded, on the CPU, in evaluation mode.
+    """The network that ``checkpoint`` holds, on the CPU and in evaluation mode.
 
-    Uses no random numbers.
+    No random numbers are drawn.
 
     Args:
-        checkpoint: from :func:`load_checkpoint`.
+        checkpoint: from :func:`qat.checkpoints.format.load_checkpoint`.
 
     Raises:
-        CheckpointError: the state does not fit the architecture.
+        CheckpointError: the state doesn't fit the architecture, or the network can't be prepared as recorded.
     """
     with torch.device("meta"):
         model = BNext.from_architecture(checkpoint.architecture)
     model.to_empty(device="cpu")
-    # The float part first: preparing may look at the weights, which are uninitialized memory until then.
+    # Float weights are loaded before the network is prepared, because preparing may read the weights, which
+    # are uninitialized memory so far.
     if checkpoint.quantization is None:
         load_state(model, checkpoint)
     else:
@@ -200,10 +204,12 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def float_network(checkpoint: Checkpoint) -> BNext:
-    """The network of ``checkpoint`` without quantizers; of a quantized one it keeps that the sign of 0 is +1.
+    """The network of ``checkpoint`` without quantizers.
+
+    From a quantized checkpoint it keeps one property: binary activations map 0 to +1.
 
     Raises:
-        CheckpointError: the state does not fit the architecture.
+        CheckpointError: the state doesn't fit the architecture.
     """
     model = build(without_quantizers(checkpoint))
     for module in model.modules():
@@ -213,22 +219,26 @@ def float_network(checkpoint: Checkpoint) -> BNext:
 
 
 def without_quantizers(checkpoint: Checkpoint) -> Checkpoint:
-    """The float network of ``checkpoint``: quantizer state and quantization left out."""
+    """A copy of ``checkpoint`` without the state of quantizers and without quantization settings."""
     keys = float_shapes(checkpoint.architecture)
     state = {key: value for key, value in checkpoint.state.items() if key in keys}
     return replace(checkpoint, state=state, quantization=None)
 
 
 def _differ(checkpoint: Checkpoint, network: Architecture) -> bool:
+    """Whether the checkpoint's architecture is another one than ``network``."""
     known = checkpoint.architecture
     if checkpoint.format != FORMAT:
-        # Published checkpoints don't tell the stem's stride, so what was assumed can't contradict.
+        # Published checkpoints don't record the stem's stride, so the stride assumed for them is ignored.
         known = replace(known, stem_stride=network.stem_stride)
     return known != network
 
 
 def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
-    """In words, the first setting of the grids that differs. Equal keys can hold scales of other bits."""
+    """A message about the first quantization setting that differs, or an empty string.
+
+    The settings have to be compared, because the state dicts of grids with different bits have equal keys.
+    """
     network: Quantization | None = getattr(model, "quantization", None)
     if network is None or checkpoint.quantization is None:
         return ""
@@ -240,7 +250,8 @@ def _prepared_differently(model: BNext, checkpoint: Checkpoint) -> str:
 
 
 def _settings(quantization: Quantization) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each setting that decides what the values of a quantizer's state mean."""
     for key, value in flatten(quantization.model_dump(mode="json"), "quantization."):
-        # How a range is followed may change between two runs; the grid stays what it is.
+        # The averaging constant says how a range is tracked from here on, not what the saved grid is.
         if not key.endswith(".averaging_constant"):
             yield key, value

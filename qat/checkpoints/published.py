@@ -93,10 +93,10 @@ def read_published(path: Path, state_key: str | None = None) -> Published:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file begins like a safetensors file: a length of 8 bytes, then a JSON object.
+    """Whether ``path`` is a safetensors file: by its ending, or by its start (8 bytes, then a JSON object).
 
     Raises:
-        CheckpointError: the file is absent, empty, no regular file or unreadable.
+        CheckpointError: the file doesn't exist, is empty, is not a regular file, or can't be read.
     """
     try:
         if not path.exists():
@@ -114,7 +114,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; the tensors don't depend on the file afterwards.
+    """Tensors and metadata of a safetensors file. The tensors are copies, so the file may change afterwards.
 
     Raises:
         CheckpointError: the file is damaged or cut short.
@@ -123,7 +123,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, dict(file.metadata() or {})
-    # Damaged headers surface as SafetensorError, but also as errors of torch for types it lacks.
+    # Mostly SafetensorError, but a damaged header can also name a type that torch doesn't have.
     except Exception as error:
         raise CheckpointError(f"{path}: damaged or cut short safetensors file: {_one_line(error)}") from error
 
@@ -148,7 +148,7 @@ def _torch_file(path: Path) -> TorchFile:
 
 def _one_line(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    # The first sentence says it; bytes of the file that are quoted in it must not reach a terminal.
+    # The first sentence is enough. It may quote bytes of the file, which must not control the terminal.
     text = "".join(c if c.isprintable() else "?" for c in text.split(". ")[0][:200])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

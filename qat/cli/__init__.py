@@ -1,10 +1,10 @@
-"""The command line: arguments in, exit codes out. The work is done elsewhere.
+"""The command line: arguments in, exit codes out. :mod:`qat.commands` does the work.
 
 One module per group of commands. Importing a module adds its commands to ``main``.
 """
 
 from qat.cli import (  # noqa: F401, they add their commands to main
-    benchmarks,
+    bench,
     gate,
     inspection,
     models,

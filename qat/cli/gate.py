@@ -20,7 +20,8 @@ class _Gate(Command, click.Group):
     """A command with a MODEL, unless its first argument is the name of a subcommand."""
 
     command_class = Command
-    # As a group it would end at the first argument, and take further ones for names of subcommands.
+    # click's groups stop parsing at the first argument and take what follows for a subcommand. MODEL is an
+    # argument, and options may follow it.
     allow_interspersed_args = True
     allow_extra_args = False
 
@@ -33,13 +34,13 @@ class _Gate(Command, click.Group):
         return super().make_context(info_name, args, parent, **extra)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Both ways to call it."""
+        """Write a usage line for the command and one for its subcommand."""
         formatter.write_usage(ctx.command_path, "[OPTIONS] MODEL --baseline FILE")
         formatter.write_usage(ctx.command_path, "record [OPTIONS] MODEL -o FILE", prefix="       ")
 
 
 def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
-    """The value of an option that is a rule of the gate."""
+    """The value of an option that :class:`qat.gate.decision.Rules` has an attribute for, checked there."""
     from qat.gate.decision import Rules
 
     try:
@@ -50,14 +51,14 @@ def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 
 
 def _junit_file(ctx: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
-    # Whatever else the name means, a model or a baseline say, must not be overwritten.
+    # A file of another kind, such as a model or a baseline, must not be overwritten by mistake.
     if value is not None and value.suffix.lower() != ".xml":
         raise click.BadParameter(f"{str(value)!r} does not end in .xml", ctx, option)
     return value
 
 
 def _data_options(function: F) -> F:
-    """--recipe and --set, which say what the data is."""
+    """Add --recipe and --set, which choose the images and their preprocessing."""
     function = set_option(
         "Override a key of the data, such as --set data.root=DIR. Repeatable.", metavar="data.KEY=VALUE"
     )(function)
@@ -65,7 +66,7 @@ def _data_options(function: F) -> F:
         "--recipe",
         type=RECIPE,
         metavar="FILE|NAME",
-        help="Take the data of this recipe instead of the model's.",
+        help="Use the data of this recipe instead of the model's own.",
     )(function)
 
 
@@ -101,14 +102,14 @@ _EPILOG: Final = (
     type=float,
     callback=_checked,
     metavar="PERCENT",
-    help="Fail where the measured top-1 lies below, whatever the baseline says.",
+    help="Fail if the measured top-1 is below this, whatever the baseline says.",
 )
 @click.option(
     "--on-inconclusive",
     type=click.Choice(["pass", "fail"]),
     default="pass",
     show_default=True,
-    help="Exit code where the images are too few to tell.",
+    help="Whether the gate passes or fails if there are too few images to decide.",
 )
 @_data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -118,7 +119,7 @@ _EPILOG: Final = (
     type=NonEmptyPath(),
     callback=_junit_file,
     metavar="FILE",
-    help="Also write JUnit XML to this .xml file, refusals included.",
+    help="Also write JUnit XML to this .xml file, even if no comparison was possible.",
 )
 def gate(
     model: Path,
@@ -132,14 +133,17 @@ def gate(
     as_json: bool,
     junit_path: Path | None,
 ) -> None:
-    """Tell whether MODEL got worse than a recorded baseline, in a way that statistics back.
+    """Test whether MODEL got worse than a recorded baseline.
 
-    MODEL is a run, a checkpoint or an .onnx file. Its answers are paired with the baseline's, image by image.
-    With the confidence asked for, it fails if top-1 fell by more than --max-drop, and passes if it did not;
-    else the result is inconclusive, and says how many images would tell. Below --floor it always fails.
+    MODEL is a run, a checkpoint or an .onnx file. Its answers are paired with the baseline's, image by image,
+    which bounds the true change of top-1 from both sides. The gate fails if the drop is larger than
+    --max-drop with the given confidence, and passes if it is not larger with that confidence. Otherwise the
+    result is inconclusive, and the output says how many images would decide. A top-1 below --floor always
+    fails.
 
-    The data is the test split that the model's own recipe names, changed by --set data.KEY=VALUE, or that of
-    --recipe. In a GitHub job, a summary is appended to the file that GITHUB_STEP_SUMMARY names.
+    The images are the test split that the model's own recipe names, or the one that --recipe names; --set
+    data.KEY=VALUE changes it. In a GitHub job, a summary is appended to the file that GITHUB_STEP_SUMMARY
+    names.
     """
     if baseline is None:
         raise click.UsageError(
@@ -165,11 +169,11 @@ def gate(
             try:
                 write_atomically(junit_path, junit_of_error(message, time.monotonic() - started))
             except OutputError as second:
-                warn(str(second))  # the first error says more
+                warn(str(second))  # the error that stopped the gate is the one to raise
         raise
     seconds = time.monotonic() - started
     record = _record_command(model, baseline, recipe, overrides)
-    # Files first: whatever becomes of the terminal, a closed pipe say, a CI job finds them.
+    # Files first: a CI job finds them even if printing fails, for example on a closed pipe.
     _summarize(markdown(decision, str(model), record))
     unwritten = None
     if junit_path is not None:
@@ -215,11 +219,16 @@ def _summarize(text: str) -> None:
 @gate.command("record", short_help="Write the baseline of MODEL to FILE.")
 @click.argument("model", type=NonEmptyPath())
 @click.option(
-    "-o", "--output", type=NonEmptyPath(), required=True, metavar="FILE", help="New, or an older baseline."
+    "-o",
+    "--output",
+    type=NonEmptyPath(),
+    required=True,
+    metavar="FILE",
+    help="File to create, or a baseline to replace.",
 )
 @_data_options
 def record(model: Path, output: Path, recipe: str | None, overrides: tuple[str, ...]) -> None:
-    """Record what MODEL gets right as the baseline that `qat gate` compares with.
+    """Record which images MODEL gets right, as the baseline that `qat gate` compares with.
 
     MODEL is a run, a checkpoint or an .onnx file. FILE is JSON, small enough to be kept in a repository.
     """

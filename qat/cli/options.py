@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NonEmptyPath(click.Path):
-    """A path that is not empty: pathlib would take an empty one for the working directory."""
+    """A path that is not empty, since pathlib reads an empty path as the working directory."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -59,12 +59,12 @@ _OVERRIDE = NonEmptyText("write section.key=value")
 
 
 def set_option(help: str, metavar: str = "KEY=VALUE") -> Callable[[F], F]:
-    """--set, repeatable: the command's ``overrides``, a tuple of texts."""
+    """Add the repeatable option --set, which gives the command ``overrides``, a tuple of texts."""
     return click.option("--set", "overrides", multiple=True, type=_OVERRIDE, metavar=metavar, help=help)
 
 
 def recipe_options(default: str | None) -> Callable[[F], F]:
-    """--recipe, the command's ``recipe`` (``default`` where it is not given), and --set."""
+    """Add --recipe, which gives the command ``recipe`` (``default`` where it is not given), and --set."""
 
     def decorate(function: F) -> F:
         function = set_option("Override one key of the recipe, such as --set schedule.epochs=5. Repeatable.")(

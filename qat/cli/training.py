@@ -23,9 +23,9 @@ _resume_option = click.option(
     "--resume",
     type=NonEmptyPath(),
     metavar="RUN",
-    help="Go on with a run that was stopped, from its newest saved state, with its own recipe. On a CPU with "
-    "as many threads as before it ends with the same bytes as if it had never been stopped. --set may change "
-    "device, threads, parallel, data.workers, tracking and how often states are saved.",
+    help="Continue a run that was stopped, from its newest saved state and with its own recipe. On a CPU "
+    "with the same number of threads, the result is the same, byte for byte, as without the stop. --set may "
+    "change device, threads, parallel, data.workers, tracking and how often states are saved.",
 )
 
 
@@ -48,7 +48,7 @@ def _opened(
         raise click.UsageError("--resume goes on with the run's own recipe; leave out --recipe")
     if is_finished(resume):
         if launched().rank == 0:
-            remove_states(resume)  # it may have been killed just before it did
+            remove_states(resume)  # a run that was killed just after its last file still has them
             click.echo(f"{resume}: this run has finished; nothing is left to do")
         context.exit(0)
     resumed = open_run(resume, overrides, reporter)
@@ -78,7 +78,7 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: Path | None) -> No
 
 
 def report_on(run: Path) -> None:
-    """Write the report on a finished run, which stays a success whatever goes wrong here."""
+    """Write the report on a finished run. An error here becomes a warning: the run itself succeeded."""
     try:
         with spinner("writing the report"):
             from qat.commands.report import write_report
@@ -86,7 +86,7 @@ def report_on(run: Path) -> None:
             path = write_report(run)
     except QatError as error:
         warn(f"no report: {error}")
-    except Exception as error:  # too little memory, say: hours of training must not end in an exit code
+    except Exception as error:  # such as too little memory: the training before it did not fail
         warn(f"no report: {type(error).__name__}: {first_line(error)} (see `qat --debug report {run}`)")
     else:
         click.echo(f"{path}: written")

@@ -1,4 +1,4 @@
-"""What `qat export` does: lower a checkpoint, emit the graph, verify it, write it."""
+"""What `qat export` does: lower a checkpoint, emit an ONNX graph, verify it and write it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from qat.system.files import write_atomically
 
 
 class Form(Enum):
-    """Operators of an exported integer model."""
+    """Which operators an exported integer model is made of."""
 
-    #: Standard ones, chosen for their speed in onnxruntime.
+    #: Standard operators, chosen for their speed in onnxruntime.
     PORTABLE = "portable"
-    #: Standard ones that every runtime reads alike.
+    #: Standard operators that all runtimes compute alike.
     STRICT = "strict"
-    #: This project's own.
+    #: This project's own operators for onnxruntime.
     NATIVE = "native"
 
 
@@ -51,11 +51,11 @@ class Target:
     """What to write.
 
     Attributes:
-        onnx: file of the model; ``None`` is one beside the checkpoint.
-        image_size: side of the model's input; ``None`` is what the network was trained on.
-        input_kind: type and layout of the images it takes.
+        onnx: file to write the model to; ``None`` means a file beside the checkpoint.
+        image_size: side of the model's input in pixels; ``None`` means the size used in training.
+        input_kind: type and layout of the images that the model takes.
         form: operators of the graph.
-        network: file for the integer network, too.
+        network: file to write the integer network to as well; ``None`` writes none.
     """
 
     onnx: Path | None
@@ -77,10 +77,10 @@ class Exported:
     """An exported integer model.
 
     Attributes:
-        path: of the model, which is there only if no bound is broken.
-        network: its integers.
-        comparison: the model against the network it came from.
-        exactness: the model against the integer reference.
+        path: file of the model; it was written only if :meth:`problems` is empty.
+        network: the integer network that the model computes.
+        comparison: the model compared with the fake-quantized network.
+        exactness: the model compared with the integer reference.
     """
 
     path: Path
@@ -93,7 +93,10 @@ class Exported:
         return self.exactness.problems() + self.comparison.problems()
 
     def require(self) -> None:
-        """Raise ``VerificationError`` where a bound is broken; what names tensors first."""
+        """Raise ``VerificationError`` if a bound is broken.
+
+        The exactness comes first, since its message names the tensor that is wrong.
+        """
         self.exactness.require()
         self.comparison.require()
 
@@ -102,13 +105,13 @@ def export_onnx(source: Source, target: Target) -> Exported:
     """Export a fine-tuned checkpoint to ONNX and compare the written file with the network.
 
     Raises:
-        QatError: nothing to export, something that can't be lowered, missing data, or a file that can't be
+        QatError: there is no checkpoint, it can't be lowered, its data is missing, or a file can't be
             written.
     """
     if target.network is not None:
         _require_network_file(target.network)
     if target.form is Form.NATIVE:
-        native_library_path()  # without it the model could not be verified
+        native_library_path()  # raises if the library is missing, without which nothing can be verified
     checkpoint, data = load(source, target.image_size)
     model, network = build_and_lower(checkpoint, data)
     # The data first: without it the model could not be verified, and should not be written.
@@ -158,14 +161,14 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
 
     Args:
         source: where the checkpoint and its data are.
-        target: what to write; only its file and its image size matter.
-        warn: told that the network is not binary yet.
+        target: what to write; only ``onnx`` and ``image_size`` are used.
+        warn: called with a sentence if the network is not binary yet.
 
     Returns:
         The file, which is written only if no bound is broken, and its comparison with the network.
 
     Raises:
-        QatError: nothing to export, a value that is not finite, or missing data.
+        QatError: there is no checkpoint, a value of it is not finite, or its data is missing.
     """
     checkpoint, data = load(source, target.image_size)
     network = float_network(checkpoint)
@@ -212,7 +215,10 @@ def write_verified_float(
 
 
 def _write_if_good(path: Path, graph: onnx.ModelProto, check: Callable[[Path], Result]) -> Result:
-    """Write under another name, check, and rename: an earlier good model stays if this one is not."""
+    """Check ``graph`` as a temporary file, then write ``path`` only if the check finds no problem.
+
+    So a model that fails does not replace an earlier one that was good.
+    """
     content = graph.SerializeToString(deterministic=True)
     with _unverified(path, lambda candidate: write_atomically(candidate, content)) as candidate:
         result = check(candidate)
@@ -223,13 +229,17 @@ def _write_if_good(path: Path, graph: onnx.ModelProto, check: Callable[[Path], R
 
 @contextmanager
 def _unverified(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
-    """A file beside ``path`` while a block runs; where none can be written, the long part needn't start."""
+    """Write a temporary file beside ``path`` and delete it when the block ends; yields its path.
+
+    Raises:
+        OutputError: it can't be written, and so neither can ``path``: found out before the long part starts.
+    """
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: it is a folder")
     candidate = path.with_name(f".{path.stem}.unverified{path.suffix}")
     try:
         write(candidate)
-    except OutputError as error:  # nobody asked for the candidate: name what they asked for
+    except OutputError as error:  # name the file that the user asked for, not the temporary one
         raise OutputError(str(error).replace(str(candidate), str(path))) from error
     try:
         yield candidate
@@ -238,7 +248,7 @@ def _unverified(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _require_network_file(path: Path) -> None:
-    """Refuse to replace anything but an integer network: checkpoints have the same ending."""
+    """Refuse to replace a file that is no integer network, such as a checkpoint: both end in .safetensors."""
     if not path.is_file():
         return
     try:

@@ -29,7 +29,7 @@ def record_baseline(
     Raises:
         QatError: the model or its data cannot be read, or ``output`` cannot be written.
     """
-    check_replaceable(output)  # before the long part
+    check_replaceable(output)  # before the evaluation, which takes long
     model = open_model(path, recipe, overrides, warn)
     split = load_test_split(model.data, model.num_classes)
     baseline = _observe(model, split, describe_data(split, model.data), warn)
@@ -59,7 +59,7 @@ def judge_model(
     baseline = read_baseline(baseline_path)
     warnings: list[str] = []
     model = open_model(path, recipe, overrides, warnings.append)
-    # Before the long part; with the name of the file, too.
+    # `judge` checks both again. Here they are checked before the evaluation, and messages name the file.
     check_preprocessing(baseline, model.data, model.num_classes, str(baseline_path))
     split = load_test_split(model.data, model.num_classes)
     facts = describe_data(split, model.data)

@@ -25,13 +25,13 @@ class Opened:
     """A model, ready to predict.
 
     Attributes:
-        predict: images → logits.
+        predict: function from images (N, 3, S, S) to logits (N, classes).
         data: the images to measure it on, and how they are preprocessed.
-        num_classes: width of its logits.
-        recipe: of the run it came from, as stored in it; ``None`` where it has none.
-        format: of the file, such as ``bnext-qat`` or ``bnext-qat portable 1``.
-        architecture: one line of text.
-        file: what was read; of a run directory, its best checkpoint.
+        num_classes: number of logits per image.
+        recipe: recipe of the run it came from, as stored in the file; ``None`` if it has none.
+        format: format of the file, such as ``bnext-qat`` or ``bnext-qat portable 1``.
+        architecture: description of the network, one line of text.
+        file: the file that was read; of a run directory, its best checkpoint.
     """
 
     predict: Predict
@@ -93,7 +93,7 @@ def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequenc
     model.check_data(data)
     try:
         recipe = recipe_of_onnx(model, (), "")
-    except QatError:  # not needed: --recipe was given
+    except QatError:  # --recipe was given, so the model's own recipe is not needed
         recipe = None
     return Opened(
         model,
@@ -107,7 +107,7 @@ def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequenc
 
 
 def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[str], None]) -> None:
-    """Say that a recipe, taken for its data, describes another network than the checkpoint holds."""
+    """Warn if a recipe that was chosen for its data describes another network than the checkpoint's."""
     held = checkpoint.architecture
     asked = architecture_of(loaded.recipe.model, held.num_classes, held.stem_stride)
     if asked != checkpoint.architecture:
@@ -118,10 +118,11 @@ def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[s
 
 
 def _check_data(checkpoint: Checkpoint, data: Data, warn: Callable[[str], None]) -> None:
-    """Compare ``data`` with what the network was trained on.
+    """Compare the preprocessing in ``data`` with that of training, and warn of differences.
 
-    Another normalization is refused for a quantized network, whose image grid is made for one, as it is for
-    an exported model. Anything else is merely unusual.
+    Raises:
+        DataError: a quantized network was trained with another normalization. The grid of its input was
+            chosen for that one, so its answers would mean nothing.
     """
     if checkpoint.recipe is None:
         return

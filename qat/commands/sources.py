@@ -1,4 +1,4 @@
-"""Where a model's recipe and its data come from."""
+"""Find the recipe of a model, and the test images that the recipe names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qat.recipe.schema import Data, Recipe
 
 
 def only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:
-    """Refuse overrides of other sections, which change nothing here, and of ``data`` keys for a reason.
+    """Refuse overrides of sections other than ``data``, which have no effect, and of some keys of ``data``.
 
     Args:
-        overrides: ``section.key=value`` texts.
-        refused: the reason against each key of ``data`` that must not be set.
+        overrides: texts such as ``data.root=DIR``.
+        refused: keys of ``data`` that must not be set, each with the reason, which the message gives.
 
     Raises:
         RecipeError: the first override that is refused.
@@ -54,11 +54,11 @@ def recipe_of_onnx(model: OnnxModel, overrides: Sequence[str], otherwise: str) -
 
     Args:
         model: the model.
-        overrides: ``section.key=value`` texts.
-        otherwise: what to do about a model without a recipe.
+        overrides: texts such as ``data.root=DIR``.
+        otherwise: what the message advises if the model carries no recipe.
 
     Raises:
-        CheckpointError: it carries none that can be read.
+        CheckpointError: it carries no recipe, or one that can't be read.
         RecipeError: an override is wrong.
     """
     try:

@@ -1,4 +1,4 @@
-"""Which columns of a table are the images and the labels, and what they hold."""
+"""Finds the columns of a table that hold images and labels, and reads them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ __all__ = [
     "labels_of",
 ]
 
-#: Wrong labels that an error shows.
+#: Most wrong labels that an error lists.
 _SHOWN: Final = 3
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the image and the label column; ``class_names`` is ``None`` where labels are bare integers."""
+    """Names of the image column and the label column, and of the classes.
+
+    ``class_names`` is ``None`` where the table has integers as labels, and no names for them.
+    """
 
     image: str
     label: str
@@ -42,13 +45,21 @@ class Columns:
 
 
 def find_columns(features: Mapping[str, Any], image: str | None, label: str | None, source: str) -> Columns:
-    """The columns that ``data.image_column`` and ``data.label_column`` name, or the only ones that fit.
+    """Find the image column and the label column of a table.
 
-    Images are a column of `datasets.Image`, or of bytes; labels one of `datasets.ClassLabel`, or of integers.
+    A column of images has the feature `datasets.Image`, or bytes; a column of labels has
+    `datasets.ClassLabel`, or integers.
+
+    Args:
+        features: the table's features by column.
+        image: value of ``data.image_column``; ``None`` takes the only column of images.
+        label: value of ``data.label_column``; ``None`` takes the only column of class labels, or if there is
+            none, the only column of integers.
+        source: name of the table for messages.
 
     Raises:
-        DataError: a column is missing, holds something else, or could be one of several; the message opens
-            with ``source`` and lists the columns.
+        DataError: there is no such column, it holds something else, or several columns fit. The message lists
+            the columns.
     """
     import datasets  # imported here: it takes two seconds
 
@@ -90,7 +101,7 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 
 
 def _is_bytes(feature: object) -> bool:
-    if isinstance(feature, Mapping):  # what an image is stored as where nothing says that it is one
+    if isinstance(feature, Mapping):  # how `datasets` stores an image, in a table that lost its features
         return set(feature) == {"bytes", "path"} and _is_bytes(feature["bytes"])
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
@@ -106,10 +117,15 @@ def _shown(feature: object) -> str:
 
 
 def labels_of(column: pa.ChunkedArray, columns: Columns, source: str) -> Tensor:
-    """The labels (N,) int64 of a column.
+    """The labels in a column, int64 (N,).
+
+    Args:
+        column: the label column.
+        columns: says its name and the names of the classes.
+        source: name of the table for messages.
 
     Raises:
-        DataError: some are missing, negative, or beyond the class names.
+        DataError: labels are missing or negative, or exceed the number of class names.
     """
     values = column.combine_chunks().to_numpy(zero_copy_only=False)
     if missing := column.null_count:
@@ -132,10 +148,10 @@ def labels_of(column: pa.ChunkedArray, columns: Columns, source: str) -> Tensor:
 
 
 def check_label(label: object, columns: Columns, source: str) -> int:
-    """A label of one row, checked as :func:`labels_of` does those of all.
+    """The label of one row, after the checks that :func:`labels_of` makes for a whole column.
 
     Raises:
-        DataError: it is missing or out of range.
+        DataError: the label is missing or out of range.
     """
     most = len(columns.class_names) if columns.class_names is not None else None
     if not isinstance(label, int) or label < 0 or (most is not None and label >= most):
@@ -145,12 +161,19 @@ def check_label(label: object, columns: Columns, source: str) -> int:
 
 
 def integer_names(labels: Sequence[Tensor]) -> list[str]:
-    """Names for classes that have none: the numbers from 0 to the largest label of any split."""
+    """Class names for integer labels: the numbers from 0 to the largest label.
+
+    Args:
+        labels: the labels of each split, which together show the largest one.
+    """
     return [str(label) for label in range(1 + max(int(found.max()) for found in labels if len(found)))]
 
 
 def content_of(value: object) -> Path | bytes | None:
-    """The bytes of a cell of an image column, or the file that it names instead."""
+    """The content of a cell of an image column: encoded bytes, or else the path of a file.
+
+    It is ``None`` where the cell is empty or names a file by a relative path, which can't be resolved.
+    """
     if isinstance(value, bytes) or value is None:
         return value
     assert isinstance(value, Mapping)
@@ -161,13 +184,20 @@ def content_of(value: object) -> Path | bytes | None:
 
 
 class TableImages:
-    """The encoded images in a column of a `datasets.Dataset`: `qat.data.decode.Encoded`.
+    """The encoded images in a column of a `datasets.Dataset`, as :class:`qat.data.decode.Encoded`.
 
-    A copy for a worker process holds the files of a table that is mapped into memory, not their content.
+    When it is pickled for a worker process, only the names of the table's files are copied. The worker maps
+    the files into its own memory.
     """
 
     def __init__(self, table: datasets.Dataset, column: str, parts: Sequence[tuple[str, int]]) -> None:
-        """Take a table, the column, and the name and number of rows of each file it was made of."""
+        """Keep a column of a table.
+
+        Args:
+            table: the table.
+            column: name of its image column.
+            parts: name and number of rows of each file that the table was made of, for messages.
+        """
         self._table = table.select_columns(column).with_format("arrow")
         self._column = column
         self._names = [name for name, _ in parts]
@@ -175,7 +205,7 @@ class TableImages:
         self._values: pa.ChunkedArray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the column itself, which is mapped anew."""
+        """The state to pickle: all but the column's values, which a worker reads from the table again."""
         return self.__dict__ | {"_values": None}
 
     def __len__(self) -> int:
@@ -184,13 +214,13 @@ class TableImages:
 
     @property
     def values(self) -> pa.ChunkedArray:
-        """The column: bytes, or structs of ``bytes`` and ``path``."""
+        """The values of the column: bytes, or structs of ``bytes`` and ``path``."""
         if self._values is None:
             self._values = self._table[:][self._column]
         return self._values
 
     def sizes(self) -> list[int | None]:
-        """Bytes of each encoded image; ``None`` for one that is a file of its own."""
+        """Size in bytes of each encoded image; ``None`` where the table names a file instead."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -201,13 +231,17 @@ class TableImages:
         return sizes
 
     def image(self, index: int) -> Path | bytes:
-        """The bytes of an image, or the file that the table names instead."""
+        """The encoded bytes of an image, or the file that the table names instead.
+
+        Raises:
+            DataError: the cell holds neither.
+        """
         content = content_of(self.values[index].as_py())
         if content is not None:
             return content
         raise DataError(f"{self.name(index)}: holds no image in column {self._column!r}")
 
     def name(self, index: int) -> str:
-        """File or data set, and row."""
+        """Name of the image in messages: its file or data set, and the row in it."""
         part = min(bisect.bisect_right(self._starts, index), len(self._names)) - 1
         return f"{self._names[part]}: row {index - self._starts[part]}"

@@ -1,4 +1,4 @@
-"""Folders ``ROOT/SPLIT/CLASS/image`` as a data set: listed at once, decoded batch by batch."""
+"""Folders ``ROOT/SPLIT/CLASS/image`` as a data set, whose images are decoded batch by batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,16 @@ class FolderSplit(Split):
         side: int,
         workers: int,
     ) -> None:
-        """Take paths relative to ``folder``; images are resized, then centre-cropped to ``side``."""
+        """Make a split of image files.
+
+        Args:
+            folder: folder of the split.
+            class_names: names of the classes in label order.
+            files: path of each image relative to ``folder``.
+            labels: int64 (N,).
+            resize, side: see :func:`qat.data.decode.decode`.
+            workers: number of processes that decode; 0 decodes in a thread.
+        """
         super().__init__(class_names, labels)
         self.resize = resize
         self.side = side
@@ -47,7 +56,11 @@ class FolderSplit(Split):
         self._images = _Files(folder, files)
 
     def fingerprint(self) -> str:
-        """SHA-256 over relative file names, sizes in bytes and labels; it does not read the images."""
+        """SHA-256 over relative file names, sizes in bytes and labels. The images are not read.
+
+        Raises:
+            DataError: a file is missing.
+        """
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels.tolist()):
             path = self._images.image(index)
@@ -61,10 +74,10 @@ class FolderSplit(Split):
         return digest.hexdigest()
 
     def content_fingerprint(self) -> str:
-        """SHA-256 over the SHA-256 of each file's bytes and its label, in order; names don't count.
+        """SHA-256 over the SHA-256 of each file's bytes and its label, in order, but not over file names.
 
         Raises:
-            DataError: a file cannot be read.
+            DataError: a file can't be read.
         """
         return content_hash(self._images, self.labels)
 
@@ -76,12 +89,12 @@ class FolderSplit(Split):
 
 
 class _Files:
-    """What a worker process needs to find an image."""
+    """The files of the images. It is pickled for worker processes."""
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.folder = folder
-        # One buffer of bytes: a list of a million strings would be copied into every forked worker as soon
-        # as its reference counts change.
+        # The names are one buffer of bytes. A list of a million strings would be copied into every forked
+        # worker, because each access changes a string's reference count.
         self.files = np.array([os.fsencode(file) for file in files])
 
     def image(self, index: int) -> Path:
@@ -92,7 +105,7 @@ class _Files:
 
 
 def load_folder_split(data: Data, name: SplitName) -> FolderSplit:
-    """List the images of one split of ``data.root``; see `load_split` for sizes and errors."""
+    """The split ``name`` of the image folders in ``data.root``; see :func:`qat.data.loading.load_split`."""
     root = found_root(data)
     key, split = (
         ("train_split", data.train_split) if name == "train" else ("test_split", data.evaluated_split)
@@ -124,14 +137,19 @@ def _folders(parent: Path) -> list[str]:
 
 
 def _labelled_files(folder: Path, classes: list[str]) -> tuple[list[str], Tensor]:
-    """Sorted paths of the images relative to ``folder``, and their indices into ``classes``."""
+    """Sorted paths of the images relative to ``folder``, and their int64 labels, which index ``classes``.
+
+    Raises:
+        DataError: there are no classes, a class has no images, or a folder can't be listed.
+    """
     if not classes:
         raise DataError(f"{folder}: expected a folder of images per class, found none")
     import datasets  # imported here: it takes two seconds
 
-    # One explicit pattern per class, and labels from the paths. Left to itself, `imagefolder` guesses splits
-    # from words in paths, so that training images of a class named "test_tube" become test images too; it
-    # drops the labels of a single class, and passes over class folders that are symbolic links.
+    # `imagefolder` of `datasets` is given one pattern per class, and labels are taken from the paths. By
+    # itself it would guess splits from words in paths, so that training images of a class "test_tube" became
+    # test images. It would also drop the labels of a single class, and skip class folders that are symbolic
+    # links.
     patterns = [
         str(Path(glob.escape(str(folder / name))) / "*") for name in classes if _has_files(folder / name)
     ]

@@ -1,4 +1,4 @@
-"""Folders of Parquet files as data sets."""
+"""Folders of Parquet files as data sets, stored or streamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["load_parquet_split"]
 
 @dataclass(frozen=True)
 class _Files:
-    """Files of one split, the rows of each, and the columns that all of them have."""
+    """The files of one split, the number of rows in each, and the columns, which are the same in all."""
 
     paths: list[Path]
     rows: list[int]
@@ -34,7 +34,7 @@ class _Files:
 
     @property
     def source(self) -> str:
-        """What errors call them."""
+        """Name of the files in messages: the path of a single one, or a pattern."""
         first = self.paths[0]
         return str(
             first if len(self.paths) == 1 else first.parent / f"{first.stem.partition('-')[0]}-*.parquet"
@@ -42,7 +42,7 @@ class _Files:
 
 
 def load_parquet_split(data: Data, folder: Path, name: SplitName) -> Split:
-    """One split of the Parquet files in ``folder``; see `load_split` for sizes and errors."""
+    """The split ``name`` of the Parquet files in ``folder``; see :func:`qat.data.loading.load_split`."""
     key, split = split_of(data, name)
     files = _read_footers(data, parquet_files(folder, split, key))
     names = _class_names(data, folder, name, files)
@@ -83,7 +83,7 @@ def _streamed(data: Data, files: _Files, names: Sequence[str]) -> StreamedSplit:
 
 
 def _identity(path: Path) -> str:
-    """Name, size and footer of a file: the footer has sizes and statistics of every piece of a column."""
+    """A file's name, size and the hash of its footer, which has statistics of each chunk of a column."""
     with path.open("rb") as file:
         size = file.seek(-8, os.SEEK_END) + 8
         length = int.from_bytes(file.read(4), "little")
@@ -92,7 +92,7 @@ def _identity(path: Path) -> str:
 
 
 def _labels_hash(files: _Files) -> str:
-    """Hash of every label: a footer may stay as it is when one changes."""
+    """SHA-256 over all labels, since a footer can be the same after a label has changed."""
     digest = hashlib.sha256()
     for labels in _labels(files):
         digest.update(labels.numpy().astype("<i8").tobytes())
@@ -100,7 +100,12 @@ def _labels_hash(files: _Files) -> str:
 
 
 def _read_footers(data: Data, paths: list[Path]) -> _Files:
-    """What the files' footers say; images are not read."""
+    """Read the number of rows and the columns from the footers of the files, without reading images.
+
+    Raises:
+        DataError: a file is not Parquet, lacks a column, has other columns than the first, or there are no
+            rows.
+    """
     import datasets  # imported here: it takes two seconds
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -126,15 +131,19 @@ def _read_footers(data: Data, paths: list[Path]) -> _Files:
 
 
 def _class_names(data: Data, folder: Path, name: SplitName, files: _Files) -> Sequence[str]:
-    """Names of the classes, which the other split must have, too, if it is there."""
+    """Names of the classes, after a check that the other split, if there is one, has the same.
+
+    Raises:
+        DataError: the splits have different classes, or the same in another order.
+    """
     key, split = split_of(data, "test" if name == "train" else "train")
     try:
         other = _read_footers(data, parquet_files(folder, split, key))
-    except DataError:  # it is looked at when it is asked for
+    except DataError:  # problems of the other split are reported when it is loaded itself
         other = None
     names = files.columns.class_names
     if names is None:
-        # Bare integers: one split alone may lack the last class.
+        # Labels are integers without names. Both splits are read, because one alone may lack the last class.
         return integer_names([labels for one in (files, other) if one for labels in _labels(one)])
     if other is not None and other.columns.class_names != names:
         theirs = other.columns.class_names or ()
@@ -145,7 +154,7 @@ def _class_names(data: Data, folder: Path, name: SplitName, files: _Files) -> Se
 
 
 def _labels(files: _Files) -> Iterator[Tensor]:
-    """The labels in each file."""
+    """Yield the labels in each file, int64 (rows,)."""
     import pyarrow.parquet as pq
 
     column = files.columns.label
@@ -154,7 +163,7 @@ def _labels(files: _Files) -> Iterator[Tensor]:
 
 
 def _load(files: _Files, streaming: bool = False) -> Any:
-    """The two columns as a `datasets.Dataset`, or an `IterableDataset`."""
+    """The image and label columns as a `datasets.Dataset`, or with ``streaming`` as an `IterableDataset`."""
     import datasets
     import pyarrow as pa
 

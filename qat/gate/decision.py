@@ -1,7 +1,8 @@
-"""The accuracy gate: did a model get worse than its baseline, and can the data tell?
+"""The accuracy gate: whether a model got worse than its baseline.
 
-Both models answered the same images, so they are compared in pairs: only images that one has right and the
-other wrong say something about the change in top-1. :mod:`qat.gate.paired_statistics` has the arithmetic.
+Both models classified the same images, so their answers are compared in pairs: only the images that one
+model has right and the other has wrong tell something about the change in top-1. The statistics are in
+:mod:`qat.gate.paired_statistics`.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ from qat.gate.paired_statistics import (
 )
 
 Verdict = Literal["pass", "improved", "fail", "inconclusive"]
-#: Chance with which ``images_needed`` images pass a model as good as the baseline, and with which a
-#: ``detectable_drop`` fails.
+#: Statistical power of the figures in an inconclusive result: the probability that a model as good as the
+#: baseline passes with ``needed`` images, and that a model with a drop of ``detectable`` points fails.
 POWER: Final = 0.8
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked of a model.
+    """What a model must fulfil to pass.
 
     Args:
-        max_drop: the largest drop of top-1 that is allowed, in percentage points, 0 to 100.
-        confidence: of the one-sided bounds of the change, between 0.5 and 1.
-        floor: least top-1 in percent, 0 to 100; the measured one is compared, without statistics.
-        on_inconclusive: what a comparison that cannot tell ends as.
+        max_drop: largest allowed drop of top-1 in percentage points, 0 to 100.
+        confidence: confidence of each one-sided bound of the change, above 0.5 and below 1.
+        floor: smallest allowed top-1 in percent, 0 to 100. The measured top-1 is compared with it, without
+            statistics. ``None`` allows any.
+        on_inconclusive: whether an inconclusive comparison passes or fails.
 
     Raises:
-        ValueError: out of range; the message says what is allowed.
+        ValueError: a value is out of range; the message says what is allowed.
     """
 
     max_drop: float = 1.0
@@ -63,19 +65,21 @@ class Rules:
 
 @dataclass(frozen=True)
 class Decision:
-    """A model against its baseline. Changes of top-1 are in percentage points, below 0 where it fell.
+    """A model compared with its baseline. Changes of top-1 are in percentage points, negative for a drop.
 
     Attributes:
-        baseline, observed, rules: what was compared, and how.
-        pairs: images by who has them right.
-        p: two-sided exact p-value of McNemar's test that nothing changed.
-        lower, upper: one-sided bounds of the change, each with ``rules.confidence``.
+        baseline, observed, rules: what was compared, and by which rules.
+        pairs: how many images only the baseline, and only this model, has right.
+        p: exact two-sided p-value of McNemar's test that nothing changed.
+        lower, upper: one-sided confidence bounds of the true change, each with ``rules.confidence``.
         comparison: verdict of the comparison alone, without the floor.
-        floor_broken: whether top-1 lies below ``rules.floor``.
-        needed: of an inconclusive comparison, images with which a model as good as the baseline usually
-            passes; ``None`` where no number suffices. Within ``pairs.n``, the model is likely worse.
-        detectable: of an inconclusive comparison, the least real drop that these images would find.
-        warnings: what else differs between the two measurements.
+        floor_broken: whether top-1 is below ``rules.floor``.
+        needed: number of images with which a model as good as the baseline passes with probability
+            :data:`POWER`; set if the comparison is inconclusive and some number is enough, else ``None``. If
+            it is at most ``pairs.n``, the model is probably worse than the baseline.
+        detectable: smallest true drop that fails with probability :data:`POWER` on these images; set if the
+            comparison is inconclusive and there is such a drop, else ``None``.
+        warnings: sentences on other differences between the two measurements.
     """
 
     baseline: Baseline
@@ -93,12 +97,12 @@ class Decision:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of all: a broken floor fails, whatever the comparison says."""
+        """The final verdict: "fail" if the floor is broken, else that of the comparison."""
         return "fail" if self.floor_broken else self.comparison
 
     @property
     def reason(self) -> str:
-        """Why, in one sentence."""
+        """The reason for the verdict, in one sentence."""
         if not self.floor_broken:
             return self.comparison_reason
         more = f"; {self.comparison_reason}" if self.comparison == "fail" else ""
@@ -106,7 +110,7 @@ class Decision:
 
     @property
     def comparison_reason(self) -> str:
-        """Why the comparison, without the floor, ended as it did, in one sentence."""
+        """The reason for the verdict of the comparison, without the floor, in one sentence."""
         allowed, sure = f"{self.rules.max_drop:g}", f"with {_sure(self.rules)} confidence"
         if _identical(self.baseline, self.observed, self.pairs):
             return "the same file as the baseline's, with the same answers"
@@ -121,25 +125,23 @@ class Decision:
             most = max(-self.lower, 0)
             return f"top-1 {verb}; {sure}, it did not fall by more than {most:.2f}, and {allowed} is allowed"
         if self.needed is None:
-            more = "no number of images would"
+            more = "no number of images could"
         elif self.needed > self.pairs.n:
-            more = (
-                f"about {self.needed:,} images would if it is as good as the baseline, here are "
-                f"{self.pairs.n:,}"
-            )
+            more = f"about {self.needed:,} images could, if the model is as good as the baseline"
         else:
             more = (
-                f"about {self.needed:,} images usually pass a model as good as the baseline, here are "
-                f"{self.pairs.n:,}, so it is likely worse, but near what is allowed"
+                f"a model as good as the baseline usually passes with about {self.needed:,} images, so this "
+                "one is likely worse, but near what is allowed"
             )
         return (
-            f"top-1 {verb}; whether the real change, from {points(self.lower)} to {points(self.upper)} (each "
-            f"bound {sure}), is a drop of more than {allowed}, the data can't tell; {more}"
+            f"top-1 {verb}; the true change is from {points(self.lower)} to {points(self.upper)} (each bound "
+            f"{sure}), so {self.pairs.n:,} images can't tell whether it is a drop of more than {allowed}; "
+            f"{more}"
         )
 
     @property
     def floor_reason(self) -> str:
-        """Where top-1 stands against the floor; empty without a floor."""
+        """A sentence on top-1 and the floor; empty without a floor."""
         if self.rules.floor is None:
             return ""
         side = "below" if self.floor_broken else "not below"
@@ -147,22 +149,22 @@ class Decision:
 
     @property
     def passes(self) -> bool:
-        """Whether the gate opens."""
+        """Whether the model passes the gate."""
         if self.verdict == "inconclusive":
             return self.rules.on_inconclusive == "pass"
         return self.verdict != "fail"
 
     def require(self) -> None:
-        """Raise where the gate stays shut.
+        """Raise unless the model passes.
 
         Raises:
-            GateError: with verdict and reason.
+            GateError: the model fails; the message gives verdict and reason.
         """
         if not self.passes:
             raise GateError(f"{self.verdict}: {self.reason}")
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Table for people: what, value, bound."""
+        """Rows of the printed table: description, value, bound."""
         rules, sure = self.rules, _sure(self.rules)
         rows = [
             ("images", f"{self.pairs.n:,}", ""),
@@ -186,7 +188,7 @@ class Decision:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """What :meth:`to_json` prints."""
+        """The content of :meth:`to_json`."""
         return {
             "verdict": self.verdict,
             "passes": self.passes,
@@ -222,12 +224,13 @@ def judge(baseline: Baseline, observed: Baseline, rules: Rules) -> Decision:
     """Compare a model with its baseline.
 
     Args:
-        baseline: recorded before.
-        observed: of the model in question, on the same images.
-        rules: what is asked of it.
+        baseline: the recorded baseline.
+        observed: the same record of the model to judge, on the same images.
+        rules: what the model must fulfil.
 
     Raises:
-        BaselineError: the two cannot be compared.
+        BaselineError: the two cannot be compared, see
+            :func:`qat.gate.comparability.check_comparable`.
     """
     check_comparable(baseline, observed.data, observed.num_classes, observed.images)
     before, now = baseline.answers(), observed.answers()
@@ -242,7 +245,7 @@ def judge(baseline: Baseline, observed: Baseline, rules: Rules) -> Decision:
         verdict = "improved" if lower > 0 else "pass"
     else:
         verdict = "inconclusive"
-        # Without a pair that differs, the share of such images is not 0 but unknown and small.
+        # If no image is discordant, the true discordance is still not 0: estimate it as one image.
         discordance, allowed = max(pairs.discordant, 1) / pairs.n, rules.max_drop / 100
         needed = images_needed(discordance, allowed, rules.confidence, POWER)
         drop = detectable_drop(pairs.n, discordance, allowed, rules.confidence, POWER)
@@ -264,7 +267,7 @@ def judge(baseline: Baseline, observed: Baseline, rules: Rules) -> Decision:
 
 
 def _sure(rules: Rules) -> str:
-    """The confidence in percent, to more digits than ``:g`` has: 0.9999999 is not 100 %."""
+    """The confidence in percent with up to 12 digits, so that 0.9999999 is not shown as 100 %."""
     return f"{100 * rules.confidence:.12g} %"
 
 
@@ -273,5 +276,5 @@ def _exact(one: Baseline) -> str:
 
 
 def _identical(baseline: Baseline, observed: Baseline, pairs: Pairs) -> bool:
-    """The same file with the same answers: there is nothing to infer."""
+    """Whether both are the same file with the same answers, so that no statistics are needed."""
     return pairs.discordant == 0 and baseline.model.sha256 == observed.model.sha256

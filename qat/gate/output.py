@@ -1,4 +1,4 @@
-"""What a CI job shows of the accuracy gate: JUnit XML, and Markdown for GitHub's summary of a job."""
+"""Output of the accuracy gate for CI: JUnit XML, and Markdown for the summary of a GitHub job."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 _SUITE: Final = "qat gate"
 _COMPARISON: Final = "top-1 against the baseline"
 _FLOOR: Final = "top-1 against the floor"
-#: What XML 1.0 has no way to write, not even as a reference.
+#: Characters that XML 1.0 can't hold, not even as a character reference.
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-#: Characters with a meaning in Markdown's running text or tables, or in HTML.
+#: Characters that have a meaning in Markdown text or tables, or in HTML.
 _MARKUP: Final = re.compile(r"([\\`*_{}\[\]<>|~$#&!])")
 
 
 def junit(decision: Decision, seconds: float) -> str:
     """JUnit XML of a decision: a test case for the comparison, and one for the floor if there is one.
 
-    An inconclusive comparison that passes is a skipped test, so that it shows.
+    An inconclusive comparison that passes is reported as a skipped test, so that it stands out.
 
     Args:
-        decision: what was decided.
-        seconds: how long it took.
+        decision: the decision.
+        seconds: how long it took, in seconds.
     """
     comparison = _case(_COMPARISON, seconds)
     if decision.comparison == "inconclusive" and decision.rules.on_inconclusive == "pass":
@@ -93,9 +93,9 @@ def markdown(decision: Decision, model: str, record: str) -> str:
     """Markdown of a decision: verdict, table, warnings, and the command that records a new baseline.
 
     Args:
-        decision: what was decided.
-        model: what was checked, as the user named it.
-        record: the command.
+        decision: the decision.
+        model: the model's path, as the user gave it.
+        record: the command that records a new baseline.
     """
     sign = "✅" if decision.passes else "❌"
     if decision.verdict == "inconclusive" and decision.passes:
@@ -124,22 +124,23 @@ def markdown_of_error(message: str, model: str) -> str:
 
 
 def _markup(text: str) -> str:
-    """``text`` on one line, with nothing that Markdown or HTML would read as markup."""
+    """``text`` on one line, with everything escaped that Markdown or HTML would read as markup."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> list[str]:
-    """A code block, which no run of backquotes inside can end."""
+    """The lines of a code block, with a fence longer than any run of backquotes in ``text``."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, text, fence]
 
 
 def append_summary(text: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Append ``text`` to the file that ``GITHUB_STEP_SUMMARY`` names, if it names one.
+    """Append ``text`` to the file that ``GITHUB_STEP_SUMMARY`` names, if that is set.
 
     Returns:
-        Why it could not be written, for a warning: a summary that is missing must not decide a job.
+        A sentence on why the file could not be written, for a warning, or ``None``. It is no error, since a
+        missing summary must not fail the job.
     """
     name = environment.get(SUMMARY)
     if not name:

@@ -15,7 +15,7 @@ from qat.native.passes import fits
 from qat.ops.batch_norm import batch_gain_and_offset
 from qat.ops.planes import apply, channel_sums, dot, multiply_add, spread
 from qat.ops.points import QuantizationPoint
-from qat.system.collectives import greatest
+from qat.system.collectives import elementwise_maximum
 
 
 def scaled_norm_add(
@@ -95,7 +95,7 @@ def _magnitudes(branch: Tensor, offset: Tensor, extremes: bool) -> Tensor:
     ends = [branch.amin(0).amin((1, 2)), branch.amax(0).amax((1, 2))]
     offset = offset.flatten()
     magnitudes = torch.stack([end.abs() for end in (*ends, *(end + offset for end in ends), offset)])
-    return greatest(magnitudes.amax(0))
+    return elementwise_maximum(magnitudes.amax(0))
 
 
 class _Scale(torch.autograd.Function):

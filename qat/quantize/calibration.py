@@ -1,4 +1,4 @@
-"""Calibration: the range of every activation is found from the values of some batches."""
+"""Calibration finds the range of every activation from the values of some batches; freezing fixes it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import ActivationQuantizer, activation_quantizers
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 
 def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
-    """Find every range from float values: run ``forward`` (some batches through ``model``) observing only.
+    """Find the range of every quantization point from the float values that it gets while ``forward`` runs.
 
-    The network is in evaluation mode meanwhile, and back in its former mode afterwards.
+    Meanwhile values are observed and not quantized, and the network is in evaluation mode. Afterwards it is
+    in its former mode.
+
+    Args:
+        model: a prepared network.
+        forward: runs some batches through ``model``.
 
     Raises:
         QuantizationError: nothing to calibrate, grids frozen already, ``forward`` reached not all points, or
@@ -55,3 +61,10 @@ def _finite(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             )
 
     return check
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Fix every grid of ``model`` from here on, whether its range is observed or its scale learned."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.freeze()

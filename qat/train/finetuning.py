@@ -1,4 +1,4 @@
-"""Fine-tuning: a pretrained binary network is calibrated, then trained with fake quantization."""
+"""Fine-tuning: a pretrained binary network is calibrated and then trained with fake quantization."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from qat.checkpoints.format import as_stored
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions
-from qat.quantize.calibration import calibrate
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import calibrate, freeze_observers
 from qat.quantize.image_grid import image_grid
 from qat.quantize.naming import quantization_name
 from qat.quantize.preparation import prepare, quantization_map
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.loading import LoadedRecipe
 from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
@@ -53,17 +53,17 @@ def finetune(
     """Calibrate a pretrained binary network and fine-tune it with fake quantization.
 
     Args:
-        loaded: a recipe with ``task: finetune``; ``resumed.loaded`` for a run that is resumed.
-        reporter: told about progress; nobody by default.
-        resumed: the run to go on with, from :func:`qat.train.resume.open_run`; a new one by default.
+        loaded: a recipe with ``task: finetune``; for a resumed run, ``resumed.loaded``.
+        reporter: is told about the progress; by default nothing is reported.
+        resumed: the run to resume, from :func:`qat.train.resume.open_run`; by default a new run begins.
         splits: images in place of those that the recipe names.
 
     Returns:
-        The finished run's directory.
+        The directory of the finished run.
 
     Raises:
         Stopped: SIGTERM came; the run can be resumed.
-        QatError: see the tree in :mod:`qat.errors`.
+        QatError: one of the other errors in :mod:`qat.errors`.
     """
     reporter = reporter or SilentReporter()
     recipe = for_task(loaded, "finetune")
@@ -75,7 +75,8 @@ def finetune(
     recipe = start.recipe
     check_steps(recipe, splits.train)
     float_model = start.network.to(device)
-    # Asked before there is a run directory, which a recipe that quantizes nothing must not leave behind.
+    # This is checked before the run directory is made, so that a recipe which quantizes nothing leaves none
+    # behind.
     if not quantization_map(_prepared(float_model, recipe)):
         raise QuantizationError(
             f"{loaded.path}: quantization: nothing is left to quantize; enable stem, se, classifier or "
@@ -133,7 +134,13 @@ def _prepared(network: BNext, recipe: Recipe) -> BNext:
 
 
 def apply_freezes(model: BNext, recipe: Recipe, share: float) -> None:
-    """Fix observers and batch-norm statistics once their share of the training is over."""
+    """Freeze grids and batch-norm statistics if the recipe's share of the training is over for them.
+
+    Args:
+        model: the network.
+        recipe: its schedule has the shares.
+        share: how much of the training is done, from 0 to 1.
+    """
     if share >= recipe.schedule.freeze_observers:
         freeze_observers(model)
     if share >= recipe.schedule.freeze_batch_norm:
@@ -160,7 +167,7 @@ def _calibrate(job: Job, progress: Progress, float_model: BNext | None) -> None:
         before = job.evaluate(float_model)
         progress.accuracies["float"] = before
         reporter.message(f"float rest: top-1 {before.top1:.2f}% of {before.n} images")
-    if any(True for _ in activation_quantizers(model)):  # weights alone need no calibration
+    if any(True for _ in activation_quantizers(model)):  # quantizers of weights need no calibration
         train, device = job.splits.train, job.device
         calibrate(model, lambda: calibration_pass(model, train, recipe, device, job.check_stop))
     stored = as_stored(model, recipe.output.float_weights)

@@ -1,4 +1,4 @@
-"""Pretraining: a binary network from random weights, or from those of a checkpoint."""
+"""Pretraining: a binary network is trained from random weights, or from those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def pretrain(
     """Train a binary network, annealing the temperature of its weights until each is exactly ±1.
 
     Args:
-        loaded: a recipe with ``task: pretrain``; ``resumed.loaded`` for a run that is resumed.
-        reporter: told about progress; nobody by default.
-        resumed: the run to go on with, from :func:`qat.train.resume.open_run`; a new one by default.
+        loaded: a recipe with ``task: pretrain``; for a resumed run, ``resumed.loaded``.
+        reporter: is told about the progress; by default nothing is reported.
+        resumed: the run to resume, from :func:`qat.train.resume.open_run`; by default a new run begins.
         splits: images in place of those that the recipe names.
 
     Returns:
-        The finished run's directory; ``best`` is the best epoch whose weights were exactly ±1.
+        The directory of the finished run. Its ``best`` is the best epoch whose weights were exactly ±1.
 
     Raises:
         Stopped: SIGTERM came; the run can be resumed.
-        QatError: see the tree in :mod:`qat.errors`.
+        QatError: one of the other errors in :mod:`qat.errors`.
     """
     reporter = reporter or SilentReporter()
     recipe = for_task(loaded, "pretrain")
@@ -58,6 +58,6 @@ def pretrain(
 
 
 def _anneal(job: Job, share: float) -> None:
-    """Set the temperature that the weights have after ``share`` of all steps."""
+    """Set the temperature of the binary weights for the time after ``share`` of all steps."""
     schedule = job.recipe.schedule
     set_temperature(job.model, temperature_at(schedule.temperature, share, schedule.epochs))

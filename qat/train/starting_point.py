@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qat.checkpoints.format import FORMAT, Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.loading import architecture_of, highest_temperature, load_state, without_quantizers
 from qat.data.split import Split
 from qat.errors import CheckpointError, DataError

@@ -1,4 +1,4 @@
-"""From checkpoints to networks: what does not fit is told in full, what fits computes the same."""
+"""Checkpoints become networks: all that doesn't fit is reported, and what fits computes the same."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_scales_of_other_bits_are_refused_though_the_keys_are_equal(tmp_path: Pa
 
 @pytest.mark.parametrize("observer", ["moving_average", "minmax", "histogram"])
 def test_a_calibrated_network_computes_the_same_after_a_round_trip(tmp_path: Path, observer: str) -> None:
-    # One observer of that kind: the histogram takes a second each.
+    # Only one point gets a histogram, since each takes a second.
     model = calibrated(Quantization.model_validate({"classifier": {"observer": observer}}))
     save_checkpoint(tmp_path / "c", model, recipe=recipe())
     again = build(load_checkpoint(tmp_path / "c"))
@@ -161,7 +161,7 @@ def test_a_calibrated_network_computes_the_same_after_a_round_trip(tmp_path: Pat
 
 
 def test_an_uncalibrated_network_survives_a_round_trip(tmp_path: Path) -> None:
-    # Its observers hold infinities, the marks of having seen nothing.
+    # Its observers saw no values yet, so their minimum and maximum are infinite.
     save_checkpoint(tmp_path / "c", toy(quant=True), recipe=None)
     assert torch.equal(build(load_checkpoint(tmp_path / "c"))(images()), toy(quant=True)(images()))
 

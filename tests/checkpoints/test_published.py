@@ -1,4 +1,4 @@
-"""The authors' formats: what they hold is read, code in them is not run, other files are refused."""
+"""The authors' formats: their tensors are read, code in them is not run, other files are refused."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_code_in_a_pickle_is_refused_and_leaves_no_trace(
         load_checkpoint(tmp_path / "c")
     assert str(caught.value).startswith(f"{tmp_path / 'c'}: ")
     assert "\n" not in str(caught.value)
-    # torch's own advice would be to switch the protection off.
+    # torch's own message would advise to switch `weights_only` off.
     assert "weights_only" not in str(caught.value)
     assert not trace.exists()
 

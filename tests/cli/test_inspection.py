@@ -17,14 +17,14 @@ import safetensors.numpy
 import torch
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
-from qat.cli.inspection import _print_compact, _print_every_layer
+from qat.cli.inspection import print_compact, print_every_layer
 from qat.inspection.facts import InspectedLayer, Inspection, Total
 from qat.models.bnext import binary_convolutions, set_temperature
 from tests.helpers.checkpoints import prefixed, recipe, toy, training_checkpoint
 from tests.helpers.tiny_models import image_model
 from tests.helpers.toy_runs import fail, qat, succeed, tuned
 
-#: Of the toy network of tests/checkpoints.py, at temperature 1.
+#: The verdict on the toy network of tests/helpers/checkpoints.py at temperature 1.
 NOT_YET = (
     "binary: not yet: 0 of 7 layers; the temperature is 1, and weights in use are clamp(w / 1, -1, 1), "
     "of which 0 % are exactly ±1; they become ±1 when it falls below 1e-7 (their training multiplies it by "
@@ -168,7 +168,7 @@ def test_the_widest_names_and_numbers_fit_eighty_columns_with_nothing_folded_or_
     found = Inspection(
         "f", "a test", 9**9, "BNext large", (1024,) * 14, 10, (*binary, rest, rest), Total(0, 0), {}, False
     )
-    (_print_every_layer if every_layer else _print_compact)(found)
+    (print_every_layer if every_layer else print_compact)(found)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     # Every row begins with a whole name, and no cell is cut short.

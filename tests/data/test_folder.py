@@ -1,4 +1,4 @@
-"""Folders of images: what is read from them, and what is refused by its name."""
+"""Folders of images: which images and labels are read, and that errors name what is wrong."""
 
 import socket
 from pathlib import Path

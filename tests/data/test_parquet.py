@@ -1,4 +1,4 @@
-"""Parquet folders, from files to batches; each valid case stands beside a broken one."""
+"""Parquet folders, from files to batches. Each valid case is followed by a broken one."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_fingerprint_changes_with_an_image_a_label_and_the_order(tmp_path: Pat
 def test_the_fingerprint_of_large_sets_is_over_sizes_and_labels(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qat.data.table._SMALL", 100)
+    monkeypatch.setattr("qat.data.table.IN_MEMORY_BYTES", 100)
     split = load_split(settings(root), "train")
     assert split.fingerprint() != split.content_fingerprint()
     shutil.copy(root / "train.parquet", root / "again.parquet")

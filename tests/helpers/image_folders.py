@@ -1,4 +1,4 @@
-"""Small data sets as recipes name them: the digits, and folders of images."""
+"""Small data sets for recipes: the digits, and folders of images."""
 
 import zlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The smallest recipes, changed by one key, and the lines they are refused with."""
+"""Minimal recipes, copies with one key changed, and the lines of the errors about them."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.calibration import calibrate
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization, StemGroup, TrunkGroup
 from tests.helpers.prepared_networks import OFF
 

@@ -84,7 +84,7 @@ def test_a_checkpoint_is_looked_up_beside_the_recipe_then_here_then_packaged(
         place.mkdir()
     write(beside, yaml.safe_dump(FINETUNE))
     loaded = load_recipe("beside/r.yaml")
-    for place in (packaged, folder, beside):  # from the last place looked at to the first
+    for place in (packaged, folder, beside):  # from the place searched last to the first
         write(place, "", "a.safetensors")
         assert resolve_checkpoint(loaded) == place / "a.safetensors"
     absolute = load_recipe("beside/r.yaml", [f"model.checkpoint={packaged / 'a.safetensors'}"])

@@ -1,4 +1,4 @@
-"""Writing files: all of one or nothing, and every path that can't be written says why."""
+"""Writing files: atomically, and with a reason in the error for each path that can't be written."""
 
 from __future__ import annotations
 
@@ -88,6 +88,6 @@ def test_what_cannot_be_written_is_said_beforehand_and_nothing_is_created(tmp_pa
 def test_a_folder_without_write_permission_is_said_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the user root may write everywhere
     with pytest.raises(OutputError, match="no permission to write in"):
         require_writable(tmp_path / "new")

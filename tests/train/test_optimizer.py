@@ -1,4 +1,4 @@
-"""What training minimizes and by which steps."""
+"""The schedules, the distillation loss and the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_published_groups_decay_four_dimensions_alike_and_all_others_otherwi
     assert names["feature.1.Attention.norm1.weight"][0] == 1
     rates = make_optimizer(model, Optimizer(lr=0.1, binary_lr=0.01, kernel_decay=0.0)).param_groups
     assert [group["lr"] for group in rates] == [0.01, 0.1, 0.1, 0.1]
-    # No decay at all is another thing than none for kernels.
+    # A `kernel_decay` of 0 is not the same as null.
     assert all(not group["weight_decay"] for group in rates)
 
 

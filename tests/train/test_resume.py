@@ -1,4 +1,4 @@
-"""Runs that are killed and go on end with the bytes of runs that never were, wherever they were killed."""
+"""A run that is killed at any moment and resumed ends with the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -482,7 +482,7 @@ def test_sigterm_saves_exits_with_143_and_says_how_to_go_on(
     last = train(message.partition(": qat ")[2].split())
     assert last.code == 0, last.errors
     assert differences(outcome(run), expected) == []
-    # No step was done twice, none left out.
+    # No step was done twice or left out.
     assert stopped.moments.count("step") + last.moments.count("step") == 12
 
 

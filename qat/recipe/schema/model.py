@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
 from qat.recipe.schema.fields import Count, Positive, Section, Text
+from qat.recipe.wording import found
 
 
 def _widths(widths: list[int]) -> list[int]:
@@ -34,7 +34,7 @@ def _stride(value: object) -> object:
 
 
 class Model(Section):
-    """The network: which BNext, and the weights it starts from."""
+    """Which BNext the network is, and the weights that it starts from."""
 
     size: Literal["tiny", "small", "middle", "large"] = Field(
         default="tiny", description="Size of the published networks; `widths` overrides it."

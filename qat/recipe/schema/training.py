@@ -1,4 +1,4 @@
-"""The sections of a recipe about training: schedule, optimizer, loss, distillation, output."""
+"""The sections of a recipe about training: schedule, optimizer, loss, distillation, output, tracking."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
 from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
+from qat.recipe.wording import found
 
 #: Default of `schedule.float_epochs` where the classifier starts anew.
 FLOAT_EPOCHS: Final = 10
-#: Opens the name of a teacher that timm makes.
+#: Prefix of the names of teachers that are models of timm.
 TIMM: Final = "timm:"
 
 
 class Temperature(Section):
-    """Geometric anneal of the soft sign towards the hard one (pretraining only)."""
+    """The fall of the binary weights' temperature, geometric, until they are exactly ±1 (pretraining only).
+
+    At temperature T a latent weight w is used as ``clamp(w / T, −1, 1)``.
+    """
 
     start: Annotated[float, Field(ge=1e-7)] = Field(default=1.0, description="Temperature of the first step.")
     end: Annotated[float, Field(gt=0, lt=1e-7)] = Field(
@@ -122,7 +125,7 @@ class Optimizer(Section):
 
 
 class Loss(Section):
-    """What the network's answers are compared with beside a teacher's."""
+    """The loss between the network's answers and the labels."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of each label that is spread evenly over all classes."
@@ -140,7 +143,7 @@ def _teacher(name: str) -> str:
 
 
 class Distillation(Section):
-    """Training against a teacher's outputs beside the labels."""
+    """Training against the outputs of teachers in addition to the labels."""
 
     teacher: Literal["self", "none"] | None = Field(
         default=None,
@@ -179,7 +182,7 @@ def _project(name: str) -> str:
 
 
 class Tracking(Section):
-    """Experiment trackers that are sent metrics while a run trains, beside its `metrics.jsonl`."""
+    """Experiment trackers that are sent the metrics of a run, in addition to its `metrics.jsonl`."""
 
     trackers: list[Text] = Field(
         default=[],
