@@ -28,11 +28,13 @@ from qat.runs import find_run
 _BY_HAND = "trained in Python"
 
 
-def load(path: str | os.PathLike[str]) -> BNext:
+def load(path: str | os.PathLike[str], *, state_key: str | None = None) -> BNext:
     """The network of a checkpoint, or of a run's best checkpoint, in evaluation mode on the CPU.
 
     Args:
-        path: a file of this project or of BNext's authors, or the folder of a run.
+        path: a file of this project, one with a state dict of a BNext, or the folder of a run.
+        state_key: which weights to take where the file holds several, such as ``state_dict`` beside
+            ``state_dict_ema``; by default an average over training steps, else those in the usual place.
 
     Returns:
         The network; fake-quantized if it was saved so. ``model.facts`` has what the file knows about its
@@ -43,7 +45,7 @@ def load(path: str | os.PathLike[str]) -> BNext:
         QatError: the folder is no run.
     """
     place = Path(path)
-    return build(load_checkpoint(find_run(place).best if place.is_dir() else place))
+    return build(load_checkpoint(find_run(place).best if place.is_dir() else place, state_key=state_key))
 
 
 def save(

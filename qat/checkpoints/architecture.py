@@ -13,13 +13,16 @@ from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext
 
 
-def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = None) -> Architecture:
+def infer_architecture(
+    state: Mapping[str, Tensor], stem_stride: int | None = None, num_classes: int | None = None
+) -> Architecture:
     """The architecture that a state dict belongs to, found from its keys and shapes.
 
     Args:
         state: tensors by key, without the prefix ``module.``. Keys of quantizers are ignored.
         stem_stride: stride of the stem, which keys and shapes don't show. ``None`` means 2 if there are 1000
             classes, else 1.
+        num_classes: taken where the state has no classifier, which is refused by default.
 
     Raises:
         CheckpointError: no BNext has these keys. The message names a key that is missing or contradicts the
@@ -48,7 +51,8 @@ def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = No
         for name in ("FFN_1", "FFN_2") if doubles else ("FFN",):
             shape(f"feature.{i}.{name}.binary_conv.weight", 4)
         widths.append(2 * channels if doubles else channels)
-    num_classes = shape("fc.weight", 2)[0]
+    if num_classes is None or has_classifier(state):
+        num_classes = shape("fc.weight", 2)[0]
     try:
         return Architecture.of(
             num_classes=num_classes,
@@ -59,6 +63,11 @@ def infer_architecture(state: Mapping[str, Tensor], stem_stride: int | None = No
         )
     except QuantizationError as error:
         raise CheckpointError(f"not a BNext: {error}") from error
+
+
+def has_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has a classifier; that of a backbone hasn't."""
+    return any(key.startswith("fc.") for key in state)
 
 
 @lru_cache(maxsize=8)

@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from qat import __version__
-from qat.checkpoints.architecture import float_shapes, infer_architecture
+from qat.checkpoints.architecture import float_shapes, has_classifier, infer_architecture
 from qat.checkpoints.header import FORMAT, FORMAT_VERSION, read_header
 from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
 from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
+from qat.checkpoints.wrappers import with_batch_counts
 from qat.errors import CheckpointError, QatError, first_line
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.quantize.preparation import quantization_map
@@ -69,6 +70,7 @@ class Checkpoint:
             written.
         source: path of the file, for messages.
         has_classifier: whether ``state`` has one; without it ``architecture.num_classes`` means nothing.
+        notes: how the file was read where that isn't plain, in words, for the user to read.
     """
 
     architecture: Architecture
@@ -80,6 +82,7 @@ class Checkpoint:
     quantization_map: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: str = "checkpoint"
     has_classifier: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def save_checkpoint(
@@ -162,14 +165,24 @@ def as_stored(model: BNext, float_dtype: Literal["float32", "float16"]) -> BNext
     return stored
 
 
-def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None = None) -> Checkpoint:
-    """Read a checkpoint of this package, or one in a format of BNext's authors.
+def load_checkpoint(
+    path: Path,
+    *,
+    latent: float = 1.0,
+    stem_stride: int | None = None,
+    num_classes: int | None = None,
+    state_key: str | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of this package, or one that other code wrote.
 
     Args:
         path: file to read.
-        latent: magnitude of the latent weights that are rebuilt from sign bits, above 0.
-        stem_stride: stem stride of a published checkpoint, which doesn't record it. ``None`` means 2 if there
-            are 1000 classes, else 1. It is ignored for checkpoints of this package, which record theirs.
+        latent: magnitude of the latent weights that sign bits become, above 0.
+        stem_stride: stem stride of a published checkpoint, which doesn't say; ``None`` means 2 at 1000
+            classes, else 1. Checkpoints of this package know theirs.
+        num_classes: of the architecture where the file has no classifier; ``None`` means 1000.
+        state_key: which state dict to take where the file holds several; ``None`` chooses, see
+            :func:`qat.checkpoints.network_search.find_network`. Checkpoints of this package hold one.
 
     Raises:
         CheckpointError: the file doesn't exist, is damaged, was written by a newer version of this package,
@@ -182,16 +195,23 @@ def load_checkpoint(path: Path, *, latent: float = 1.0, stem_stride: int | None 
             tensors, metadata = read_safetensors(path)
             if FORMAT in metadata:
                 return _decode(path, tensors, metadata[FORMAT], latent)
-        state, info = read_published(path)
-        state = {key: _in_float32(value) for key, value in state.items()}
-        architecture = infer_architecture(state, stem_stride)
+        found = read_published(path, state_key)
+        state = {key: _in_float32(value) for key, value in with_batch_counts(found.state).items()}
+        architecture = infer_architecture(state, stem_stride, num_classes or 1000)
     except CheckpointError as error:
         # Most checks don't know the file, so its name is put in front of their messages here.
         if str(error).startswith(f"{path}: "):
             raise
         raise CheckpointError(f"{path}: {error}") from error
-    facts = {key: str(value) for key, value in info.items() if key != "format"}
-    return Checkpoint(architecture, state, format=str(info["format"]), metadata=facts, source=str(path))
+    return Checkpoint(
+        architecture,
+        state,
+        format=found.format,
+        metadata={key: str(value) for key, value in found.facts.items()},
+        source=str(path),
+        has_classifier=has_classifier(state),
+        notes=found.notes,
+    )
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -10,10 +10,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from qat.checkpoints.architecture import float_shapes, infer_architecture
+from qat.checkpoints.architecture import float_shapes, has_classifier, infer_architecture
 from qat.checkpoints.format import Checkpoint
 from qat.checkpoints.header import FORMAT
-from qat.checkpoints.tensor_checks import dtype_name, listed, not_finite, overflow
+from qat.checkpoints.tensor_checks import dtype_name, has_negative_variance, listed, not_finite, overflow
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import Architecture, BNext, binary_convolutions
 from qat.models.facts import Facts
@@ -74,9 +74,19 @@ def load_state(
     network = model.architecture
     if not isinstance(checkpoint, Checkpoint):
         state = dict(checkpoint)
-        checkpoint = Checkpoint(infer_architecture(state, network.stem_stride), state, format="state dict")
+        checkpoint = Checkpoint(
+            infer_architecture(state, network.stem_stride, network.num_classes),
+            state,
+            format="state dict",
+            has_classifier=has_classifier(state),
+        )
     if classifier == "new":
         checkpoint = _without_classifier(checkpoint, network)
+    elif not checkpoint.has_classifier:
+        raise CheckpointError(
+            f"{checkpoint.source}: has no classifier (fc.weight); qat finetune and qat pretrain can start "
+            "a new one (model.classifier=new)"
+        )
     problems = []
     if _differ(checkpoint, network):
         problems.append(f"the checkpoint is {checkpoint.architecture}; the network is {network}")
@@ -124,6 +134,7 @@ def load_state(
         ("of another shape", misshapen),
         ("of another type", mistyped),
         ("with values that are not finite", unusable),
+        ("with negative variances", [key for key, value, _ in shared if has_negative_variance(key, value)]),
     ):
         if keys:
             problems.append(f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {what}: {listed(keys)}")

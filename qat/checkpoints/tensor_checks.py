@@ -32,6 +32,11 @@ def not_finite(key: str, value: Tensor, in_float_network: bool) -> str:
     return "" if nothing_seen or (math.isfinite(low) and math.isfinite(high)) else "holds an infinity"
 
 
+def has_negative_variance(key: str, value: Tensor) -> bool:
+    """Whether it is the variance that a normalization divides by the root of, and holds one below 0."""
+    return key.endswith(".running_var") and bool((value < 0).any())
+
+
 def overflow(key: str, value: Tensor, dtype: torch.dtype, in_float_network: bool) -> str:
     """A message if a finite value of ``value`` becomes infinite in type ``dtype``, else an empty string.
 

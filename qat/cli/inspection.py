@@ -106,6 +106,8 @@ def _header(found: Inspection) -> Iterator[str]:
         yield f"versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
     if dropped := facts.get("dropped"):
         yield f"left out: {dropped} tensors of the authors' quantizers, which are not used"
+    for note in facts.get("notes", ()):
+        yield f"note: {note}"
     temperatures = {x.temperature for x in found.binary_layers if x.temperature is not None}
     if len(temperatures) == 1:
         yield f"temperature: {temperatures.pop():.3g} in all {len(found.binary_layers)} binary convolutions"

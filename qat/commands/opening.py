@@ -16,7 +16,7 @@ from qat.errors import DataError, QatError
 from qat.evaluation import Predict, predictor
 from qat.models.bnext import is_binary
 from qat.recipe.loading import LoadedRecipe, load_recipe
-from qat.recipe.schema import Data, Recipe
+from qat.recipe.schema import Data, Model, Recipe
 from qat.runs import find_run
 
 
@@ -56,10 +56,10 @@ def open_model(
 
     Args:
         path: the model.
-        recipe: file or name of a recipe whose data section replaces that of the model's own recipe. Published
-            weights, which carry no recipe, take the stride of the stem from it too.
-        overrides: texts such as ``data.root=DIR`` that change the recipe.
-        warn: called with a sentence on each difference from training that can change the accuracy.
+        recipe: take the data section of this recipe rather than of the model's own. For published weights it
+            tells the stem's stride, too, and which of several to take.
+        overrides: ``data.key=value`` texts that change the recipe.
+        warn: told what makes the accuracy another than the one asked for.
 
     Raises:
         QatError: the model or the recipe cannot be read, or don't fit each other.
@@ -69,7 +69,10 @@ def open_model(
     if path.suffix.lower() == ".onnx" and not path.is_dir():
         return _open_onnx(OnnxModel(path), chosen, overrides)
     file = find_run(path).best if path.is_dir() else path
-    checkpoint = load_checkpoint(file, stem_stride=chosen.recipe.model.stem_stride if chosen else None)
+    model = chosen.recipe.model if chosen else Model()
+    checkpoint = load_checkpoint(file, stem_stride=model.stem_stride, state_key=model.state_key)
+    for note in checkpoint.notes:
+        warn(f"{file}: {note}")
     if chosen is not None:
         _check_model(checkpoint, chosen, warn)
     data = (chosen.recipe if chosen else own_recipe(checkpoint, overrides)).data

@@ -109,7 +109,9 @@ def _start(loaded: LoadedRecipe, files: RunFiles) -> BNext:
     path = resolve_checkpoint(loaded)
     if files.pretrained_sha256 is not None and files.pretrained_sha256 != file_hash(path):
         raise CheckpointError(f"{path} has changed since the run")
-    found = load_checkpoint(path, latent=model.latent, stem_stride=model.stem_stride)
+    found = load_checkpoint(
+        path, latent=model.latent, stem_stride=model.stem_stride, state_key=model.state_key
+    )
     return build(without_quantizers(found))
 
 

@@ -86,6 +86,8 @@ def inspect_checkpoint(path: Path, checkpoint: Checkpoint, network: BNext) -> In
     )
     recipe = None if checkpoint.recipe is None else checkpoint.recipe.model_dump(mode="json")
     facts = facts_of(checkpoint.metadata, recipe or {})
+    if checkpoint.notes:
+        facts["notes"] = list(checkpoint.notes)
     if FORMAT in metadata:
         facts["versions"] = json.loads(metadata[FORMAT])["versions"]
     return Inspection(
@@ -117,7 +119,7 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, st
     if is_safetensors(path):
         tensors, metadata = read_safetensors(path)
     if FORMAT not in metadata:
-        tensors = read_published(path)[0]
+        tensors = read_published(path).state
     ending = ".sign_bits"
     return {
         key.removesuffix(ending): StoredTensor(

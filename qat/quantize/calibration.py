@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import QuantizationError
 from qat.quantize.activation_quantizers import ActivationQuantizer, activation_quantizers
@@ -23,8 +23,8 @@ def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
         forward: runs some batches through ``model``.
 
     Raises:
-        QuantizationError: no activation is quantized, the grids are frozen already, or some points got no
-            finite values.
+        QuantizationError: nothing to calibrate, grids frozen already, ``forward`` reached not all points, or
+            some activations are not finite.
     """
     points = dict(activation_quantizers(model))
     if not points:
@@ -35,16 +35,32 @@ def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
     model.eval()
     for point in points.values():
         point.start_calibration()
+    checks = [point.register_forward_pre_hook(_finite(name)) for name, point in points.items()]
     try:
         with torch.no_grad():
             forward()
     finally:
+        for check in checks:
+            check.remove()
         for point in points.values():
             point.finish_calibration()
         model.train(was_training)
     missed = [name for name, point in points.items() if not point.calibrated]
     if missed:
         raise QuantizationError(f"calibration reached no finite value at {missed[0]} ({len(missed)} points)")
+
+
+def _finite(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that refuses activations that are not finite, from which no range can be found."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not bool(torch.isfinite(inputs[0]).all()):
+            raise QuantizationError(
+                f"{name}: the activations there are not finite, so they have no range; look at the weights "
+                "before it (qat inspect --layers) and at data.mean and data.std"
+            )
+
+    return check
 
 
 def freeze_observers(model: nn.Module) -> None:

@@ -69,7 +69,15 @@ def starting_point(loaded: LoadedRecipe, train: Split, reporter: Reporter) -> St
         network = BNext.from_architecture(architecture_of(model, classes))
         return StartingPoint(_filled_in(loaded, network, new=None), None, network, new_classifier=False)
     path = resolve_checkpoint(loaded)
-    checkpoint = load_checkpoint(path, latent=model.latent, stem_stride=model.stem_stride)
+    checkpoint = load_checkpoint(
+        path,
+        latent=model.latent,
+        stem_stride=model.stem_stride,
+        num_classes=classes,
+        state_key=model.state_key,
+    )
+    for note in checkpoint.notes:
+        reporter.message(f"{path}: {note}")
     checkpoint = _with_stride(checkpoint, recipe, reporter)
     new = _starts_anew(checkpoint, model, classes, train, reporter)
     network = BNext.from_architecture(architecture_of(model, classes, checkpoint.architecture.stem_stride))

@@ -166,6 +166,8 @@ def _from_checkpoint(
 ) -> tuple[Teacher, int]:
     path = Path(name)
     checkpoint = load_checkpoint(path)
+    for note in checkpoint.notes:
+        reporter.message(f"{_KEY}: {name}: {note}")
     names = checkpoint.metadata.get("class_names")
     if names is not None and json.loads(names) != list(class_names):
         reporter.warning(f"{_KEY}: {name}: its classes have other names than those of the images")

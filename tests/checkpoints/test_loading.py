@@ -59,6 +59,13 @@ def test_every_mismatch_is_reported_at_once_and_nothing_is_loaded(saved: Path) -
     load_state(model, checkpoint)
 
 
+def test_a_negative_variance_is_refused(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    checkpoint.state["feature.1.FFN.norm2.running_var"][0] = -1e-3
+    with pytest.raises(CheckpointError, match=r"1 key with negative variances: feature\.1\.FFN\.norm2\.runn"):
+        load_state(toy(), checkpoint)
+
+
 def test_architectures_that_differ_are_told_in_words_and_long_lists_are_cut(saved: Path) -> None:
     with torch.device("meta"):
         tiny = BNext()

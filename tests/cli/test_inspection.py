@@ -224,6 +224,43 @@ def test_require_binary_accepts_signs_that_are_stored_as_float(toys: Path, tmp_p
     )
 
 
+def test_notes_on_what_was_chosen_and_left_out_are_shown(toys: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(toys / "float.safetensors").state
+    inner = {f"net.{key}": value for key, value in state.items()} | {"criterion.weight": torch.ones(2)}
+    torch.save({"model": state, "ema": inner}, tmp_path / "w.pth")
+    notes = as_json(tmp_path / "w.pth")["facts"]["notes"]
+    assert notes == [
+        "its weights are those of ema, an average, as is usual for evaluation; it also holds model "
+        "(model.state_key takes another)",
+        "left out: 1 entry of other modules (criterion)",
+    ]
+    shown = succeed("inspect", tmp_path / "w.pth")
+    assert all(f"note: {note}\n" in shown for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {f"module.{key}" if key != "fc.bias" else key: state[key] for key in state},
+            "half wrapped",
+        ),
+        (lambda state: {key: state[key] for key in state if not key.startswith("fc.")}, "has no classifier"),
+        (lambda state: {"model": torch.nn.Linear(2, 2)}, "holds a whole model"),
+    ],
+    ids=["half wrapped", "backbone", "whole model"],
+)
+def test_files_that_hold_no_whole_state_dict_are_refused_in_one_line(
+    toys: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    torch.save(change(load_checkpoint(toys / "float.safetensors").state), tmp_path / "w.pth")
+    result = qat("inspect", tmp_path / "w.pth")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'w.pth'}: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_files_are_recognised_by_content_whatever_their_name(
     toys: Path, published: Path, tmp_path: Path
 ) -> None:

@@ -166,6 +166,47 @@ def test_classes_of_other_names_are_warned_of(tmp_path: Path) -> None:
     assert "model.classifier=new" in warning
 
 
+# Files that hold more than one network, or half of one
+
+
+def test_which_of_several_weights_were_taken_is_said_and_can_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "several.pth"
+    average = checkpoints.toy().state_dict() | {"fc.bias": torch.zeros(10)}
+    torch.save({"state_dict": checkpoints.toy().state_dict(), "state_dict_ema": average}, path)
+    point, report = start(path, 10)
+    assert torch.equal(point.network.fc.bias, torch.zeros(10))
+    assert report.messages == [
+        f"{path}: its weights are those of state_dict_ema, an average, as is usual for evaluation; it also "
+        "holds state_dict (model.state_key takes another)"
+    ]
+    point, report = start(path, 10, state_key="state_dict")
+    assert torch.equal(point.network.fc.bias, checkpoints.toy().fc.bias)
+    assert report.messages == []
+    assert point.recipe.model.state_key == "state_dict"
+    with pytest.raises(
+        CheckpointError, match=r"model\.state_key: found 'ema', the file has: state_dict, state"
+    ):
+        start(path, 10, state_key="ema")
+
+
+def test_a_backbone_is_given_a_classifier_of_the_images(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.pth"
+    state = checkpoints.toy().state_dict()
+    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, path)
+    point, report = start(path, 3)
+    assert (point.new_classifier, point.recipe.model.num_classes) == (True, 3)
+    assert report.messages == [
+        f"{path}: doesn't tell its stem stride; 2 is taken, as for 1000 classes (set another with "
+        "model.stem_stride)",
+        f"{path}: the classifier starts anew: it has no classifier, the images have 3",
+    ]
+    assert torch.equal(point.network.state_dict()["prelu.weight"], state["prelu.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"it has no classifier, the images have 3, and model\.classifier"
+    ):
+        start(path, 3, classifier="keep")
+
+
 # In Python
 
 

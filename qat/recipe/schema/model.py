@@ -66,6 +66,12 @@ class Model(Section):
         description="Weights to start from. A relative path is looked up beside the recipe file, then in the "
         "working directory, then among the packaged recipes.",
     )
+    state_key: Text | None = Field(
+        default=None,
+        description="Which weights of `checkpoint` to take where it holds several, such as 'state_dict' "
+        "beside 'state_dict_ema'. Null: an average over training steps (EMA, SWA), else those in the usual "
+        "place; `qat inspect` says which, and what else there is. Checkpoints of this project hold one.",
+    )
     classifier: Literal["auto", "keep", "new"] = Field(
         default="auto",
         description="What becomes of the checkpoint's classifier: 'keep' takes it, 'new' starts one from "

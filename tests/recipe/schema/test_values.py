@@ -21,6 +21,7 @@ FREE = [
     ("model.elm_attention", [True, False], [1, "yes", None], "true or false"),
     ("model.infor_recoupling", [True, False], [0, "no"], "true or false"),
     ("model.checkpoint", ["a.pth"], ["", 3], "a text that is not empty, or null"),
+    ("model.state_key", [None, "state_dict_ema"], ["", 1], "a text that is not empty, or null"),
     ("model.latent", [1, 0.1], [0, -1.0, float("nan"), float("inf"), "1"], "number > 0"),
     ("data.dataset", ["digits", "imagefolder", "cifar10", "parquet"], ["mnist", None], "'digits', 'imag"),
     ("data.root", [None], ["", 1], "a text that is not empty, or null"),
