@@ -33,6 +33,7 @@ def test_a_baseline_comes_back_as_it_was_written(tmp_path: Path) -> None:
         baseline(256, class_names=[f"Größe {i}" for i in range(10)], processor={"name": None}),
     ):
         path = tmp_path / "folder" / "b.json"
+        path.parent.mkdir(exist_ok=True)
         write_baseline(path, one)
         assert read_baseline(path) == one
 
