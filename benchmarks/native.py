@@ -1,10 +1,11 @@
-"""Binary convolutions of the native operators against float32 ones, shape by shape.
+"""Compare the speed of native binary convolutions with that of float32 convolutions, shape by shape.
 
     python -m benchmarks.native [--threads N] [--repeats N] [--side PIXELS]
 
-For each convolution of BNext-Tiny: onnxruntime's Conv in float32, and the operator BinaryConv, which also
-packs its input, requantizes, applies PReLU and adds up for the attention. Both are models of one node, run by
-turns; times are medians. Bytes: input, weights and result, each once. The last line is JSON.
+For each convolution of BNext-Tiny, onnxruntime's Conv in float32 is compared with the operator BinaryConv,
+which also packs its input, requantizes, applies PReLU and computes the sums for the attention. Each is a
+model of one node; they run by turns, and times are medians. Bytes are those of input, weights and result. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """A binary convolution from ``channels`` to as many, on images of ``side`` pixels."""
+    """A binary convolution with ``channels`` input and output channels, on images of ``side`` pixels."""
 
     channels: int
     kernel: int
@@ -45,28 +46,28 @@ class Shape:
 
     @property
     def out_side(self) -> int:
-        """Side of its result."""
+        """Side of the result in pixels."""
         return -(-self.side // self.stride)
 
     @property
     def products(self) -> int:
-        """Multiplications for one image."""
+        """Number of multiplications for one image."""
         return self.channels**2 * self.kernel**2 * self.out_side**2
 
     @property
     def bytes(self) -> int:
-        """Of int8 input and result and of binary weights."""
+        """Bytes of int8 input and result, and of binary weights."""
         pixels = self.side**2 + self.out_side**2
         return self.channels * pixels + self.channels**2 * self.kernel**2 // 8
 
     def __str__(self) -> str:
-        """As in a table."""
+        """The shape as text for a table."""
         stride = ", stride 2" if self.stride == 2 else ""
         return f"{self.kernel}×{self.kernel}{stride}, {self.channels} channels, {self.side}×{self.side}"
 
 
 def shapes(side: int) -> Iterator[Shape]:
-    """The distinct convolutions of BNext-Tiny on images of ``side`` pixels, behind a stem of stride 2."""
+    """The distinct convolutions of BNext-Tiny on images of ``side`` pixels, with a stem of stride 2."""
     side = -(-side // 2)
     seen: set[Shape] = set()
     for block, (before, after) in enumerate(pairwise(WIDTHS["tiny"])):
@@ -80,7 +81,7 @@ def shapes(side: int) -> Iterator[Shape]:
 
 
 def model(nodes: Sequence[onnx.NodeProto], x: int, y: int, constants: dict[str, Array]) -> bytes:
-    """A graph of these nodes, from ``x`` to ``y`` of these element types."""
+    """A serialized model of ``nodes``, from input ``x`` to output ``y``, whose element types are given."""
     graph = helper.make_graph(
         list(nodes),
         "one",
@@ -94,7 +95,7 @@ def model(nodes: Sequence[onnx.NodeProto], x: int, y: int, constants: dict[str, 
 
 
 def float_model(shape: Shape, rng: np.random.Generator) -> bytes:
-    """Conv in float32, weights ±1."""
+    """A model of one Conv in float32, with weights ±1."""
     size = (shape.channels, shape.channels, shape.kernel, shape.kernel)
     weight = rng.choice(np.array([-1, 1], np.float32), size)
     pads = [shape.kernel // 2] * 4
@@ -103,7 +104,7 @@ def float_model(shape: Shape, rng: np.random.Generator) -> bytes:
 
 
 def binary_model(shape: Shape, rng: np.random.Generator) -> bytes:
-    """BinaryConv with everything it does in a network."""
+    """A model of one BinaryConv, with everything that it does in a network."""
     channels, kernel = shape.channels, shape.kernel
     constants: dict[str, Array] = {
         "weight": rng.integers(0, 256, (channels, kernel, kernel, channels // 8), np.uint8),
@@ -126,7 +127,7 @@ def binary_model(shape: Shape, rng: np.random.Generator) -> bytes:
 
 
 def session(content: bytes, threads: int) -> ort.InferenceSession:
-    """As `qat bench` sets sessions up."""
+    """A session with the options of `qat bench`."""
 
     def options() -> ort.SessionOptions:
         chosen = ort.SessionOptions()
@@ -139,7 +140,7 @@ def session(content: bytes, threads: int) -> ort.InferenceSession:
 
 
 def measure(shape: Shape, threads: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of both, and what follows from them."""
+    """Median times of both models in milliseconds, and figures computed from them."""
     rng = np.random.default_rng(0)
     images = rng.integers(-128, 128, (1, shape.side, shape.side, shape.channels), np.int8)
     floats = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)

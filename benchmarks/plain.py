@@ -1,8 +1,9 @@
 """BNext-Tiny written plainly, as binary networks are commonly published: the baseline of `make bench-train`.
 
-Every binarization is a chain of `detach`, every tensor of the paper's formulas (arXiv 2211.12933) exists, and
-the optimizer is torch's AdamW without fusion. Parameters carry the published names, so that it loads
-the state dict of :class:`qat.models.bnext.BNext` as it is and both can be compared step by step.
+Binarization has a straight-through gradient by `detach`, every tensor in the paper's formulas
+(arXiv 2211.12933) is computed, and the optimizer is torch's AdamW without fusion. Parameters have the
+published names, so that the network loads the state dict of :class:`qat.models.bnext.BNext`, and both can be
+compared step by step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qat.models.bnext import WIDTHS
 
 
 class Bias(nn.Module):
-    """x + bias, one per channel."""
+    """``x + bias`` with a learned bias per channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class Bias(nn.Module):
 
 
 class Sign(nn.Module):
-    """Sign forward, identity backward where |x| < 1.5."""
+    """The sign, whose gradient is that of the identity where |x| < 1.5, else 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Sign(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution whose weights are binarized from latent ones."""
+    """Convolution with weights that are binarized from latent weights."""
 
     temperature: Tensor
 
@@ -159,5 +160,5 @@ class PlainBNext(nn.Module):
 
 
 def optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW, parameter by parameter."""
+    """AdamW, which updates one parameter after the other."""
     return torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)

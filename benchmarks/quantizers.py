@@ -1,14 +1,14 @@
-"""What each choice of quantization gives and costs: one fine-tuning per choice, as a table.
+"""Compare choices of quantization by accuracy, speed and size: one fine-tuning per choice, as a table.
 
     python -m benchmarks.quantizers --recipe tiny_int8_cifar10 [--images N] [--row NAME …] [--set KEY=VALUE …]
 
 Every row is the recipe with some keys changed, trained from the same checkpoint on the same images in the
-same order. Results are kept in OUT/results.jsonl as they come: a row that is there already is not run again,
-so that a sweep which was stopped goes on where it was. Columns: top-1 on the test images after calibration,
-after the last epoch, and of the best of them all, which is kept; images per second of the training steps,
-megabytes of the weights packed to their bits, and whether there is an integer export. A row's settings are
-those of its name (``--list``) and those of ``--set``; OUT holds rows of one recipe, one ``--set`` and one
-``--images`` alone.
+same order. Results are written to OUT/results.jsonl row by row. A row that is there already is not run again,
+so that a sweep can be stopped and continued. The columns are top-1 on the test images after calibration,
+after the last epoch and of the best checkpoint; images per second of the training steps; megabytes of the
+weights, each at its bits; and whether the network can be exported as integers. The settings of a row are
+those of its name (see ``--list``) and those of ``--set``. All rows in OUT must have the same recipe,
+``--set`` and ``--images``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qat.system.files import write_atomically
 from qat.train.finetuning import finetune
 
 RESULTS: Final = "results.jsonl"
-#: Choices by name; the first is the recipe as it is.
+#: Settings of each row, by its name; the first is the unchanged recipe.
 ROWS: Final[Mapping[str, Sequence[str]]] = {
     "the recipe": [],
     "trunk by moving average": ["quantization.trunk.observer=moving_average"],
@@ -93,7 +93,10 @@ ROWS: Final[Mapping[str, Sequence[str]]] = {
 
 @contextmanager
 def subset(data: Data, count: int | None) -> Iterator[list[str]]:
-    """Overrides that make a Parquet data set its ``count`` random training images; none for ``None``."""
+    """Overrides that reduce a Parquet data set to ``count`` random training images; none if it is ``None``.
+
+    The images are in a temporary folder, which is deleted when the block ends.
+    """
     if count is None:
         yield []
         return
@@ -116,31 +119,32 @@ def subset(data: Data, count: int | None) -> Iterator[list[str]]:
 
 
 def megabytes(checkpoint: Checkpoint, points: Mapping[str, Mapping[str, object]]) -> float:
-    """Of all weights, each packed to its bits: 1 if binary, what its line says if quantized, else 32."""
+    """Size of all weights in megabytes, each at its bits: 1 if binary, those of ``points``, or 32."""
     bits = 0
     for layer in operations(checkpoint.architecture, 32).layers:
         if layer.binary:
             bits += layer.weights
             continue
-        point = points.get(f"{layer.name.removesuffix('.conv1')}.weight_quantizer")  # the stem has it itself
+        # The stem's quantizer belongs to the stem itself, not to its convolution, as in other layers.
+        point = points.get(f"{layer.name.removesuffix('.conv1')}.weight_quantizer")
         bits += layer.weights * (32 if point is None else int(str(point["type"]).removeprefix("int")))
     return bits / 8e6
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each; none of a file that isn't there.
+    """The JSON objects in a file, one per line; none if there is no file.
 
-    A last line without an end, of a sweep that was killed while it wrote, is left out.
+    A last line without a newline is left out: the sweep was killed while it wrote.
     """
     text = file.read_text("utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def results_of(file: Path, sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that ``file`` has.
+    """The rows in ``file``.
 
     Raises:
-        QatError: it is damaged, or has a row of other settings than ``sweep``.
+        QatError: the file is damaged, or a row has other settings than ``sweep``.
     """
     try:
         done = lines_of(file)
@@ -149,16 +153,16 @@ def results_of(file: Path, sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise QatError(f"{file}: not results of this benchmark; name another --out") from error
     if other is not None:
         raise QatError(f"{file}: has rows of {other}, asked for are {dict(sweep)}; name another --out")
-    if done:  # so that the next line begins behind the last whole one
+    if done:  # write without an incomplete last line, so that the next row begins a new one
         write_atomically(file, "".join(json.dumps(one) + "\n" for one in done))
     return done
 
 
 def measure(name: str, recipe: str, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Fine-tune one row; its line of the results."""
+    """Fine-tune the recipe of one row; returns the row's results."""
     run = finetune(load_recipe(recipe, overrides), ConsoleReporter(console))
     summary = run.summary()
-    epochs = lines_of(run.path / "metrics.jsonl")  # none after calibration alone
+    epochs = lines_of(run.path / "metrics.jsonl")  # empty if the network was only calibrated
     checkpoint = load_checkpoint(run.best)
     assert checkpoint.recipe is not None
     try:
@@ -199,7 +203,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, and print the table."""
+    """Run the rows that are missing, and print the table."""
     parser = argparse.ArgumentParser(description="what each choice of quantization gives and costs")
     parser.add_argument("--recipe", default="tiny_int8_cifar10", help="of the fine-tuning")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every row")

@@ -1,8 +1,9 @@
-"""Memory of processes that train a network together, whole in each (DDP) or in parts (FSDP).
+"""Measure the memory of processes that train together, each with the whole network (DDP) or a part (FSDP).
 
 ``torchrun --standalone --nproc-per-node 2 -m benchmarks.sharding --size large --parallel fsdp`` prints, for
-each process, the most resident memory while it makes the network, takes steps, has the whole network to
-evaluate, and gathers the state that is saved (Linux alone tells). Python and torch are part of it.
+each process, the peak resident memory of several phases: making the network, training steps, gathering the
+whole network for an evaluation, and gathering the state that is saved. It includes Python and torch. Linux
+only.
 """
 
 from __future__ import annotations
@@ -24,30 +25,31 @@ from qat.system.collectives import joined, rows_of_all
 from qat.train.capture import Parts, capture
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel
-from qat.train.sharding import own_part, shard, whole_network
+from qat.train.sharding import local_part, shard, whole_network
 
 GIGABYTE = 1e9
 
 
 class Peaks:
-    """The most memory that this process held in each of several phases."""
+    """Peak memory of this process in each of several phases."""
 
     def __init__(self) -> None:
-        """Begin the first one."""
+        """Begin the first phase."""
         self.seen: dict[str, float] = {}
         self._begin()
 
     def end(self, phase: str) -> None:
-        """Note what the phase that ends here took, and begin the next one."""
+        """Record the peak memory of the phase that ends here, in GB, and begin the next one."""
         self.seen[phase] = (own_peak_rss_bytes() or 0) / GIGABYTE
         self._begin()
 
     def _begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what it has now
+        # Writing 5 resets the peak to the present memory.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, float], float, float]:
-    """Peaks in GB by phase; GB of weights, gradients and moments; seconds of the fastest step."""
+    """Peaks in GB by phase; GB of weights, gradients and optimizer's moments; seconds of the fastest step."""
     peaks, cpu = Peaks(), torch.device("cpu")
     torch.manual_seed(0)
     model = BNext(1000, options.size).train()
@@ -70,7 +72,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], float, float
     held: list[torch.Tensor] = list(model.parameters())
     held += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     held += [moment for state in optimizer.state.values() for moment in state.values()]
-    size = sum(own_part(tensor).nbytes for tensor in held) / GIGABYTE
+    size = sum(local_part(tensor).nbytes for tensor in held) / GIGABYTE
     predictor(whole_network(model))(images)
     peaks.end("evaluation")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -1,12 +1,13 @@
-"""Training speed against the plain implementation of :mod:`benchmarks.plain`: `make bench-train`.
+"""Compare the speed of training with that of the plain implementation in :mod:`benchmarks.plain`.
 
-All start from the same weights and see the same batch, step by step in turn, each in a process of its own, so
-that none lives in memory that another one left; medians. The last line printed is JSON:
+`make bench-train` runs it. All ways to train start from the same weights and take steps on the same batch, by
+turns. Each runs in a process of its own, so that memory which another one freed doesn't help it. Times are
+medians. The last line printed is JSON:
 
-- ``ratio_float32``, ``ratio_bfloat16``: how many times as many images per second, this project's steps
-  against the plain float32 step.
-- ``peak_memory_ratio_…``: the most memory that each process held, over that of the plain one. Python and
-  torch are part of it.
+- ``ratio_float32``, ``ratio_bfloat16``: images per second of this project's steps, divided by those of the
+  plain float32 step.
+- ``peak_memory_ratio_…``: peak memory of the process, divided by that of the plain one. Both include Python
+  and torch.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Settings:
-    """What all sides share; see the command's options."""
+    """Settings that all ways to train share; see the command's options."""
 
     batch: int
     side: int
@@ -57,11 +58,11 @@ class Settings:
 
 
 class Trainer:
-    """One way to train, and a step of it as the training loop does it.
+    """One way to train, with a step like that of the training loop.
 
     Args:
         name: ``plain``, ``float32``, ``bfloat16`` or ``fake-quantized``.
-        settings: the data and the temperature of the weights.
+        settings: settings of the data, the threads, and the temperature of the weights.
     """
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -78,7 +79,7 @@ class Trainer:
             self.optimizer = optimizer(self.model, LEARNING_RATE)
             return
         if name == FAKE_QUANTIZED:
-            # Calibration sees the network as it evaluates: with the statistics that it had from training.
+            # Calibration runs in evaluation mode, with running statistics, which a new network lacks.
             reestimate_batch_norm(ours, lambda: ours(self.images))
             prepare(ours, Quantization(), image_grid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
             calibrate(ours, lambda: ours(self.images))
@@ -86,7 +87,7 @@ class Trainer:
         self.optimizer = make_optimizer(ours, Optimizer(lr=LEARNING_RATE))
 
     def step(self) -> float:
-        """Train on the batch; its loss."""
+        """Train on the batch once; returns its loss."""
         with autocast("bfloat16" if self.bfloat16 else "float32", torch.device("cpu")):
             loss = F.cross_entropy(self.model(self.images), self.labels)
         self.optimizer.zero_grad(set_to_none=True)
@@ -96,7 +97,10 @@ class Trainer:
 
 
 def serve(name: str, settings: Settings, calls: Connection) -> None:
-    """The child: answers ``True`` with a step's seconds and loss, ``False`` with its peak memory in bytes."""
+    """Entry point of the child process, which answers messages from ``calls``.
+
+    The answer to ``True`` is seconds and loss of a step; to ``False`` it is the peak memory in bytes.
+    """
     torch.set_num_threads(settings.threads)
     if name != PLAIN:
         keep_pages()  # as `qat` does before it trains
@@ -110,7 +114,7 @@ def serve(name: str, settings: Settings, calls: Connection) -> None:
 
 @dataclass
 class Side:
-    """A process that trains, its losses and the seconds of its steps."""
+    """A child process that trains in one way, with the losses of its steps and their seconds."""
 
     process: multiprocessing.process.BaseProcess
     calls: Connection
@@ -119,27 +123,27 @@ class Side:
 
     @classmethod
     def start(cls, name: str, settings: Settings) -> Side:
-        """Start the process of one way to train."""
+        """Start the child process for the way to train called ``name``."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(name, settings, theirs), daemon=True)
         process.start()
-        theirs.close()  # so that a child that dies is noticed
+        theirs.close()  # so that receiving raises EOFError if the child dies
         return cls(process, ours)
 
     def step(self) -> None:
-        """One timed step."""
+        """Let the child take one step, and record its time and loss."""
         self.calls.send(True)
         seconds, loss = self.calls.recv()
         self.seconds.append(seconds)
         self.losses.append(loss)
 
     def images_per_second(self, batch: int, warm_up: int) -> float:
-        """Median over the steps after the warm-up."""
+        """Images per second, from the median time of the steps after the warm-up."""
         return batch / statistics.median(self.seconds[warm_up:])
 
     def finish(self) -> int | None:
-        """End the process; the most memory that it held, in bytes, where the system tells."""
+        """End the child; returns its peak memory in bytes, or None if the operating system doesn't tell."""
         self.calls.send(False)
         peak: int | None = self.calls.recv()
         self.process.join()
@@ -149,19 +153,20 @@ class Side:
 def check_same(temperature: float) -> None:
     """End the program unless both implementations have the same loss and gradients in float64.
 
-    In float32 their losses drift apart from the first step on: signs of values next to zero turn rounding
-    errors into other networks.
+    In float32 their losses differ from the first step on, since rounding errors change the signs of values
+    near zero.
     """
     torch.manual_seed(0)
     ours, plain = BNext(10).double().train(), PlainBNext(10).double().train()
     set_temperature(ours, temperature)
     with torch.no_grad():
         for layer in binary_convolutions(ours).values():
-            # Of millions drawn at random a few are 0, whose sign is +1 here, one bit's, and 0 there.
+            # A few of millions of random weights are 0. Their sign is +1 in this project and 0 in the plain
+            # network.
             layer.weight[layer.weight == 0] = 1e-9
         for norm in ours.modules():
-            # Without an offset a sum of signs that equals its channel's mean lies on PReLU's kink, where
-            # rounding decides about the gradient.
+            # Without an offset, a sum of signs that equals its channel's mean would be normalized to 0, the
+            # kink of PReLU, where rounding errors decide which gradient is used.
             if isinstance(norm, nn.BatchNorm2d):
                 norm.bias.uniform_(-0.1, 0.1)
     plain.load_state_dict(ours.state_dict())

@@ -1,6 +1,6 @@
-"""One tree of exceptions; each class carries the exit code its failure ends a command with.
+"""One tree of exceptions. Each class carries the exit code with which its failure ends a command.
 
-Exit codes: 0 success, 1 the work ran but its result is not good enough, 2 the input is wrong.
+Exit codes: 0 for success, 1 where the work ran but its result is not good enough, 2 where the input is wrong.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 
 
 class QatError(Exception):
-    """Base of every error a user is meant to read. The message is complete without a traceback."""
+    """Base of every error that a user is meant to read. The message is complete without a traceback."""
 
     exit_code = 2
 
 
 class RecipeError(QatError):
-    """A recipe is missing, malformed or contradicts itself."""
+    """A recipe is missing or malformed, or contradicts itself."""
 
 
 class CheckpointError(QatError):
@@ -32,7 +32,7 @@ class QuantizationError(QatError):
 
 
 class NativeLibraryError(QatError):
-    """The library of the native operators is missing, not a library, or has no such kernels."""
+    """The native library is missing, can't be loaded, or lacks the kernels that were asked for."""
 
 
 class OutputError(QatError):
@@ -45,10 +45,10 @@ class TrainingError(QatError):
     exit_code = 1
 
 
-class Stopped(QatError):  # noqa: N818 - not an error: it did what it was asked for
+class Stopped(QatError):  # noqa: N818 - it is not called an error, because the run did what it was asked to
     """SIGTERM asked a training run to stop; its state is saved."""
 
-    exit_code = 143  # 128 + 15, as shells have it
+    exit_code = 143  # 128 + 15 (SIGTERM), as shells report a process that a signal ended
 
 
 class VerificationError(QatError):
@@ -58,11 +58,11 @@ class VerificationError(QatError):
 
 
 class BaselineError(QatError):
-    """A baseline is missing or damaged, or was recorded of something that cannot be compared."""
+    """A baseline is missing or damaged, or was recorded of a data set or model that can't be compared."""
 
 
 class GateError(QatError):
-    """The accuracy gate failed: a model got worse than its baseline, or than was asked for."""
+    """The accuracy gate failed: a model got worse than its baseline, or than a limit that the user gave."""
 
     exit_code = 1
 
@@ -80,5 +80,5 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its class where it has none."""
+    """The first line of an error's message, or the name of its class where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,8 +18,8 @@ from qat.recipe.schema import Data
 from qat.system.collectives import rows_of_all
 from qat.system.launch import WHOLE
 
-#: Images (N, 3, H, W) → logits (N, classes). The images are normalized float32; a callable with a true
-#: attribute ``takes_pixels`` normalizes by itself and is given the raw uint8 pixels.
+#: Maps images (N, 3, H, W) to logits (N, classes). It is given normalized float32 images, unless it has a
+#: true attribute ``takes_pixels``: then it normalizes by itself, and is given the raw uint8 pixels.
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -28,8 +28,8 @@ class Accuracy:
     """Result of an evaluation.
 
     Attributes:
-        top1, top5: percent of images whose class is the first, or among the first five.
-        n: images.
+        top1, top5: percent of the images whose true class is ranked first, or among the first five.
+        n: number of images.
         loss: mean cross-entropy, in nats.
     """
 
@@ -39,19 +39,23 @@ class Accuracy:
     loss: float
 
     def to_json(self) -> str:
-        """One JSON object with ``top1``, ``top5``, ``n`` and ``loss``; a loss that is not finite is null."""
+        """A JSON object with ``top1``, ``top5``, ``n`` and ``loss``. A loss that is not finite is null."""
         return json.dumps(asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None})
 
 
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes stand before the label, int64 (N,): 0 where top-1 is right, below 5 for top-5.
+    """How many classes are ranked before the true one: 0 where top-1 is right, below 5 where top-5 is right.
 
-    Of equal logits, which quantized networks have, the lower class stands first. With a NaN among the logits
-    of an image its rank is beyond every number of classes: such an answer is wrong.
+    Equal logits, which are common in quantized networks, are ranked by class index: the lower one is first.
+    An image with a NaN among its logits gets the largest int64 as its rank, and so counts as wrong for every
+    ``k``.
 
     Args:
         logits: (N, classes).
         labels: int64 (N,).
+
+    Returns:
+        int64 (N,).
     """
     own = logits.gather(1, labels[:, None])
     lower = torch.arange(logits.shape[1], device=labels.device) < labels[:, None]
@@ -60,12 +64,17 @@ def ranks(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> int:
-    """Number of rows of ``logits`` (N, classes) whose label is among the ``k`` largest, see :func:`ranks`."""
+    """How many rows of ``logits`` (N, classes) have their label among the top ``k``; see :func:`ranks`."""
     return int((ranks(logits, labels) < k).sum())
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """A share in percent as text, such as ``99.87 %``: only what is 100 or more is shown as 100."""
+    """A percentage as text, such as ``99.87 %``. It is never rounded up to 100: 99.999 becomes ``99.99 %``.
+
+    Args:
+        share: in percent.
+        digits: digits behind the point.
+    """
     text = f"{share:.{digits}f}"
     if share < 100 and float(text) >= 100:
         text = f"99.{'9' * digits}".rstrip(".")
@@ -79,7 +88,10 @@ def points(change: float) -> str:
 
 
 def input_for(predict: Predict, images: Tensor, data: Data) -> Tensor:
-    """What ``predict`` takes of the uint8 images (N, 3, H, W) of a split: them, or normalized float32."""
+    """The input of ``predict`` for uint8 images (N, 3, H, W): normalized float32, or the images themselves.
+
+    ``predict`` is given the images themselves if it has a true attribute ``takes_pixels``.
+    """
     if getattr(predict, "takes_pixels", False):
         return images
     return normalize(images, data.mean, data.std)
@@ -92,17 +104,25 @@ def collect_logits(
     device: torch.device | str = "cpu",
     before_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Logits (N, classes) float32 of every image of ``split`` in its fixed order, on the CPU.
+    """Logits (N, classes) of every image of ``split`` in its fixed order, as float32 on the CPU.
 
-    Where processes have a ``share`` of the split each, each computes its images, every one of them once, and
-    is sent the others' answers. ``before_batch`` is called by all of them alike; neither it nor ``predict``
-    changes a network.
+    Several processes, each with its ``share`` of the split, divide the images between them. Every image is
+    computed once, and all processes get the logits of all images.
+
+    Args:
+        predict: must not change the network that it calls, since integer constants of networks are computed
+            once for all batches.
+        split: the images.
+        data: says how images are normalized, and how many are in a batch.
+        device: where images are moved before ``predict`` is called.
+        before_batch: called before each batch, in every process. It must not change a network either.
     """
     rows = []
     with keeping_constants():
         for images, _ in split.batches(data.eval_batch_size):
             before_batch()
-            # Without an image of its own it has nothing to say, whatever the number of classes.
+            # A process that has no image of this batch contributes no logits. It doesn't know the number of
+            # classes either, which `rows_of_all` takes from the other processes.
             logits = (
                 predict(input_for(predict, images.to(device), data)) if len(images) else torch.empty(0, 0)
             )
@@ -112,7 +132,7 @@ def collect_logits(
 
 
 def accuracy_of(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Accuracy of logits (N, classes) against labels (N,)."""
+    """Accuracy of float32 logits (N, classes) against int64 labels (N,)."""
     n = len(labels)
     return Accuracy(
         top1=100.0 * correct_in_top(logits, labels, 1) / n,
@@ -129,12 +149,15 @@ def evaluate(
     device: torch.device | str = "cpu",
     before_batch: Callable[[], None] = lambda: None,
 ) -> Accuracy:
-    """Accuracy of ``predict`` on ``split``, preprocessed as ``data`` says; see :func:`collect_logits`."""
+    """Accuracy of ``predict`` on ``split``. The arguments are those of :func:`collect_logits`."""
     return accuracy_of(collect_logits(predict, split, data, device, before_batch), split.labels)
 
 
 def predictor(model: nn.Module) -> Predict:
-    """``model`` in evaluation mode without gradients; its mode is restored after each batch."""
+    """A function that calls ``model`` in evaluation mode without gradients.
+
+    After each call ``model`` is back in the mode that it was in before.
+    """
 
     def predict(images: Tensor) -> Tensor:
         was_training = model.training

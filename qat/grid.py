@@ -1,4 +1,4 @@
-"""A grid of integers: what quantization, the integer network and the native library mean by one."""
+"""The grid of a quantized tensor, as quantization, the integer network and the native library describe it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of one tensor: ``value = scale * (q - zero_point)``, ``bits`` wide."""
+    """The values that one tensor can take: ``value = scale · (q − zero_point)`` for each integer ``q``.
+
+    Attributes:
+        scale: distance between neighbouring values, above 0.
+        bits: width of the integers.
+        signed: whether the integers are two's complement; otherwise they start at 0.
+        zero_point: the integer that stands for the value 0.
+    """
 
     scale: float
     bits: int
@@ -28,6 +35,9 @@ class Grid:
 
     @property
     def inverse(self) -> float:
-        """``1 / scale`` rounded to float32, which is what training multiplies with."""
-        with np.errstate(over="ignore", divide="ignore"):  # of a step too small it is infinite
+        """``1 / scale`` rounded to float32, the factor that training multiplies with.
+
+        It is infinite where the scale is too small for its reciprocal to fit float32.
+        """
+        with np.errstate(over="ignore", divide="ignore"):
             return float(np.float32(1.0) / np.float32(self.scale))

@@ -1,8 +1,10 @@
 """Run directories: what a training command leaves behind, and how other commands find it.
 
-A run directory holds ``recipe.yaml`` (resolved, rerunnable from anywhere), ``metrics.jsonl`` (one object
-per epoch), ``best.safetensors``, ``last.safetensors``, after fine-tuning ``quantization.json`` and, once
-finished, ``summary.json``. Until then ``state/`` has what :mod:`qat.train.resume` goes on from.
+A run directory holds ``recipe.yaml`` (with absolute paths, so that it can be run again from any folder),
+``metrics.jsonl`` (one JSON object per epoch), ``best.safetensors`` and ``last.safetensors``. Fine-tuning adds
+``quantization.json``, and a finished run has ``summary.json``. Until a run has finished, ``state/`` holds the
+states from which :mod:`qat.train.resume` resumes it. Where the network was trained in
+float first, ``float/`` holds the same of that stage.
 """
 
 from __future__ import annotations
@@ -26,40 +28,47 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run's folder. Of several processes the first one writes, and the others' calls do nothing."""
+    """The folder of one run. Where several processes train together, the first one alone writes to it.
+
+    Attributes:
+        path: the folder.
+        part_of: the run that this one is a stage of, in a folder of its own; ``None`` for a whole run.
+    """
 
     path: Path
+    part_of: Path | None = None
+
+    @property
+    def whole(self) -> Path:
+        """The folder that ``--resume`` takes."""
+        return self.path if self.part_of is None else self.part_of
+
+    @property
+    def float_stage(self) -> RunDirectory:
+        """The stage that trains in float before quantization; its folder need not be there."""
+        return RunDirectory(self.path / "float", self.path)
 
     @classmethod
-    def create(cls, loaded: LoadedRecipe) -> RunDirectory:
-        """A new folder ``<output.dir>/<recipe>-<date>-<time>`` with the resolved recipe inside.
+    def create(cls, loaded: LoadedRecipe, folder: Path | None = None) -> RunDirectory:
+        """A new folder with the resolved recipe inside.
+
+        Args:
+            loaded: the recipe.
+            folder: the folder to make; by default ``<output.dir>/<name>-<date>-<time>``, where the name is
+                ``output.name`` or the recipe's.
 
         Raises:
             RecipeError: the checkpoint to start from, or a teacher, isn't there.
-            OutputError: the folder can't be made or written.
+            OutputError: the folder can't be made or written, or it is there already and not empty.
         """
-        return cls(Path(from_main(str(cls._create(loaded)) if is_main() else "")))
+        return cls(Path(from_main(str(cls._create(loaded, folder)) if is_main() else "")))
 
     @staticmethod
-    def _create(loaded: LoadedRecipe) -> Path:
-        recipe = _anywhere(loaded)
-        root = Path(loaded.recipe.output.dir)
-        stem = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for attempt in range(100):
-            path = root / (stem if attempt == 0 else f"{stem}-{attempt}")
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                if path.is_dir():
-                    continue
-                raise OutputError(f"{root}: output.dir is not a folder") from None
-            except OSError as error:
-                raise OutputError(
-                    f"{path}: cannot make the run directory: {error.strerror or error}"
-                ) from error
-            write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
-            return path
-        raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
+    def _create(loaded: LoadedRecipe, folder: Path | None) -> Path:
+        recipe = _with_absolute_paths(loaded)
+        path = _new_folder(loaded) if folder is None else _made(folder)
+        write_atomically(path / "recipe.yaml", recipe_yaml(recipe))
+        return path
 
     @property
     def best(self) -> Path:
@@ -68,11 +77,15 @@ class RunDirectory:
 
     @property
     def last(self) -> Path:
-        """Checkpoint of the last epoch that ended well."""
+        """Checkpoint of the last epoch that was completed."""
         return self.path / "last.safetensors"
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append ``metrics`` to ``metrics.jsonl`` as one line.
+
+        Raises:
+            OutputError: the file can't be written.
+        """
         if not is_main():
             return
         try:
@@ -82,7 +95,7 @@ class RunDirectory:
             raise OutputError(f"{self.path / 'metrics.jsonl'}: {error.strerror or error}") from error
 
     def rewrite_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make ``rows`` the whole of ``metrics.jsonl``, atomically; without rows there is no such file."""
+        """Replace ``metrics.jsonl`` by one line per row, atomically; without rows the file is removed."""
         if not is_main():
             return
         path = self.path / "metrics.jsonl"
@@ -92,12 +105,12 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write ``content`` to the file ``name``, atomically."""
+        """Write ``content`` as JSON to the file ``name`` in the run directory, atomically."""
         if is_main():
             write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """The finished run's summary.
+        """The content of ``summary.json``.
 
         Raises:
             QatError: the run has not finished, or the file is damaged.
@@ -114,11 +127,41 @@ class RunDirectory:
         return content
 
 
+def _new_folder(loaded: LoadedRecipe) -> Path:
+    root = Path(loaded.recipe.output.dir)
+    stem = f"{loaded.recipe.output.name or loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(100):
+        path = root / (stem if attempt == 0 else f"{stem}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.is_dir():
+                continue
+            raise OutputError(f"{root}: output.dir is not a folder") from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot make the run directory: {error.strerror or error}") from error
+        return path
+    raise OutputError(f"{root / stem}: a hundred runs of this second exist already")
+
+
+def _made(folder: Path) -> Path:
+    """The folder, new or empty."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder}: exists already and is not empty; name another folder with --output")
+    except FileExistsError as error:
+        raise OutputError(f"{folder}: is a file; name another folder with --output") from error
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot make the run directory: {error.strerror or error}") from error
+    return folder
+
+
 def find_run(path: Path) -> RunDirectory:
-    """The run directory at ``path``, checked to be one.
+    """The run directory at ``path``.
 
     Raises:
-        QatError: absent, or without a best checkpoint.
+        QatError: the folder doesn't exist, or has no best checkpoint.
     """
     run = RunDirectory(path)
     if not path.is_dir():
@@ -129,10 +172,10 @@ def find_run(path: Path) -> RunDirectory:
 
 
 def newest_run(root: Path) -> RunDirectory:
-    """The fine-tuning run under ``root`` that finished last; damaged and unfinished runs don't count.
+    """The fine-tuning run under ``root`` that finished last. Damaged and unfinished runs are ignored.
 
     Raises:
-        QatError: there is none.
+        QatError: no fine-tuning run under ``root`` has finished.
     """
     finished: list[tuple[float, str, RunDirectory]] = []
     for summary in root.glob(f"*/{SUMMARY}") if root.is_dir() else ():
@@ -151,8 +194,8 @@ def newest_run(root: Path) -> RunDirectory:
     return max(finished, key=lambda item: item[:2])[2]
 
 
-def _anywhere(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with the paths it reads from made absolute, so that it can be run again from anywhere."""
+def _with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with absolute paths for all files that it reads, so that it can be run from any folder."""
     recipe = loaded.recipe
     if recipe.model.checkpoint is not None:
         model = recipe.model.model_copy(update={"checkpoint": str(resolve_checkpoint(loaded))})
@@ -161,6 +204,7 @@ def _anywhere(loaded: LoadedRecipe) -> Recipe:
         named = recipe.distillation.model_copy(update={"teachers": resolve_teachers(loaded)})
         recipe = recipe.model_copy(update={"distillation": named})
     if recipe.data.root is not None:
-        root = Path(recipe.data.root).expanduser().absolute()  # as the data set is looked up
+        # Expanded as `qat.data.paths.found_root` expands it.
+        root = Path(recipe.data.root).expanduser().absolute()
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
     return recipe

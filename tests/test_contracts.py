@@ -1,4 +1,4 @@
-"""What may import what, where no linter looks: function bodies and what a process really loads."""
+"""Import rules that lint-imports doesn't check: in function bodies, and for what a process really loads."""
 
 from __future__ import annotations
 

@@ -17,10 +17,11 @@ from qat.models.bnext import binary_convolutions
 from qat.recipe.files import recipes_dir
 from qat.recipe.loading import load_recipe, resolve_checkpoint
 from qat.runs import newest_run
-from qat.train.finetuning import pretrained
 from qat.train.pretraining import pretrain
 from tests.helpers.cases import slow
+from tests.helpers.checkpoints import WIDTHS, toy, training_checkpoint
 from tests.helpers.cifar10 import cifar10
+from tests.helpers.image_folders import photographs
 from tests.helpers.toy_runs import Silent, finetune_arguments, image_folder, pretrain_toy, settings, succeed
 
 DIGITS, CIFAR10 = (
@@ -61,7 +62,7 @@ def test_the_shipped_network_of_digits_is_good() -> None:
 
 def test_the_shipped_network_of_cifar10_is_good() -> None:
     loaded = load_recipe("tiny_int8_cifar10")
-    model = pretrained(resolve_checkpoint(loaded), loaded.recipe, Silent())
+    model = build(load_checkpoint(resolve_checkpoint(loaded)))
     # 76.4 % of all 8,000, less more than two standard deviations of 1,000.
     assert evaluate(predictor(model), cifar10(1000), loaded.recipe.data).top1 >= 73.0
 
@@ -139,6 +140,45 @@ def test_a_folder_of_images_goes_the_whole_way(tmp_path: Path) -> None:
     again = tmp_path / "again.onnx"
     succeed("export", "--onnx", again, "--run", run.path, "--set", f"data.root={moved}")
     assert again.read_bytes() == model.read_bytes()
+
+
+def test_own_photographs_from_a_published_checkpoint_of_1000_classes_go_the_whole_way(tmp_path: Path) -> None:
+    """The recipe for it, made small: three classes, weights in the authors' training format."""
+    root = photographs(tmp_path / "photographs")
+    state = toy(num_classes=1000).state_dict()
+    torch.save(training_checkpoint(state), tmp_path / "published.pth.tar")
+    options = [
+        f"model.widths={list(WIDTHS)}",
+        f"model.checkpoint={tmp_path / 'published.pth.tar'}",
+        f"data.root={root}",
+        *("data.image_size=32", "data.resize=36", "data.batch_size=12", "data.workers=0"),
+        *("schedule.float_epochs=6", "optimizer.lr=1e-2"),
+        *("schedule.epochs=1", "schedule.calibration_batches=2"),
+        *("threads=1", "device=cpu", f"output.dir={tmp_path / 'runs'}"),
+    ]
+    printed = succeed("finetune", "--recipe", "tiny_int8_transfer", *settings(options))
+    assert printed.count("the classifier starts anew: its classifier tells 1000 classes apart") == 1
+    run = newest_run(tmp_path / "runs")
+    tuned = build(load_checkpoint(run.best))
+    assert (tuned.architecture.num_classes, tuned.architecture.stem_stride) == (3, 2)
+    for name, convolution in binary_convolutions(tuned).items():
+        assert torch.equal(convolution.weight >= 0, state[f"{name}.weight"] >= 0), name
+    # Colours tell the classes apart, which a trained classifier sees. What that gained is not quantization's.
+    summary = run.summary()
+    assert summary["float"]["top1"] >= 60.0
+    assert summary["float"]["top1"] == evaluated(run.float_stage.best)["top1"]
+
+    printed = succeed("export", "--onnx", "--runs", tmp_path / "runs")
+    assert printed.splitlines()[-1].endswith(" MB, verified")
+    assert evaluated(run.path / "model.onnx")["top1"] == summary["int8"]["top1"]
+    succeed("report", run.path)
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "new, for 3 classes" in page
+    # The run's own recipe repeats it.
+    again = [*settings([f"output.dir={tmp_path / 'again'}"])]
+    succeed("finetune", "--recipe", run.path / "recipe.yaml", *again)
+    repeated = newest_run(tmp_path / "again").summary()
+    assert [repeated[key] for key in ("float", "int8")] == [summary[key] for key in ("float", "int8")]
 
 
 def test_tuning_learns_on_top_of_calibration(tmp_path: Path) -> None:

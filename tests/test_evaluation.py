@@ -1,4 +1,4 @@
-"""Accuracy: counting, averaging, and leaving the network as it was."""
+"""Evaluation: right answers are counted, the loss is averaged, and the network's mode doesn't change."""
 
 from __future__ import annotations
 

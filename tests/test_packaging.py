@@ -34,7 +34,11 @@ def wheel(folder: Path, **environment: str) -> tuple[str, set[str]]:
 
 def expected() -> set[str]:
     packages = [path for package in ("qat", "export/qat_export") for path in (ROOT / package).rglob("*")]
-    kept = [path for path in packages if path.suffix in {".py", ".html", ".css"} or path.name == "py.typed"]
+    kept = [
+        path
+        for path in packages
+        if path.suffix in {".py", ".pyi", ".html", ".css"} or path.name == "py.typed"
+    ]
     files = {path.relative_to(ROOT).as_posix().removeprefix("export/") for path in kept}
     recipes = [path for path in (ROOT / "recipes").rglob("*") if path.is_file()]
     return files | {f"qat/_recipes/{path.relative_to(ROOT / 'recipes')}" for path in recipes}

@@ -1,4 +1,4 @@
-"""The bounds hold for sums in any order, and are tight enough to show what is no rounding."""
+"""The bounds hold for sums in any order, and are tight enough to show errors other than rounding."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gamma_bounds_products_of_rounding_errors(kind: torch.dtype) -> None:
 
 
 def test_a_bound_on_sums_is_reached_by_the_worst_terms() -> None:
-    # Each of the small terms is half of what the sum could take, and rounded away.
+    # Each of the small terms is half a unit in the last place of the sum, and so is lost by rounding.
     terms = torch.full((1000,), unit_roundoff(torch.float32))
     terms[0] = 1.0
     error = float(terms.double().sum() - one_by_one(terms).double())

@@ -1,4 +1,4 @@
-"""Run directories: made, found, and not found where they are damaged."""
+"""Run directories: how they are made and found, and that damaged ones are not found."""
 
 from __future__ import annotations
 

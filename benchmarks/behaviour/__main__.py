@@ -1,4 +1,4 @@
-"""Makes a record, or compares two."""
+"""Make a record, or compare two records."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Final
 
 from benchmarks.behaviour.values import Values, differences
 
-#: How many differences a comparison prints; it always says how many there are.
+#: Largest number of differences that a comparison prints. It always prints their total number.
 SHOWN: Final = 60
 
 
 def record(quick: bool) -> Values:
-    """Everything that is computed, by name; progress goes to standard error."""
-    # Not for a comparison, which needs none of the project.
+    """All values of a record, by name. Progress goes to standard error."""
+    # Imported here, since a comparison needs nothing of the project.
     from benchmarks.behaviour import models, refusals, runs, steps
 
     parts = {
         "environment": runs.environment,
         "toy steps": steps.toy,
-        "runs": runs.runs,  # the parts below use what this one leaves
+        "runs": runs.runs,  # first, since the parts below use the runs that it leaves
         "models": models.models,
         "gate": models.gate,
         "sensitivity": models.sensitivity,

@@ -1,4 +1,4 @@
-"""The command line, run in this process, and what it prints made alike."""
+"""Run the command line in this process, and replace what differs between runs in its output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def qat(*arguments: object) -> Result:
 
 
 def succeed(*arguments: object) -> str:
-    """Standard output of a command; ends the program if it fails."""
+    """Run a command, and return its standard output; ends the program if it fails."""
     result = qat(*arguments)
     if result.exit_code:
         raise SystemExit(f"qat {' '.join(map(str, arguments))}: {result.exit_code}\n{result.output}")
@@ -28,11 +28,11 @@ def succeed(*arguments: object) -> str:
 
 
 def alike(text: str) -> str:
-    """``text`` without the folder that a record is made in, and that of the repository."""
+    """``text`` with placeholders for the folder of the record and that of the repository."""
     return text.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "")
 
 
 def settings(overrides: Iterable[str]) -> list[str]:
-    """``--set`` for each override; of two of one key the later one."""
+    """Arguments with ``--set`` for each override. If a key occurs twice, the later one is used."""
     last = {override.partition("=")[0]: override for override in overrides}
     return [word for override in last.values() for word in ("--set", override)]

@@ -1,6 +1,7 @@
-"""All that a record takes from the project, in one place, and the version that it calls itself."""
+"""All imports from the project, after its version has been replaced by 0."""
 
-# The version is part of checkpoints and exported models, and modules take it over when they are imported.
+# The version is written into checkpoints and exported models. Modules read it when they are imported, so it
+# is replaced before that.
 # ruff: noqa: E402
 from pathlib import Path
 from typing import Final
@@ -9,7 +10,7 @@ import qat
 
 VERSION: Final = "0"
 qat.__version__ = VERSION
-#: Folder of the repository, or the one that the package was installed in.
+#: Folder of the repository, or the one that the package is installed in.
 ROOT: Final = Path(qat.__file__).resolve().parents[1]
 
 from qat.cli import main

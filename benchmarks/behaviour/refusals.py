@@ -1,4 +1,4 @@
-"""Messages and exit codes for bad input in a record, with the files that its other parts leave."""
+"""The part of a record on bad input: messages and exit codes. It uses files that the other parts leave."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 from benchmarks.behaviour.commands import alike, qat
 from benchmarks.behaviour.values import Values
 
-#: Commands that end with a message; those that get further than reading their input are left out.
+#: Commands that refuse their input with a message.
 REFUSED: Final = """
 finetune --set schedule.epoch=5
 finetune --set optimizer.lr=fast --set seed=-1
@@ -60,7 +60,7 @@ bench --targets fastest
 
 
 def refusals() -> Values:
-    """Exit code and message for bad input."""
+    """Exit code and message of each command."""
     Path("text.safetensors").write_text("not a model", "utf-8")
     shutil.copy("text.safetensors", "text.onnx")
     content = bytearray(Path("float.safetensors").read_bytes())

@@ -1,4 +1,4 @@
-"""Training runs in a record: whole ones, and ones that were stopped and resumed."""
+"""The part of a record on training runs: whole ones, and ones that were stopped and resumed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from benchmarks.behaviour.commands import TOY, alike, qat, settings, succeed
 from benchmarks.behaviour.project import ROOT, VERSION, has_library, kernels_in_use
 from benchmarks.behaviour.values import Values, digest, tensors_digest, timeless
 
-#: 3 epochs of 4 steps, a state after every third step.
+#: Settings of runs with 3 epochs of 4 steps, which save their state after every third step.
 SMALL: Final = (*TOY, "schedule.epochs=3", "schedule.save_steps=3", "data.batch_size=320", "output.dir=new")
 TUNED: Final = (*SMALL, "model.checkpoint=float.safetensors", "schedule.calibration_batches=2")
-#: Settings by name, which begins with the command.
+#: Settings of each run by its name, which begins with the command.
 TASKS: Final[Mapping[str, tuple[str, ...]]] = {
     "pretrain": SMALL,
     "pretrain, mixed and averaged": (
@@ -43,9 +43,9 @@ TASKS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def environment() -> Values:
-    """What the numbers depend on beside the code.
+    """What the numbers depend on besides the code: packages and instruction sets.
 
-    Ends the program where it would record another checkout's code, or the version would show in the numbers.
+    Ends the program if the imported code is that of another checkout, or the version was not replaced.
     """
     if Path(__file__).resolve().parents[2] != ROOT:
         raise SystemExit(f"the package is imported from {ROOT}: use the environment of this checkout")
@@ -63,7 +63,7 @@ def environment() -> Values:
 
 
 def outcome(run: Path) -> Values:
-    """What a run left: digests of its files, metrics and summary without times, states by their content."""
+    """Digests of the files of a run; metrics and summary without times, saved states by their content."""
     found: Values = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         if path.suffix == ".jsonl":
@@ -84,7 +84,7 @@ def outcome(run: Path) -> Values:
 
 
 def runs() -> Values:
-    """Each task as a whole, and stopped by SIGTERM after 5 steps and resumed. The whole runs stay."""
+    """Each task, run as a whole, and stopped by SIGTERM after 5 steps and resumed. The whole runs stay."""
     found: Values = {}
     for name, overrides in TASKS.items():
         if "learned" in name and not find_spec("brevitas"):

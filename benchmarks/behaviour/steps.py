@@ -1,4 +1,4 @@
-"""Training steps in a record: losses, gradients, weights and answers."""
+"""The part of a record on training steps: losses, gradients, weights and answers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from benchmarks.behaviour.values import Values, tensors_digest
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("float32", "bfloat16")
-#: Stem, a block that stays, one that doubles (stride 2), one that stays, one that doubles.
+#: Widths of the toy network: after the stem, then after each block. Two blocks keep the width, two double it.
 TOY_WIDTHS: Final = (8, 8, 16, 16, 32)
-#: Sections of a recipe. These are tried in every combination.
+#: Quantization sections that are tried in every combination with the other settings.
 QUANTIZATIONS: Final[Mapping[str, Mapping[str, Any] | None]] = {
     "float": None,
     "fake-quantized": {"trunk": {"observer": "moving_average"}},
     "learned scales": {"backend": "brevitas"},
 }
-#: These at one temperature, with channel attention.
+#: Quantization sections that are tried at one temperature, with channel attention.
 MORE_QUANTIZATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "histogram and minmax": {"trunk": {"observer": "histogram"}, "se": {"observer": "minmax"}},
     "percentile, clipped": {"trunk": {"percentile": 99.0, "clip": 4.0}},
@@ -49,12 +49,12 @@ MORE_QUANTIZATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "learned powers of two": {"backend": "brevitas", "power_of_two": True},
     "float trunk": {"trunk": {"enabled": False}},
 }
-#: Temperature of the binary weights, and whether they are frozen, which needs binary ones.
+#: Temperature of the weights, and whether they are frozen; only binary weights can be frozen.
 WEIGHTS: Final = ((0.3, False), (1e-8, False), (1e-8, True))
 
 
 def toy() -> Values:
-    """Every combination on a toy network, and special cases."""
+    """Every combination of settings on a toy network, and special cases."""
     torch.set_num_threads(1)
     found: Values = {}
     images = noise(12, 16)
@@ -109,7 +109,7 @@ def _both(
     precision: Precision = "float32",
     model: Mapping[str, Any] | None = None,
 ) -> Values:
-    """A case by the passes of the native library, where it was built, and by torch alone."""
+    """One case, computed by the native library's passes (if it was built) and by torch alone."""
     found: Values = {}
     for name, passes in (("native", nullcontext), ("torch", torch_alone)):
         with passes():
@@ -121,7 +121,7 @@ def _both(
 def network(
     images: Tensor, temperature: float, quantization: Mapping[str, Any] | None, **options: Any
 ) -> BNext:
-    """A network with the batch statistics of ``images``, calibrated on them if it is quantized."""
+    """A network with the batch statistics of ``images``; if quantized, it is calibrated on them."""
     model = BNext(10, **options)
     fill(model)
     set_temperature(model, temperature)
@@ -142,7 +142,7 @@ def network(
 
 
 def fill(model: nn.Module) -> None:
-    """Values for each parameter that depend on its name and shape alone, in place."""
+    """Set each parameter to values that depend only on its name and shape, in place."""
     ranges = {"scale": (0.1, 0.9), "move.bias": (-0.5, 0.5), "se.1.bias": (0.3, 0.9)}
     ranges |= {f"{norm}.weight": (0.5, 1.5) for norm in ("bn1", "norm1", "norm2")}
     ranges |= {f"{prelu}.weight": (0.1, 0.4) for prelu in ("prelu", "activation1", "activation2")}
@@ -157,7 +157,7 @@ def fill(model: nn.Module) -> None:
 
 
 def train(model: BNext, images: Tensor, count: int, frozen: bool, precision: Precision) -> Values:
-    """Losses and gradients of ``count`` steps, then the weights, and what the network answers with them."""
+    """Losses and gradients of ``count`` training steps, then the weights and the network's answers."""
     if frozen:
         for convolution in binary_convolutions(model).values():
             convolution.weight.requires_grad_(False)

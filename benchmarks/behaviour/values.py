@@ -1,4 +1,4 @@
-"""The values of a record: digests, and how two records differ."""
+"""The values of a record: how they are computed from files and tensors, and how two records are compared."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Values by name; objects and lists may lie in one another.
+#: Values by name, in nested objects and lists.
 Values = dict[str, Any]
 
 
 def digest(content: bytes | str) -> str:
-    """SHA-256, of a text as UTF-8."""
+    """SHA-256 of bytes, or of a text as UTF-8."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, types, shapes and bytes, in the order given."""
+    """SHA-256 of the tensors' names, types, shapes and bytes, in their order."""
     found = hashlib.sha256()
     for name, value in tensors:
         values = value.detach().contiguous().numpy()
@@ -31,7 +31,7 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def timeless(content: Any) -> Any:
-    """Parsed JSON without what depends on the clock."""
+    """Parsed JSON without the keys that depend on the clock."""
     if isinstance(content, dict):
         clocks = ("seconds", "images_per_second", "finished", "recorded")
         return {key: timeless(value) for key, value in content.items() if key not in clocks}
@@ -39,7 +39,7 @@ def timeless(content: Any) -> Any:
 
 
 def flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested objects and lists by their path."""
+    """The values in nested objects and lists, each with its path."""
     items = content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in items:
         path = f"{name} / {key}" if name else str(key)
@@ -50,7 +50,7 @@ def flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """A line for each value that is not the same in both records, or is in one of them only."""
+    """A line for each value that differs between two records, or is in only one of them."""
     one, other = (dict(flat(json.loads(path.read_text("utf-8")))) for path in (before, after))
     lines = []
     for name in {**one, **other}:
@@ -62,7 +62,7 @@ def differences(before: Path, after: Path) -> list[str]:
 
 
 def _relative(a: object, b: object) -> str:
-    """How far apart two numbers are; nothing for what is no number."""
+    """The relative difference of two numbers as text; empty if one of the values is not a number."""
     try:
         x, y = float(str(a)), float(str(b))
     except ValueError:

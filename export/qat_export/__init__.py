@@ -1,20 +1,20 @@
 """The exporter: from a fine-tuned network to integers, and from there to ONNX.
 
 :func:`lower` turns a fake-quantized network into an :class:`IntegerNetwork`, plain dataclasses of integers.
-:class:`Interpreter` defines what these compute. The ``emit_`` functions write them, or the float network, as
-ONNX models; :func:`register` makes the operators of the native ones known to onnxruntime.
+:class:`Interpreter` defines what such a network computes. The ``emit_`` functions write an integer network,
+or the float network, as an ONNX model. :func:`register` registers the native operators with onnxruntime.
 
-Begin with ``integer/network.py`` and ``integer/reference.py``. The packages, each below those that follow:
+Begin with ``integer/network.py`` and ``integer/reference.py``. The packages, from the lowest layer up:
 
 - ``integer``: the integer network, its interpreter and its file;
 - ``lowering``: from torch to the integer network;
 - ``graphs``: from the integer network, or the float one, to ONNX;
 - ``verify``: exported models against the network they came from;
 - ``inspection``: what an exported file holds, for ``qat inspect``;
-- ``bench``: how long models take.
+- ``bench``: time, size and memory of models.
 
-What is listed in ``__all__`` is public. It is loaded when it is first asked for, so that importing this
-package loads neither torch nor onnx nor onnxruntime.
+The names in ``__all__`` are public. Each is imported when it is first used, so that importing this package
+loads neither torch nor onnx nor onnxruntime.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _MODULES: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its module; Python asks once for each."""
+    """Import the public name ``name`` from its module; called at its first use only."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
@@ -77,5 +77,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What is defined here and the public names."""
+    """The names that are defined here, and the public names."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Registers the library of the native operators with onnxruntime; :mod:`qat.native.library` finds it."""
+"""Register the library of the native operators, which :mod:`qat.native.library` finds, with onnxruntime."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from qat.native.library import (
 
 __all__ = ["DOMAIN", "register"]
 
-#: Domain of the operators in a model, version 1.
+#: Domain of the native operators in an ONNX model.
 DOMAIN: Final = "bnext_qat"
 
 
 def register(options: Any) -> None:
-    """Make the operators known to sessions that are created with ``options`` (`onnxruntime.SessionOptions`).
+    """Let sessions that are created with ``options`` run models with native operators.
 
-    Raises `NativeLibraryError` like `kernels_in_use`, and where onnxruntime refuses the library.
+    Args:
+        options: an ``onnxruntime.SessionOptions``; it is changed.
+
+    Raises:
+        NativeLibraryError: the library is missing or can't be used, or onnxruntime refuses it.
     """
     path = native_library_path()
     kernels_in_use()
     try:
         options.register_custom_ops_library(str(path))
-    except Exception as error:  # onnxruntime's exceptions share no class
+    except Exception as error:  # onnxruntime's exceptions share no base class
         raise NativeLibraryError(f"{path}: onnxruntime cannot register it: {error}") from error

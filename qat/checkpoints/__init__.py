@@ -1,5 +1,5 @@
-"""Checkpoints: this project's file format, the formats of BNext's authors, and from either to a network.
+"""Checkpoints: this project's file format, the formats of BNext's authors, and networks made from either.
 
-Imports models, quantization, recipes and what lies below; knows nothing of training. Begin with ``format``,
-whose docstring describes the file; ``loading`` makes a network of one.
+It imports models, quantization, recipes and the packages below these, and nothing about training. Begin with
+``format``, whose docstring describes the file. ``loading`` makes a network from a checkpoint.
 """

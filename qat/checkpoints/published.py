@@ -1,105 +1,102 @@
-"""Reads the checkpoints that BNext's authors publish and that their training script writes.
+"""Reads checkpoints that other code wrote: BNext's authors', and what people train with.
 
-Three formats, all written by ``torch.save``: a bare state dict, a training checkpoint that holds one under
-``state_dict``, and the state dict of their quantized variant. Keys may carry the ``module.`` prefix of
-data-parallel training. The same state dict in a safetensors file is read too.
-
-Unpickling is restricted to tensors and plain containers (``weights_only``). NumPy numbers, which their
-script stores as accuracies, are rebuilt by the small stand-ins below instead of by NumPy, whose own
-functions take any object type from the file.
+A state dict of BNext alone or among other things (:mod:`qat.checkpoints.network_search`), in a file of
+``torch.save`` (:mod:`qat.checkpoints.torch_files`) or in a safetensors file. The authors publish bare state
+dicts; their training script writes one under ``state_dict``; and their quantized variant has further keys,
+which carry nothing. No code in a file is ever run.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import safetensors
-import torch
 from torch import Tensor
 
+from qat.checkpoints.network_search import find_network, refuse_model
+from qat.checkpoints.pickle_values import StandIn, TensorRecord, is_tensor, kind_of
+from qat.checkpoints.tensor_checks import listed
+from qat.checkpoints.torch_files import PICKLE, ZIP, TorchFile, read_torch_file
 from qat.errors import CheckpointError
 
-_PREFIX: Final = "module."
-#: How the files of ``torch.save`` begin: the zip ones, and the older ones (a pickle of protocol 2 or later).
-_ZIP: Final = b"PK\x03\x04"
-_PICKLE: Final = b"\x80"
 #: State of the authors' quantizers. Their clip values are never used, and neither is the scale.
 _CARRIES_NOTHING: Final = re.compile(r".*_clip_val|fc\.scale")
 #: What a training checkpoint tells about its run; optimizer state and lists are left out.
 _RUN_FACTS: Final = ("epoch", "best_top1_acc", "temp", "alpha")
 
 
-class _NumpyDtype:
-    """Stand-in for ``numpy.dtype`` while unpickling: numbers only."""
+@dataclass(frozen=True)
+class Published:
+    """A network's weights from a file that other code wrote.
 
-    def __init__(self, name: str, *_: object) -> None:
-        if not isinstance(name, str) or not re.fullmatch(r"[fiub][1248]", name):
-            raise TypeError(f"NumPy type {name!r} is no number")
-        self.name, self.byte_order = name, "="
+    Attributes:
+        state: the tensors as they are stored, by the network's own keys, on the CPU and independent of the
+            file.
+        format: ``published weights``, ``published training checkpoint`` or ``published quantized``.
+        facts: ``dropped`` (number of quantizer keys left out), and from a training checkpoint ``epoch``,
+            ``best_top1_acc``, ``temp`` and ``alpha`` where they are numbers.
+        notes: what was chosen or left out, in words, for the user to read.
+    """
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.byte_order = ">" if state[1] == ">" else "<"
-
-
-def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> float | int | bool:
-    """Stand-in for ``numpy.core.multiarray.scalar``: a Python number."""
-    value: float | int | bool = np.frombuffer(data, np.dtype(dtype.byte_order + dtype.name), count=1)[
-        0
-    ].item()
-    return value
-
-
-_STAND_INS: Final[list[Any]] = [
-    (_NumpyDtype, "numpy.dtype"),
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
-]
+    state: dict[str, Tensor]
+    format: str
+    facts: dict[str, float | int]
+    notes: tuple[str, ...] = ()
 
 
-def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read a state dict in one of the authors' formats.
+def read_published(path: Path, state_key: str | None = None) -> Published:
+    """Read the state dict of a BNext.
 
     Args:
         path: file of ``torch.save`` (zip or legacy) or safetensors.
-
-    Returns:
-        The tensors by key, without the ``module.`` prefix, on the CPU and independent of the file; and
-        what is known about them: ``format`` (``published weights``, ``published training checkpoint`` or
-        ``published quantized``), ``dropped`` (number of quantizer keys left out), and from a training
-        checkpoint ``epoch``, ``best_top1_acc``, ``temp`` and ``alpha`` where they are numbers.
+        state_key: which one to take of several; see :func:`qat.checkpoints.network_search.find_network`.
 
     Raises:
-        CheckpointError: the file is absent, damaged, holds objects of other kinds than tensors, numbers,
-            strings and containers, or no tensors. No code in the file is ever run.
+        CheckpointError: the file is absent or damaged, or holds no tensors of a network.
     """
-    content: Any = read_safetensors(path)[0] if is_safetensors(path) else _torch_load(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: found {type(content).__name__}, expected a state dict")
-    info: dict[str, object] = {"format": "published weights"}
-    if isinstance(content.get("state_dict"), Mapping):
-        info["format"] = "published training checkpoint"
-        info |= {key: fact for key in _RUN_FACTS if (fact := _number(content.get(key))) is not None}
-        content = content["state_dict"]
-    state = _without_prefix(path, {key: _plain_tensor(path, key, value) for key, value in content.items()})
-    kept = {key: value for key, value in state.items() if not _CARRIES_NOTHING.fullmatch(key)}
-    if not kept:
-        raise CheckpointError(f"{path}: holds no tensors of a network")
-    info["dropped"] = len(state) - len(kept)
-    if info["dropped"]:
-        info["format"] = "published quantized"
-    return kept, info
+    file = None if is_safetensors(path) else _torch_file(path)
+    content: Any = read_safetensors(path)[0] if file is None else file.content
+    try:
+        if not isinstance(content, Mapping) or (isinstance(content, StandIn) and not content):
+            refuse_model(content)
+            found = listed([kind_of(content)[:100]])
+            raise CheckpointError(f"found {found}, expected a state dict")
+        network = find_network(content, state_key)
+        kept = {}
+        for key, value in network.entries.items():
+            if not isinstance(key, str) or not is_tensor(value):
+                raise CheckpointError(
+                    f"not a state dict: {listed([str(key)[:100]])!r} holds no tensor but: "
+                    f"{listed([kind_of(value)[:100]])}"
+                )
+            if not _CARRIES_NOTHING.fullmatch(key):
+                kept[key] = value
+        if not kept:
+            raise CheckpointError("holds no tensors of a network")
+        state = kept if file is None else file.tensors(kept)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    facts: dict[str, float | int] = {"dropped": len(network.entries) - len(kept)}
+    kind = "published weights"
+    if network.place:
+        kind = "published training checkpoint"
+        facts |= {key: fact for key in _RUN_FACTS if (fact := _number(content.get(key), file)) is not None}
+    if facts["dropped"]:
+        kind = "published quantized"
+    return Published(state, kind, facts, network.notes)
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file begins like a safetensors file: a length of 8 bytes, then a JSON object.
+    """Whether ``path`` is a safetensors file: by its ending, or by its start (8 bytes, then a JSON object).
 
     Raises:
-        CheckpointError: the file is absent, empty, no regular file or unreadable.
+        CheckpointError: the file doesn't exist, is empty, is not a regular file, or can't be read.
     """
     try:
         if not path.exists():
@@ -117,7 +114,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; the tensors don't depend on the file afterwards.
+    """Tensors and metadata of a safetensors file. The tensors are copies, so the file may change afterwards.
 
     Raises:
         CheckpointError: the file is damaged or cut short.
@@ -126,71 +123,41 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, dict(file.metadata() or {})
-    # Damaged headers surface as SafetensorError, but also as errors of torch for types it lacks.
+    # Mostly SafetensorError, but a damaged header can also name a type that torch doesn't have.
     except Exception as error:
         raise CheckpointError(f"{path}: damaged or cut short safetensors file: {_one_line(error)}") from error
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_file(path: Path) -> TorchFile:
     start = b""
     try:
         with path.open("rb") as file:
-            start = file.read(4)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
-            # Old formats make torch warn about its own internals, which nobody here can change.
-            warnings.simplefilter("ignore")
-            # Mapping the file keeps the optimizer state, twice the size of the network, out of memory.
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True if start == _ZIP else None
-            )
-    # Hostile bytes make the unpickler raise nearly anything: KeyError, IndexError, RecursionError, …
+            start = file.read(len(ZIP))
+        # Any text is a pickle of sorts, and what can be said of one as such explains nothing.
+        if not start.startswith((ZIP, PICKLE)):
+            raise CheckpointError("not a checkpoint: it begins like neither a safetensors nor a torch file")
+        return read_torch_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # Hostile bytes raise nearly anything: KeyError, IndexError, RecursionError, zipfile.BadZipFile, …
     except Exception as error:
-        raise CheckpointError(f"{path}: {_reason(error, start)}") from error
-
-
-def _reason(error: Exception, start: bytes) -> str:
-    # Any text is a pickle of sorts, and what the unpickler says of one explains nothing.
-    if not start.startswith((_ZIP, _PICKLE)):
-        return "not a checkpoint: it begins like neither a safetensors nor a torch file"
-    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"refused: it asks to unpickle {found[1]}, and only tensors, numbers and containers are read"
-    # torch's own words then span many lines and advise to switch the protection off.
-    detail = "" if "weights_only" in str(error) else f": {_one_line(error)}"
-    return f"not a readable checkpoint (torch.save or safetensors), or damaged{detail}"
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint (torch.save or safetensors), or damaged: {_one_line(error)}"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    # The first sentence says it; bytes of the file that are quoted in it must not reach a terminal.
+    # The first sentence is enough. It may quote bytes of the file, which must not control the terminal.
     text = "".join(c if c.isprintable() else "?" for c in text.split(". ")[0][:200])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _number(value: object) -> float | int | None:
+def _number(value: object, file: TorchFile | None) -> float | int | None:
+    if isinstance(value, TensorRecord) and file is not None and value.shape in ((), (1,)):
+        (value,) = file.tensors({"": value}).values()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    return value if isinstance(value, int | float) else None
-
-
-def _plain_tensor(path: Path, key: object, value: object) -> Tensor:
-    if not isinstance(key, str) or not isinstance(value, Tensor):
-        raise CheckpointError(
-            f"{path}: not a state dict: {str(key)[:100]!r} holds no tensor but: {type(value).__name__}"
-        )
-    # A crafted file can describe tensors far larger than what it stores: those are no weights either.
-    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
-    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: {key[:100]!r}: expected a plain dense tensor")
-    # Out of the mapped file, so that the file may change or vanish later.
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _without_prefix(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    while state and all(key.startswith(_PREFIX) for key in state):
-        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-    half = next((key for key in state if key.startswith(_PREFIX)), None)
-    if half is not None:
-        raise CheckpointError(
-            f"{path}: some keys have the prefix {_PREFIX!r} and some don't, such as {half!r}"
-        )
-    return state
+    if isinstance(value, int):  # one too long to print is no fact of a run
+        return value if abs(value) < 2**63 else None
+    return value if isinstance(value, float) else None

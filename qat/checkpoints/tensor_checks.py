@@ -1,4 +1,4 @@
-"""What is wrong with a tensor that is written to a checkpoint or read from one, in words."""
+"""Describes in words what is wrong with a tensor that is written to a checkpoint or read from one."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Final
 import torch
 from torch import Tensor
 
-#: Keys shown of each kind in a message; the rest is counted.
+#: Most keys that a message lists; it gives the number of the others.
 _SHOWN: Final = 10
 
 
 def not_finite(key: str, value: Tensor, in_float_network: bool) -> str:
-    """What is wrong with the values, or nothing. (±inf is what an observer holds that saw no tensor yet.)
+    """A message if ``value`` holds NaN or an infinity, else an empty string.
+
+    Infinities are allowed in the minimum and maximum of an observer, which is ±∞ before it saw any values.
 
     Args:
-        key: the tensor's in the state dict.
+        key: key of the tensor in the state dict.
         value: any shape and type.
-        in_float_network: whether the float network has this key; quantizers have the others.
+        in_float_network: whether the key belongs to the float network, and not to a quantizer.
     """
     if not value.is_floating_point() or not value.numel():
         return ""
-    # Both ends are NaN if anything is. One pass, much faster than torch.isfinite.
+    # Both results are NaN if any value is. This takes one pass and is much faster than torch.isfinite.
     low, high = (float(end) for end in torch.aminmax(value))
     if math.isnan(low):
         return "holds NaN"
@@ -30,8 +32,16 @@ def not_finite(key: str, value: Tensor, in_float_network: bool) -> str:
     return "" if nothing_seen or (math.isfinite(low) and math.isfinite(high)) else "holds an infinity"
 
 
+def has_negative_variance(key: str, value: Tensor) -> bool:
+    """Whether it is the variance that a normalization divides by the root of, and holds one below 0."""
+    return key.endswith(".running_var") and bool((value < 0).any())
+
+
 def overflow(key: str, value: Tensor, dtype: torch.dtype, in_float_network: bool) -> str:
-    """What is wrong with finite values once they are of type ``dtype``, or nothing."""
+    """A message if a finite value of ``value`` becomes infinite in type ``dtype``, else an empty string.
+
+    The arguments ``key`` and ``in_float_network`` are those of :func:`not_finite`.
+    """
     if value.dtype == dtype or not dtype.is_floating_point:
         return ""
     if not not_finite(key, value.to(dtype), in_float_network):
@@ -40,12 +50,12 @@ def overflow(key: str, value: Tensor, dtype: torch.dtype, in_float_network: bool
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` and the like, as a message says it."""
+    """The name of a type for messages, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def listed(keys: list[str]) -> str:
-    """The first of ``keys``, safe to print, and how many more there are."""
+    """The first ten of ``keys`` and the number of the others, as text that is safe to print."""
     rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    # Keys come from files: whatever a terminal would act on is escaped.
+    # Keys come from files, so characters that could control the terminal are escaped.
     return ", ".join(key if key.isprintable() else ascii(key) for key in keys[:_SHOWN]) + rest

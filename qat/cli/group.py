@@ -26,18 +26,18 @@ _EPILOG = (
     "3 an error of this program; 130 interrupted; 143 a training run stopped by SIGTERM, its state saved."
 )
 
-#: Exit code of a command that SIGINT ended: 128 + 2, as shells have it.
+#: Exit code of a command that SIGINT ended: 128 + 2, by the convention of shells.
 _INTERRUPTED = 130
-#: And of one whose output nobody reads any more: 128 + 13, SIGPIPE.
+#: Exit code of a command whose output pipe was closed by its reader: 128 + 13 (SIGPIPE).
 _BROKEN_PIPE = 141
-#: Where a click context notes that --debug was given.
+#: Key of ``click.Context.meta`` that is set when --debug was given.
 _DEBUG = "qat.debug"
-#: Commands whose work several processes share.
-_SHARED: Final = ("evaluate", "finetune", "pretrain")
+#: Commands that may be launched as several processes, which share the work.
+_SHARED: Final = ("evaluate", "finetune", "pretrain", "quantize")
 
 
 class Command(click.Command):
-    """A command that takes --debug after its name, too."""
+    """A command that also takes --debug after its name: `qat report --debug`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,7 +46,7 @@ class Command(click.Command):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it, unless several processes were launched to do what is to be done once."""
+        """Run the command. Refuse to run it in several processes if it is to be done once."""
         if (size := launched().size) > 1 and self.name not in _SHARED:
             raise QatError(
                 f"`{ctx.command_path}` runs in one process, {size} were launched; several share the work of "
@@ -62,7 +62,7 @@ class _Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
-            # A file or pipe in a narrow encoding must not end a long run over one × or ≥.
+            # A file or pipe whose encoding lacks × or ≥ must not end a long run: print ? instead.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
@@ -77,10 +77,11 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort) as error:
             if isinstance(error, click.ClickException) and launched().rank:
-                sys.exit(error.exit_code)  # the first process has said it
-            raise  # click's own
+                sys.exit(error.exit_code)  # the process of rank 0 prints the message
+            raise  # click prints its own errors and has exit codes for them
         except BrokenPipeError:
-            # click would end with 1, which says that a gate failed. What is left to be flushed goes nowhere.
+            # click would exit with 1, which here means a failed gate. What is still buffered is discarded:
+            # flushing it into the closed pipe would raise again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(_BROKEN_PIPE)
         except (KeyboardInterrupt, Exception) as error:
@@ -99,20 +100,20 @@ class _Group(click.Group):
 
 
 def _end_together(code: int, message: str, error: BaseException) -> NoReturn:
-    """End this one of several processes; one of those that end for the same reason says it."""
-    from qat.system.collectives import speaks
+    """End this one of several processes after an error; of all with the same error, one prints it."""
+    from qat.system.collectives import failure_report
 
-    code, said = speaks(code, message, error)
+    code, said = failure_report(code, message, error)
     if said is not None:
         click.echo(f"error: {said}", err=True)
-    _leave(code)  # what waits for the other processes must not keep this one
+    _leave(code)  # without Python's shutdown, in which clean-up may wait for the other processes
 
 
 def _leave_together(code: int) -> None:
-    """End this one of several processes that were connected.
+    """End this one of several processes without Python's shutdown, if they were connected.
 
-    A thread of gloo may still hold a tensor of the last message; if it lets go of it while Python shuts down,
-    the process is aborted, though its work is done.
+    A thread of gloo may still hold a tensor of the last message. Releasing it while Python shuts down would
+    abort the process, although its work is done.
     """
     from qat.system.collectives import were_connected
 
@@ -129,7 +130,7 @@ def _leave(code: int) -> NoReturn:
 def _unforeseen(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that is not this project's."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
-    # torch has an error class for a full GPU only; its allocator for the CPU raises plain RuntimeErrors.
+    # torch has an error class for a full GPU only; its CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return 2, (
             "not enough memory: a smaller data.batch_size, data.eval_batch_size, data.image_size or network "
@@ -137,7 +138,7 @@ def _unforeseen(error: Exception) -> tuple[int, str]:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 2, f"cannot write: {error.strerror}"
-    if isinstance(error, OSError) and error.filename is not None:  # a name that no file can have, say
+    if isinstance(error, OSError) and error.filename is not None:  # such as a file name that is too long
         return 2, f"{str(error.filename)[:200]}: {error.strerror}"
     return 3, f"internal error: {text} (see `qat --debug`)"
 

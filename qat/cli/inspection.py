@@ -1,4 +1,4 @@
-"""`qat inspect`: is it binary? What a file stores, and what the network in it uses."""
+"""`qat inspect`: whether a network is binary, what its file stores, and what the network computes with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qat.inspection.facts import InspectedLayer, Inspection, Range, Total
     from qat.inspection.verdict import Verdict
 
-#: Column of sentences behind the verdict.
+#: Width in characters of the sentences below the verdict.
 _WIDTH: Final = 79
 _TOTALS: Final = {
     "binary": "weights of binary convolutions",
@@ -28,14 +28,14 @@ _TOTALS: Final = {
 
 @main.command("inspect")
 @click.argument("file", type=NonEmptyPath())
-@click.option("--layers", "every_layer", is_flag=True, help="Every layer for itself, with all there is.")
+@click.option("--layers", "every_layer", is_flag=True, help="List every layer, with all that is known of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--require-binary", is_flag=True, help="Exit code 1 unless all weights in use are exactly ±1.")
 def inspect_command(file: Path, every_layer: bool, as_json: bool, require_binary: bool) -> None:
     """Say what is binary in FILE, layer by layer.
 
-    FILE is a checkpoint of any format, BNext's authors' too, an exported .onnx file or integer network, or a
-    run directory.
+    FILE is a checkpoint (of this project or of BNext's authors), an exported .onnx file, an integer network
+    or a run directory.
     """
     from qat.commands.inspection import inspect_file
     from qat.errors import NotBinaryError
@@ -63,9 +63,9 @@ def _print_json(found: Inspection, judged: Verdict) -> None:
 def _print(found: Inspection, judged: Verdict, every_layer: bool) -> None:
     click.echo("\n".join(map(_printable, _header(found))))
     if every_layer:
-        _print_every_layer(found)
+        print_every_layer(found)
     else:
-        _print_compact(found)
+        print_compact(found)
     rows = [_total_row(_TOTALS[name], total) for name, total in found.totals().items()]
     around = "graph, names, metadata" if found.exported else "names, metadata, optimizer"
     rows.append((around, "", f"{found.container_size:,}", ""))
@@ -77,7 +77,7 @@ def _print(found: Inspection, judged: Verdict, every_layer: bool) -> None:
 
 
 def _header(found: Inspection) -> Iterator[str]:
-    """What the file is, and what it tells about its network."""
+    """Lines on the file's format, and on the network, its run and its images as the file's metadata say."""
     facts = found.facts
     yield f"{found.path}: {found.format}, {found.file_size / 1e6:.2f} MB"
     yield found.architecture
@@ -105,16 +105,18 @@ def _header(found: Inspection) -> Iterator[str]:
     if isinstance(versions := facts.get("versions"), dict):
         yield f"versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
     if dropped := facts.get("dropped"):
-        yield f"left out: {dropped} tensors of the authors' quantizers, which carry nothing"
+        yield f"left out: {dropped} tensors of the authors' quantizers, which are not used"
+    for note in facts.get("notes", ()):
+        yield f"note: {note}"
     temperatures = {x.temperature for x in found.binary_layers if x.temperature is not None}
     if len(temperatures) == 1:
         yield f"temperature: {temperatures.pop():.3g} in all {len(found.binary_layers)} binary convolutions"
 
 
-def _print_compact(found: Inspection) -> None:
-    """A line per binary layer; all attentions in one."""
+def print_compact(found: Inspection) -> None:
+    """Print a table with a line per layer, all channel attentions in one line."""
     varied = len({layer.temperature for layer in found.binary_layers}) > 1
-    # One or the other: both don't fit 80 columns.
+    # Temperatures or shares of ±1: a table with both is wider than 80 characters.
     headings = ("layer", "weights", "bits", "min…max", "T" if varied else "±1 stored", "in use")
 
     def row(name: str, weights: str, layers: Sequence[InspectedLayer]) -> tuple[str, ...]:
@@ -131,8 +133,8 @@ def _print_compact(found: Inspection) -> None:
     print_table("Layers", headings, rows)
 
 
-def _print_every_layer(found: Inspection) -> None:
-    """Two tables, since one with all columns is wider than a terminal."""
+def print_every_layer(found: Inspection) -> None:
+    """Print every layer, in two tables, since one with all columns is wider than a terminal."""
     rows = [
         (x.name, x.kind, _shapes(x), "1 bit" if x.bits == 1 else x.stored, f"{x.size:,}")
         for x in found.layers
@@ -149,7 +151,7 @@ def _print_every_layer(found: Inspection) -> None:
         "result": [x.result for x in found.layers],
     }
     if len({layer.temperature for layer in found.binary_layers}) == 1:
-        del columns["T"]  # said above the tables
+        del columns["T"]  # the header has the one temperature of all layers
     if not any(columns[factor]):
         del columns[factor]
     print_table("Their weights", tuple(columns), list(zip(*columns.values(), strict=True)))
@@ -160,7 +162,7 @@ def _total_row(name: str, total: Total) -> tuple[str, ...]:
 
 
 def _shapes(layer: InspectedLayer) -> str:
-    """Sides of the weights; of an attention, the lengths of its vectors."""
+    """Shape of the weights, such as 64×64×3×3; of an attention, the lengths of its vectors: 64→8→64."""
     if len(layer.shapes) == 2:
         hidden, channels = layer.shapes[0][:2]
         return f"{channels}→{hidden}→{channels}"
@@ -173,12 +175,12 @@ def _hull(ranges: Iterable[Range]) -> Range:
 
 
 def _shown(ends: Range) -> str:
-    """Integers as they are, other numbers to two digits."""
+    """A range as text: integers below 1000 in full, other numbers to two significant digits."""
     return "…".join(f"{end:.0f}" if end.is_integer() and abs(end) < 1000 else f"{end:.2g}" for end in ends)
 
 
 def _small(ends: Range | None) -> str:
-    """Scales: two digits and the exponent, which is never long."""
+    """A range of scales or multipliers as text: two significant digits and an exponent."""
     return "" if ends is None else "…".join(f"{end:.1e}".replace("e-0", "e-") for end in ends)
 
 
@@ -193,7 +195,7 @@ def _share(share: float | None) -> str:
 
 
 def _in_use(layers: Sequence[InspectedLayer]) -> str:
-    """What the weights in use are; of a binary layer that isn't binary yet, how many are ±1."""
+    """Type of the weights in use; of a binary convolution that isn't binary yet, the share that is ±1."""
     (first, *_) = layers
     if first.is_binary_convolution and not first.binary:
         return f"{_share(first.exact_in_use)} ±1"
@@ -207,5 +209,5 @@ def _numbers(values: Any) -> str:
 
 
 def _printable(line: str) -> str:
-    """Most of a line comes from a file: whatever a terminal would act on is escaped."""
+    """``line`` with control characters escaped: its text comes from a file and must not steer a terminal."""
     return line if line.isprintable() else ascii(line)

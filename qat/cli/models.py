@@ -1,4 +1,4 @@
-"""`qat export`, `qat verify` and `qat evaluate`: what is done with a trained network."""
+"""`qat export`, `qat verify` and `qat evaluate`: the commands for a trained network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qat_export.verify.agreement import Comparison
     from qat_export.verify.figures import Exactness
 
-#: What --onnx is without a path; no name of a model, which ends in .onnx.
+#: Value of --onnx where no path is given. It can't be a path: those must end in .onnx.
 _BESIDE: Final = "beside the checkpoint"
 
 
@@ -57,16 +57,19 @@ _BESIDE: Final = "beside the checkpoint"
     type=click.Choice(["portable", "native"]),
     default="portable",
     show_default=True,
-    help="Standard operators alone, or this project's own in onnxruntime: three times as fast and more; "
-    "their library must be registered (docs/native.md).",
+    help="Standard operators, or this project's own for onnxruntime, which are at least three times as fast "
+    "and need their library registered (docs/native.md).",
 )
 @click.option(
     "--strict-onnx",
     "strict",
     is_flag=True,
-    help="For runtimes other than onnxruntime: the same integers, from operators that all read alike.",
+    help="For runtimes other than onnxruntime: the same integers, without quantized operators, which some "
+    "runtimes compute differently.",
 )
-@click.option("--float32", "as_float", is_flag=True, help="The float32 network: the baseline for benchmarks.")
+@click.option(
+    "--float32", "as_float", is_flag=True, help="Export the float32 network: the baseline for `qat bench`."
+)
 @click.option(
     "--integer-network",
     "network_path",
@@ -95,17 +98,17 @@ def export(
 ) -> None:
     """Export a fine-tuned network to ONNX.
 
-    The graph has binary convolutions and 8-bit integers, and runs in stock onnxruntime, with --target native
-    on the native operators' library.
+    The graph has binary convolutions, and integers of at most 8 bits elsewhere. It runs in stock onnxruntime;
+    with --target native it needs the library of this project's operators.
 
     The model is verified on the test set against the network it came from, and tensor by tensor against the
-    integer reference; it is written if it matches.
+    integer reference. It is written only if it agrees with both.
     """
     if onnx_path is None:
         raise click.UsageError("say what to export: --onnx, or --onnx PATH")
     path = None if str(onnx_path) == _BESIDE else onnx_path
     if path is not None and path.suffix.lower() != ".onnx":
-        # Whatever else the name means, a checkpoint say, must not be overwritten by a model.
+        # A file of another kind, such as a checkpoint, must not be overwritten by mistake.
         raise click.UsageError(f"--onnx: {str(path)!r} does not end in .onnx")
     if network_path is not None and network_path.suffix.lower() != ".safetensors":
         raise click.UsageError(f"--integer-network: {str(network_path)!r} does not end in .safetensors")
@@ -181,8 +184,8 @@ def verify(
     """Verify an exported .onnx file against the network it came from.
 
     Every integer tensor is compared with the integer reference, without and with onnxruntime's
-    optimizations; top-1 and logits with the fake-quantized network on the whole test set. Exit code 1 where a
-    bound is broken.
+    optimizations. Top-1 and logits are compared with those of the fake-quantized network on the whole test
+    set. Exit code 1 if a difference is larger than allowed.
     """
     given = [option for option in (run_path, checkpoint, network_path) if option is not None]
     if len(given) > 1:
@@ -204,7 +207,7 @@ def verify(
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    print_table("Against the network, on the whole test set", ("", "value", "bound"), comparison.rows())
+    print_table(comparison.title, ("", "value", "bound"), comparison.rows())
 
 
 def _print_exactness(exactness: Exactness) -> None:
@@ -217,13 +220,13 @@ def _print_exactness(exactness: Exactness) -> None:
 
 @main.command()
 @click.argument("model", type=NonEmptyPath())
-@recipe_options(None)
+@recipe_options(None, metavar="data.KEY=VALUE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Accuracy of a run, a checkpoint or an .onnx file.
+    """Measure the accuracy of a run, a checkpoint or an .onnx file.
 
-    The data is the split that epochs are chosen on, as the model's own recipe says, changed by --set
-    data.KEY=VALUE, or that of --recipe; --set data.test_split=test names another.
+    The images are the split that epochs are chosen on, as the model's own recipe says, or the one that
+    --recipe names; --set data.KEY=VALUE changes it, such as --set data.test_split=test.
     """
     from qat.commands.evaluation import evaluate_model
     from qat.system.collectives import joined

@@ -24,24 +24,24 @@ class ConsoleReporter:
     def __init__(self, console: Console) -> None:
         """Take the console to write to."""
         self.console = console
-        self._progress: Progress | None = None
+        self.progress: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = 0
 
     def message(self, text: str) -> None:
-        """One line of news."""
+        """Print one line."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def warning(self, text: str) -> None:
-        """One line, marked as a warning."""
+        """Print one line, marked as a warning."""
         self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
     def start(self, epochs: int, steps: int, done: int = 0) -> None:
-        """Show the bar where the console is a terminal; ``done`` steps of all are behind it."""
+        """Show the bar if the console is a terminal; ``done`` of all ``epochs * steps`` steps are done."""
         self._epochs = epochs
         if not self.console.is_terminal or not epochs:
             return
-        self._progress = Progress(
+        self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,21 +53,21 @@ class ConsoleReporter:
             console=self.console,
             transient=True,
         )
-        self._task = self._progress.add_task(
+        self._task = self.progress.add_task(
             f"epoch 1/{epochs}", total=epochs * steps, completed=done, figures=""
         )
-        self._progress.start()
+        self.progress.start()
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Move the bar by one batch."""
-        if self._progress is not None and self._task is not None:
+        if self.progress is not None and self._task is not None:
             figures = "loss {loss:.4f}  top-1 {top1:.2f}%  {images_per_second:.0f} images/s".format(**metrics)
-            self._progress.update(
+            self.progress.update(
                 self._task, advance=1, description=f"epoch {epoch}/{self._epochs}", figures=figures
             )
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """One line per epoch."""
+        """Print the line of one epoch: loss, accuracies (percent), speed, seconds, and T while it anneals."""
         line = (
             f"epoch {metrics['epoch']}/{self._epochs}  loss {metrics['loss']:.4f}  "
             f"top-1 {metrics['top1']:.2f}%  test loss {metrics['test_loss']:.4f}  "
@@ -79,7 +79,7 @@ class ConsoleReporter:
         self.message(line)
 
     def stop(self) -> None:
-        """Take the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Remove the bar."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -20,7 +20,7 @@ def recipe() -> None:
 
 @recipe.command("list")
 def recipe_list() -> None:
-    """The packaged recipes, one per line."""
+    """List the packaged recipes, one per line."""
     from qat.recipe.files import recipe_names
     from qat.recipe.loading import load_recipe
 
@@ -35,7 +35,7 @@ def recipe_list() -> None:
 
 @recipe.command("show")
 @click.argument("name", type=RECIPE)
-@click.option("--resolved", is_flag=True, help="With every default written out, without comments.")
+@click.option("--resolved", is_flag=True, help="Write out every default; comments are lost.")
 @set_option("Override one key; implies --resolved.")
 def recipe_show(name: str, resolved: bool, overrides: tuple[str, ...]) -> None:
     """Print a recipe."""

@@ -22,10 +22,10 @@ from qat.cli.terminal import spinner
     metavar="data.KEY=VALUE",
 )
 def report(run: Path | None, output: Path | None, runs: Path, overrides: tuple[str, ...]) -> None:
-    """Write RUN's report, one HTML file that needs no network.
+    """Write a report on RUN: one HTML file that loads nothing from the internet.
 
     RUN is a run directory; without it, the newest fine-tuning run is taken. `qat finetune` writes the same
-    report when it ends. To have latency in it, measure the exported model first:
+    report when it ends. The report includes latency if the exported model was measured first:
 
         qat bench RUN/model.onnx --json > RUN/bench.json
     """

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class _Bits(click.types.StringParamType):
-    """Widths by commas, each 2 to 8."""
+    """Numbers of bits from 2 to 8, separated by commas."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The widths, a tuple."""
+        """The numbers of bits, as a tuple."""
         if isinstance(value, tuple):
             return value
         words = [word.strip() for word in str(value).split(",")]
@@ -46,7 +46,7 @@ class _Amount(click.types.FloatParamType):
 
 
 @main.command()
-@recipe_options("tiny_int8")
+@recipe_options("tiny_int8", "quantization.se.weight_bits=4")
 @click.option(
     "--by",
     type=click.Choice(["group", "layer", "both"]),
@@ -62,26 +62,30 @@ class _Amount(click.types.FloatParamType):
     help="Only this group and its layers. Repeatable [default: all that the recipe quantizes].",
 )
 @click.option(
-    "--bits", type=_Bits(), default="8,6,5,4,3,2", show_default=True, help="Widths to try, by commas."
+    "--bits",
+    type=_Bits(),
+    default="8,6,5,4,3,2",
+    show_default=True,
+    help="Numbers of bits to try, separated by commas.",
 )
 @click.option(
     "--images",
     type=int,
-    help="Test images to measure on, evenly spaced [default: all, at most 512; for layers at most 160].",
+    help="Number of test images to measure on, evenly spaced [default: at most 512, for layers at most 160].",
 )
 @click.option(
     "--tolerance",
     type=_Amount(),
     default=0.5,
     show_default=True,
-    help="Points of top-1 that the suggestion may lose against the recipe.",
+    help="Percentage points of top-1 that the suggestion may lose against the recipe.",
 )
 @click.option(
     "--noise-budget",
     type=_Amount(),
     default=3.0,
     show_default=True,
-    help="dB of signal to noise that it may lose.",
+    help="Decibels of SQNR that the suggestion may lose against the recipe.",
 )
 @click.option(
     "-o",
@@ -94,7 +98,7 @@ class _Amount(click.types.FloatParamType):
     "--recipe-out",
     type=FileToWrite(".yaml", ".yml"),
     metavar="FILE.yaml",
-    help="Also write the recipe with the suggested section, to a new file.",
+    help="Also write the recipe, with the suggested quantization section, to a new file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything.")
 def sensitivity(
@@ -112,11 +116,11 @@ def sensitivity(
 ) -> None:
     """Find out which parts of a network quantization hurts, and suggest mixed bits.
 
-    Before any fine-tuning, each group and layer is quantized by itself, then left out by itself, and each
-    number of bits is lowered by itself. Compared with the float-rest network are top-1 and the noise in the
-    logits: SQNR, signal to quantization noise in dB. The suggested section loses no more than --tolerance and
-    --noise-budget against the recipe's own. It is chosen on test images: judge it on others, after
-    fine-tuning.
+    Without fine-tuning, each group and each layer is quantized alone, then left in float alone, and each
+    number of bits is lowered alone. Each of these networks is compared with the float-rest network by top-1
+    and by the noise in its logits (SQNR, the signal-to-quantization-noise ratio in dB). The suggested
+    quantization section loses at most --tolerance and --noise-budget against the recipe's own. It is chosen
+    on test images, so judge it on others, after fine-tuning.
     """
     from rich.console import Console
 
@@ -128,7 +132,7 @@ def sensitivity(
     from qat.system.files import require_writable, write_atomically
 
     loaded = load_recipe(recipe, overrides)
-    # Before the minutes that the measuring takes.
+    # Refuse outputs that can't be written before measuring, which takes minutes.
     if recipe_out is not None:
         require_new(recipe_out)
     for path in (output, recipe_out):
@@ -201,12 +205,12 @@ class _Watch:
         self.task = self.bar.add_task("measuring", total=None)
 
     def expect(self, steps: int) -> None:
-        """So many more variants will be measured."""
+        """Announce that ``steps`` more variants will be measured."""
         self.total += steps
         self.bar.update(self.task, total=self.total)
 
     def done(self, what: str) -> None:
-        """One variant is measured."""
+        """Count one measured variant, described by ``what``."""
         self.bar.update(self.task, advance=1, description=what)
 
 

@@ -1,4 +1,4 @@
-"""What commands show: tables on standard output, a spinner on standard error."""
+"""What commands show: tables on standard output, warnings and a spinner on standard error."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from rich.text import Text
 
 
 class StandardOutput(Console):
-    """A console that leaves a closed pipe to the command, as any other output does."""
+    """A console that raises BrokenPipeError on a closed pipe, as click's own output does."""
 
     def on_broken_pipe(self) -> None:
         """Raise the error again; rich would end the process with exit code 1."""
         raise
 
 
-#: Columns that the first column of a table gets at least, where its texts are as long.
+#: Characters that the first column of a table gets at least, if its texts are that long.
 _LEAST_NAME: Final = 24
-#: One console for all, which knows that a warning must not be written into a spinner's line.
+#: One console for warnings and spinner, so that a warning is not written into the spinner's line.
 _ERRORS: Final = Console(stderr=True)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose first column is text and whose others are numbers.
 
-    Where it doesn't fit, the first column is folded. Headings of numbers, often longer than the numbers,
-    take a line per word.
+    Where the table doesn't fit the terminal, the texts of the first column are wrapped. The headings of
+    numbers, often longer than the numbers, take a line per word.
     """
-    # No string may be taken for rich's markup: names of files can have brackets.
+    # As Text, so that brackets in file names are not read as rich's markup.
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, collapse_padding=True)
     for index, heading in enumerate(headings):
         if index == 0:
@@ -51,9 +51,9 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Width that all numbers and the begin of the first column need.
+    """Width, in characters, of all numbers and the beginning of the first column.
 
-    On a terminal still narrower, long lines are better than names folded to nothing.
+    On a terminal narrower than that, long lines are easier to read than names wrapped to a letter per line.
     """
     columns = [[*heading.split(), *cells] for heading, *cells in zip(headings, *rows, strict=True)]
     first, *numbers = (max(map(cell_len, cells), default=0) for cells in columns)
@@ -61,19 +61,19 @@ def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
 
 def warn(text: str) -> None:
-    """A warning on standard error."""
+    """Print a warning on standard error."""
     _ERRORS.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def spinner(text: str) -> Iterator[Callable[[str], None]]:
-    """Show that work goes on, while the block runs, where standard error is a terminal; else nothing.
+    """Show a spinner with ``text`` while the block runs, if standard error is a terminal.
 
-    Gives a function that replaces ``text``.
+    Yields a function that replaces the text.
     """
     if not (sys.stderr.isatty() and _ERRORS.is_interactive):
         yield lambda _: None
         return
-    # Seldom enough not to show in what `qat bench` measures meanwhile.
+    # Four redraws a second are too few to slow down what `qat bench` measures meanwhile.
     with _ERRORS.status(Text(text), refresh_per_second=4) as status:
         yield lambda news: status.update(Text(news))

@@ -14,14 +14,15 @@ from qat.system.collectives import world
 def evaluate_model(
     path: Path, recipe: str | None, overrides: Sequence[str], warn: Callable[[str], None]
 ) -> Accuracy:
-    """Accuracy on the test split of the data that :func:`qat.commands.opening.open_model` finds.
+    """Accuracy of the model ``path`` on its test split.
 
-    Several processes have a share of the images each, and all have the result.
+    Where several processes were launched, each evaluates a share of the images, and all return the accuracy
+    on all of them. The arguments are those of :func:`qat.commands.opening.open_model`.
 
     Raises:
         QatError: the model, its data or the recipe cannot be read, or don't fit each other.
     """
     model = open_model(path, recipe, overrides, warn)
-    split = load_test_split(model.data, model.num_classes)
+    split = load_test_split(model.data, model.num_classes, warn)
     split.share = world().share
     return evaluate(model.predict, split, model.data)

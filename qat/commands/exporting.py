@@ -1,4 +1,4 @@
-"""What `qat export` does: lower a checkpoint, emit the graph, verify it, write it."""
+"""What `qat export` does: lower a checkpoint, emit an ONNX graph, verify it and write it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ from qat_export.verify.exactness import check_exactness, sample
 from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel
 
-from qat.checkpoints.loading import build, float_network, highest_temperature
-from qat.commands.lowering import Source, build_and_lower, class_names, facts, load
-from qat.commands.sources import load_test_split
+from qat.checkpoints.format import Checkpoint
+from qat.checkpoints.loading import build, class_names, float_network, highest_temperature
+from qat.commands.lowering import Source, build_and_lower, facts, load
+from qat.commands.sources import verification_images
+from qat.data.split import Split
 from qat.errors import CheckpointError, OutputError
 from qat.evaluation import predictor
-from qat.models.bnext import is_binary
+from qat.models.bnext import BNext, is_binary
 from qat.native.library import native_library_path
+from qat.recipe.schema import Data
 from qat.system.files import write_atomically
 
 
 class Form(Enum):
-    """Operators of an exported integer model."""
+    """Which operators an exported integer model is made of."""
 
-    #: Standard ones, chosen for their speed in onnxruntime.
+    #: Standard operators, chosen for their speed in onnxruntime.
     PORTABLE = "portable"
-    #: Standard ones that every runtime reads alike.
+    #: Standard operators that all runtimes compute alike.
     STRICT = "strict"
-    #: This project's own.
+    #: This project's own operators for onnxruntime.
     NATIVE = "native"
 
 
@@ -48,11 +51,11 @@ class Target:
     """What to write.
 
     Attributes:
-        onnx: file of the model; ``None`` is one beside the checkpoint.
-        image_size: side of the model's input; ``None`` is what the network was trained on.
-        input_kind: type and layout of the images it takes.
+        onnx: file to write the model to; ``None`` means a file beside the checkpoint.
+        image_size: side of the model's input in pixels; ``None`` means the size used in training.
+        input_kind: type and layout of the images that the model takes.
         form: operators of the graph.
-        network: file for the integer network, too.
+        network: file to write the integer network to as well; ``None`` writes none.
     """
 
     onnx: Path | None
@@ -74,10 +77,10 @@ class Exported:
     """An exported integer model.
 
     Attributes:
-        path: of the model, which is there only if no bound is broken.
-        network: its integers.
-        comparison: the model against the network it came from.
-        exactness: the model against the integer reference.
+        path: file of the model; it was written only if :meth:`problems` is empty.
+        network: the integer network that the model computes.
+        comparison: the model compared with the fake-quantized network.
+        exactness: the model compared with the integer reference.
     """
 
     path: Path
@@ -90,7 +93,10 @@ class Exported:
         return self.exactness.problems() + self.comparison.problems()
 
     def require(self) -> None:
-        """Raise ``VerificationError`` where a bound is broken; what names tensors first."""
+        """Raise ``VerificationError`` if a bound is broken.
+
+        The exactness comes first, since its message names the tensor that is wrong.
+        """
         self.exactness.require()
         self.comparison.require()
 
@@ -99,19 +105,38 @@ def export_onnx(source: Source, target: Target) -> Exported:
     """Export a fine-tuned checkpoint to ONNX and compare the written file with the network.
 
     Raises:
-        QatError: nothing to export, something that can't be lowered, missing data, or a file that can't be
+        QatError: there is no checkpoint, it can't be lowered, its data is missing, or a file can't be
             written.
     """
     if target.network is not None:
         _require_network_file(target.network)
     if target.form is Form.NATIVE:
-        native_library_path()  # without it the model could not be verified
+        native_library_path()  # raises if the library is missing, without which nothing can be verified
     checkpoint, data = load(source, target.image_size)
     model, network = build_and_lower(checkpoint, data)
     # The data first: without it the model could not be verified, and should not be written.
-    split = load_test_split(data, len(network.class_names))
+    split = verification_images(data, network.class_names, source.overrides)
     name = "native.onnx" if target.form is Form.NATIVE else "model.onnx"
     path = target.onnx or Path(checkpoint.source).with_name(name)
+    return write_verified(model, network, split, data, path, target)
+
+
+def write_verified(
+    model: BNext, network: IntegerNetwork, split: Split, data: Data, path: Path, target: Target
+) -> Exported:
+    """Write the integers of a network as ONNX, unless the file does not compute what the network does.
+
+    Args:
+        model: the fake-quantized network.
+        network: its integers.
+        split: images to compare the file on.
+        data: how they are preprocessed.
+        path: file to write.
+        target: its form and its input; a file for the integer network, too.
+
+    Raises:
+        QatError: a file can't be written.
+    """
 
     def check(candidate: Path) -> Exported:
         comparison = compare(predictor(model), OnnxModel(candidate), network, split, data)
@@ -136,14 +161,14 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
 
     Args:
         source: where the checkpoint and its data are.
-        target: what to write; only its file and its image size matter.
-        warn: told that the network is not binary yet.
+        target: what to write; only ``onnx`` and ``image_size`` are used.
+        warn: called with a sentence if the network is not binary yet.
 
     Returns:
         The file, which is written only if no bound is broken, and its comparison with the network.
 
     Raises:
-        QatError: nothing to export, a value that is not finite, or missing data.
+        QatError: there is no checkpoint, a value of it is not finite, or its data is missing.
     """
     checkpoint, data = load(source, target.image_size)
     network = float_network(checkpoint)
@@ -152,10 +177,30 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
             f"{checkpoint.source}: the weights in use are not binary: the temperature is "
             f"{highest_temperature(network):.3g}, binary means below 1e-7"
         )
-    split = load_test_split(data, network.architecture.num_classes)
+    names = class_names(checkpoint) or tuple(map(str, range(network.architecture.num_classes)))
+    split = verification_images(data, names, source.overrides)
     path = target.onnx or Path(checkpoint.source).with_name("float32.onnx")
+    return path, write_verified_float(build(checkpoint), network, checkpoint, split, data, path)
+
+
+def write_verified_float(
+    model: BNext, network: BNext, checkpoint: Checkpoint, split: Split, data: Data, path: Path
+) -> Comparison:
+    """Write a network's float32 layers as ONNX, unless the file does not compute what the network does.
+
+    Args:
+        model: the network, fake-quantized or not.
+        network: the same without quantizers.
+        checkpoint: what is known about it.
+        split: images to compare the file on.
+        data: how they are preprocessed.
+        path: file to write.
+
+    Raises:
+        QatError: a value is not finite, or the file can't be written.
+    """
     graph = emit_float(
-        build(checkpoint),
+        model,
         image_size=data.image_size,
         mean=data.mean,
         std=data.std,
@@ -166,11 +211,14 @@ def export_float32(source: Source, target: Target, warn: Callable[[str], None]) 
     def check(candidate: Path) -> Comparison:
         return compare(predictor(network), OnnxModel(candidate), None, split, data)
 
-    return path, _write_if_good(path, graph, check)
+    return _write_if_good(path, graph, check)
 
 
 def _write_if_good(path: Path, graph: onnx.ModelProto, check: Callable[[Path], Result]) -> Result:
-    """Write under another name, check, and rename: an earlier good model stays if this one is not."""
+    """Check ``graph`` as a temporary file, then write ``path`` only if the check finds no problem.
+
+    So a model that fails does not replace an earlier one that was good.
+    """
     content = graph.SerializeToString(deterministic=True)
     with _unverified(path, lambda candidate: write_atomically(candidate, content)) as candidate:
         result = check(candidate)
@@ -181,13 +229,17 @@ def _write_if_good(path: Path, graph: onnx.ModelProto, check: Callable[[Path], R
 
 @contextmanager
 def _unverified(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
-    """A file beside ``path`` while a block runs; where none can be written, the long part needn't start."""
+    """Write a temporary file beside ``path`` and delete it when the block ends; yields its path.
+
+    Raises:
+        OutputError: it can't be written, and so neither can ``path``: found out before the long part starts.
+    """
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: it is a folder")
     candidate = path.with_name(f".{path.stem}.unverified{path.suffix}")
     try:
         write(candidate)
-    except OutputError as error:  # nobody asked for the candidate: name what they asked for
+    except OutputError as error:  # name the file that the user asked for, not the temporary one
         raise OutputError(str(error).replace(str(candidate), str(path))) from error
     try:
         yield candidate
@@ -196,7 +248,7 @@ def _unverified(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _require_network_file(path: Path) -> None:
-    """Refuse to replace anything but an integer network: checkpoints have the same ending."""
+    """Refuse to replace a file that is no integer network, such as a checkpoint: both end in .safetensors."""
     if not path.is_file():
         return
     try:

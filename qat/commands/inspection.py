@@ -1,4 +1,4 @@
-"""What `qat inspect` does: tell by its content what a file is, and inspect it."""
+"""What `qat inspect` does: recognize a file by its content, and inspect it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from qat.inspection.checkpoint import inspect_checkpoint, open_checkpoint
 from qat.inspection.facts import Inspection
 from qat.runs import find_run
 
-#: How files begin: those of torch.save, zip and older, and ONNX models (their first field is the IR version).
+#: First bytes of files: of torch.save (a zip archive, or a pickle in its older format), and of ONNX models
+#: (the tag of the protobuf field ``ir_version``).
 _TORCH: Final = (b"PK\x03\x04", b"\x80")
 _ONNX: Final = b"\x08"
 
 
 def inspect_file(path: Path) -> Inspection:
-    """What is in a checkpoint, an exported model, an integer network or a run's best checkpoint.
+    """Inspect a checkpoint, an exported model, an integer network, or the best checkpoint of a run.
 
     Args:
         path: a file of any name, or a run directory.
 
     Raises:
-        QatError: absent, damaged, no run, or of another kind or origin.
+        QatError: the file is absent, damaged, or of another kind or origin, or the folder is no run.
     """
     if path.is_dir():
         path = find_run(path).best
-    is_safetensors(path)  # refuses what is no file, or empty
+    is_safetensors(path)  # raises if there is no such file, or it is empty
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{":
@@ -48,11 +49,14 @@ def inspect_file(path: Path) -> Inspection:
 
 
 def _is_network(path: Path) -> bool:
-    """Whether a safetensors file is an integer network; of damaged ones, the reader of checkpoints tells."""
+    """Whether a safetensors file is an integer network.
+
+    False for a damaged file: reading it as a checkpoint then raises the error that says what is wrong.
+    """
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return NETWORK_FORMAT in (file.metadata() or {})
-    except Exception:  # SafetensorError, and what a hostile header makes of it
+    except Exception:  # SafetensorError; a malformed header raises others too
         return False
 
 

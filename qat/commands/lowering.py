@@ -1,8 +1,7 @@
-"""A fine-tuned checkpoint, found, checked and lowered, for the commands that export and verify it."""
+"""Find, check and lower a fine-tuned checkpoint: the part that `qat export` and `qat verify` share."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from qat_export.lowering.network import lower
 
 from qat import __version__
 from qat.checkpoints.format import Checkpoint, load_checkpoint
-from qat.checkpoints.loading import build
+from qat.checkpoints.loading import build, class_names
 from qat.commands.sources import only_data, own_recipe
 from qat.errors import QuantizationError, RecipeError
 from qat.models.bnext import BNext
@@ -26,8 +25,8 @@ class Source:
 
     Attributes:
         run: run directory; ``None`` means the newest one under ``runs``.
-        checkpoint: checkpoint file instead of a run.
-        overrides: ``data.key=value`` texts.
+        checkpoint: checkpoint file, instead of a run.
+        overrides: texts such as ``data.root=DIR`` that change the checkpoint's recipe.
         runs: folder of run directories.
     """
 
@@ -37,10 +36,10 @@ class Source:
     runs: Path = Path("runs")
 
     def find(self) -> Path:
-        """Path of the checkpoint.
+        """Path of the checkpoint: the given one, or the best one of the run.
 
         Raises:
-            QatError: no such run.
+            QatError: there is no such run.
         """
         if self.checkpoint is not None:
             return self.checkpoint
@@ -52,10 +51,10 @@ def load(source: Source, image_size: int | None) -> tuple[Checkpoint, Data]:
 
     Args:
         source: where they are.
-        image_size: side of the images; ``None`` is what the network was trained on.
+        image_size: side of the images in pixels; ``None`` means the size used in training.
 
     Raises:
-        QatError: it can't be read, or carries no recipe, or an override is refused.
+        QatError: the checkpoint can't be read or carries no recipe, or an override is refused.
     """
     checkpoint = load_checkpoint(source.find())
     if checkpoint.recipe is None:
@@ -70,19 +69,30 @@ def load(source: Source, image_size: int | None) -> tuple[Checkpoint, Data]:
 
 
 def build_and_lower(checkpoint: Checkpoint, data: Data) -> tuple[BNext, IntegerNetwork]:
-    """The fake-quantized network of ``checkpoint`` and its integers.
+    """The fake-quantized network of ``checkpoint``, and the integer network that it is lowered to.
 
     Raises:
-        QuantizationError: a float-rest network, or something that can't be lowered, naming the layer.
+        QuantizationError: the checkpoint holds a float-rest network, or a layer of it can't be lowered; the
+            message names the layer.
     """
     if checkpoint.quantization is None:
         raise QuantizationError(
-            f"{checkpoint.source}: a float-rest network has no integers: fine-tune it first (qat finetune), "
-            "or export it as it is (qat export --onnx --float32)"
+            f"{checkpoint.source}: a float-rest network has no integers: fine-tune it (qat finetune "
+            "--checkpoint FILE), quantize it without training (qat quantize --checkpoint FILE), or export it "
+            "as it is (qat export --onnx --float32)"
         )
     model = build(checkpoint)
+    return model, lowered(model, checkpoint, data)
+
+
+def lowered(model: BNext, checkpoint: Checkpoint, data: Data) -> IntegerNetwork:
+    """The integers of a fake-quantized network, with the facts that ``checkpoint`` has about it.
+
+    Raises:
+        QuantizationError: something that can't be lowered, naming the layer.
+    """
     try:
-        return model, lower(
+        return lower(
             model,
             image_size=data.image_size,
             mean=data.mean,
@@ -94,23 +104,14 @@ def build_and_lower(checkpoint: Checkpoint, data: Data) -> tuple[BNext, IntegerN
         raise QuantizationError(f"{checkpoint.source}: {error}") from error
 
 
-def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Class names a checkpoint carries; empty where it carries none or not as many as classes."""
-    try:
-        names = json.loads(checkpoint.metadata.get("class_names", "[]"))
-    except ValueError:
-        return ()
-    fits = isinstance(names, list) and len(names) == checkpoint.architecture.num_classes
-    return tuple(str(name) for name in names) if fits else ()
-
-
 def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) -> Mapping[str, str]:
-    """Facts for the exported file: recipe (with the size it takes), versions, accuracy of the network.
+    """Metadata for an exported file, by name: what is known of the network and its training.
 
-    ``resize`` is the shorter side of an image in pixels before its centre is cut out; ``exif_orientation``
-    whether it was turned upright before that; digits have neither.
-
-    The accuracy is that of the checkpoint: not of the float network (``as_float``) of a quantized one.
+    ``recipe`` is the checkpoint's, with ``image_size`` in place of its own; ``resize`` is the shorter side in
+    pixels to which an image is scaled before its centre is cropped, ``exif_orientation`` whether it is turned
+    upright before that (digits are not cropped and have neither).
+    ``accuracy`` was measured of the network as quantized, and is left out of a float32 export of such a
+    network (``as_float``).
     """
     assert checkpoint.recipe is not None
     data = checkpoint.recipe.data.model_copy(update={"image_size": image_size})

@@ -10,13 +10,13 @@ import numpy as np
 from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint, load_checkpoint
-from qat.checkpoints.loading import architecture_of, build, highest_temperature
+from qat.checkpoints.loading import architecture_of, build, class_names, highest_temperature
 from qat.commands.sources import only_data, own_recipe, recipe_of_onnx
 from qat.errors import DataError, QatError
 from qat.evaluation import Predict, predictor
 from qat.models.bnext import is_binary
 from qat.recipe.loading import LoadedRecipe, load_recipe
-from qat.recipe.schema import Data, Recipe
+from qat.recipe.schema import Data, Model, Recipe
 from qat.runs import find_run
 
 
@@ -25,13 +25,14 @@ class Opened:
     """A model, ready to predict.
 
     Attributes:
-        predict: images → logits.
+        predict: function from images (N, 3, S, S) to logits (N, classes).
         data: the images to measure it on, and how they are preprocessed.
-        num_classes: width of its logits.
-        recipe: of the run it came from, as stored in it; ``None`` where it has none.
-        format: of the file, such as ``bnext-qat`` or ``bnext-qat portable 1``.
-        architecture: one line of text.
-        file: what was read; of a run directory, its best checkpoint.
+        num_classes: number of logits per image.
+        recipe: recipe of the run it came from, as stored in the file; ``None`` if it has none.
+        format: format of the file, such as ``bnext-qat`` or ``bnext-qat portable 1``.
+        architecture: description of the network, one line of text.
+        file: the file that was read; of a run directory, its best checkpoint.
+        class_names: in the order of the logits; empty where they aren't known.
     """
 
     predict: Predict
@@ -41,6 +42,11 @@ class Opened:
     format: str
     architecture: str
     file: Path
+    class_names: tuple[str, ...] = ()
+
+    def name_of(self, label: int) -> str:
+        """Name of the class with this number; the number where names aren't known."""
+        return self.class_names[label] if self.class_names else str(label)
 
 
 def open_model(
@@ -51,7 +57,7 @@ def open_model(
     Args:
         path: the model.
         recipe: take the data section of this recipe rather than of the model's own. For published weights it
-            tells the stem's stride, too.
+            tells the stem's stride, too, and which of several to take.
         overrides: ``data.key=value`` texts that change the recipe.
         warn: told what makes the accuracy another than the one asked for.
 
@@ -63,7 +69,10 @@ def open_model(
     if path.suffix.lower() == ".onnx" and not path.is_dir():
         return _open_onnx(OnnxModel(path), chosen, overrides)
     file = find_run(path).best if path.is_dir() else path
-    checkpoint = load_checkpoint(file, stem_stride=chosen.recipe.model.stem_stride if chosen else None)
+    model = chosen.recipe.model if chosen else Model()
+    checkpoint = load_checkpoint(file, stem_stride=model.stem_stride, state_key=model.state_key)
+    for note in checkpoint.notes:
+        warn(f"{file}: {note}")
     if chosen is not None:
         _check_model(checkpoint, chosen, warn)
     data = (chosen.recipe if chosen else own_recipe(checkpoint, overrides)).data
@@ -82,6 +91,7 @@ def open_model(
         checkpoint.format,
         str(checkpoint.architecture),
         file,
+        class_names(checkpoint),
     )
 
 
@@ -90,7 +100,7 @@ def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequenc
     model.check_data(data)
     try:
         recipe = recipe_of_onnx(model, (), "")
-    except QatError:  # not needed: --recipe was given
+    except QatError:  # --recipe was given, so the model's own recipe is not needed
         recipe = None
     return Opened(
         model,
@@ -100,12 +110,14 @@ def _open_onnx(model: OnnxModel, chosen: LoadedRecipe | None, overrides: Sequenc
         model.metadata["format"],
         model.metadata.get("architecture", "unknown"),
         model.path,
+        model.class_names,
     )
 
 
 def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[str], None]) -> None:
-    """Say that a recipe, taken for its data, describes another network than the checkpoint holds."""
-    asked = architecture_of(loaded.recipe.model)
+    """Warn if a recipe that was chosen for its data describes another network than the checkpoint's."""
+    held = checkpoint.architecture
+    asked = architecture_of(loaded.recipe.model, held.num_classes, held.stem_stride)
     if asked != checkpoint.architecture:
         warn(
             f"{loaded.path}: model: describes {asked}; evaluated is what {checkpoint.source} holds, "
@@ -114,10 +126,11 @@ def _check_model(checkpoint: Checkpoint, loaded: LoadedRecipe, warn: Callable[[s
 
 
 def _check_data(checkpoint: Checkpoint, data: Data, warn: Callable[[str], None]) -> None:
-    """Compare ``data`` with what the network was trained on.
+    """Compare the preprocessing in ``data`` with that of training, and warn of differences.
 
-    Another normalization is refused for a quantized network, whose image grid is made for one, as it is for
-    an exported model. Anything else is merely unusual.
+    Raises:
+        DataError: a quantized network was trained with another normalization. The grid of its input was
+            chosen for that one, so its answers would mean nothing.
     """
     if checkpoint.recipe is None:
         return

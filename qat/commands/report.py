@@ -1,4 +1,4 @@
-"""What `qat report` does: one page on a run, from its directory and the images it is tested on."""
+"""What `qat report` does: write a page on a run, from the run directory and the test images."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from qat.system.files import require_writable, write_atomically
 from qat.train.device import choose_device
 
 REPORT: Final = "report.html"
-#: Images that layers are measured on: their statistics settle long before.
+#: Number of images for the statistics of layers. More images change them little.
 _MEASURED: Final = 128
 
 
 def write_report(
     run: Path | None, output: Path | None = None, overrides: Sequence[str] = (), runs: Path = Path("runs")
 ) -> Path:
-    """Write the report on a finished or broken-off run, over an older one.
+    """Write the report on a run, finished or stopped early; an older report is replaced.
 
     Args:
         run: run directory; ``None`` takes the newest fine-tuning run under ``runs``.
         output: file to write; ``None`` means ``report.html`` in the run directory.
-        overrides: ``data.key=value`` texts, for test images that have moved.
+        overrides: texts such as ``data.root=DIR``, for test images that have moved.
         runs: folder of run directories.
 
     Returns:
         The file written.
 
     Raises:
-        QatError: no such run, its best checkpoint or its test images can't be read, an override is refused,
-            or the file can't be written.
+        QatError: there is no such run, its best checkpoint or its test images can't be read, an override is
+            refused, or the file can't be written.
     """
     directory = find_run(run) if run is not None else newest_run(runs)
     path = directory.path / REPORT if output is None else output
@@ -66,7 +66,7 @@ def write_report(
 
 
 def _measure(checkpoint: Checkpoint, loaded: LoadedRecipe, files: RunFiles) -> Measured:
-    """Ask the networks about the test images, and look into the layers of the quantized one."""
+    """Evaluate the run's network, and the one it started from, on the test images; measure its layers."""
     data, notes = loaded.recipe.data, []
     split = load_test_split(data, checkpoint.architecture.num_classes)
     if files.test_fingerprint is not None and files.test_fingerprint != split.fingerprint():
@@ -76,7 +76,7 @@ def _measure(checkpoint: Checkpoint, loaded: LoadedRecipe, files: RunFiles) -> M
         )
     try:
         device = choose_device(loaded.recipe.device)
-    except RecipeError:  # a report may be written on another machine than the run's
+    except RecipeError:  # the report is written on a machine without the run's accelerator
         device = torch.device("cpu")
     network = build(checkpoint).to(device)
     start: BNext | None = None
@@ -96,20 +96,29 @@ def _measure(checkpoint: Checkpoint, loaded: LoadedRecipe, files: RunFiles) -> M
 
 
 def _start(loaded: LoadedRecipe, files: RunFiles) -> BNext:
-    """The float-rest network that fine-tuning started from.
+    """The float-rest network that fine-tuning started from, or that it trained before quantization.
 
     Raises:
-        QatError: its file is gone, or another one has taken its place.
+        QatError: its file is gone, another one has taken its place, or its classifier was never trained.
     """
+    model = loaded.recipe.model
+    if loaded.recipe.schedule.float_epochs:
+        return build(load_checkpoint(files.run.float_stage.best, latent=model.latent))
+    if model.classifier == "new":
+        raise CheckpointError("With schedule.float_epochs 0 the new classifier was trained quantized only")
     path = resolve_checkpoint(loaded)
     if files.pretrained_sha256 is not None and files.pretrained_sha256 != file_hash(path):
         raise CheckpointError(f"{path} has changed since the run")
-    model = loaded.recipe.model
-    found = load_checkpoint(path, latent=model.latent, stem_stride=model.stem_stride)
+    found = load_checkpoint(
+        path, latent=model.latent, stem_stride=model.stem_stride, state_key=model.state_key
+    )
     return build(without_quantizers(found))
 
 
 def _sample(split: Split, data: Data, size: int, count: int) -> Iterator[Tensor]:
-    """``count`` normalized batches of ``size`` test images, of all classes even where these are in order."""
+    """``count`` normalized batches (``size``, 3, H, W) of test images.
+
+    They are drawn at random with a fixed seed, since a test set may be sorted by class.
+    """
     for images, _ in itertools.islice(split.batches(size, shuffle_seed=0), count):
         yield normalize(images, data.mean, data.std)

@@ -18,26 +18,26 @@ from qat.sensitivity.bitwidths import measure_widths, settings_of
 from qat.sensitivity.findings import IMAGES, LAYER_IMAGES, Findings, Questions
 from qat.sensitivity.parts import GROUPS, Sensitivity, measure_parts, parts_of, ranks_of
 from qat.sensitivity.suggestion import find_candidates, suggest
-from qat.sensitivity.variants import Variants, Watcher, grids_of
+from qat.sensitivity.variants import Variants, Watcher, quantizer_state
 from qat.system.files import write_atomically
 from qat.train.device import begin
-from qat.train.finetuning import pretrained
 from qat.train.reporter import Reporter
 from qat.train.setup import for_task, splits_of
+from qat.train.starting_point import starting_point
 
 
 def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter, watch: Watcher) -> Findings:
     """Measure what ``questions`` asks of a recipe with ``task: finetune``.
 
     Args:
-        loaded: the recipe; its checkpoint is the network.
+        loaded: the recipe, which names the checkpoint of the float-rest network.
         questions: what to measure.
-        report: told what is unusual about the checkpoint.
-        watch: told of each variant.
+        report: receives warnings about the checkpoint.
+        watch: receives the progress, variant by variant.
 
     Raises:
-        QatError: the recipe, its checkpoint or its data can't be used, or it quantizes nothing that was asked
-            for.
+        QatError: the recipe, its checkpoint or its data can't be used, or the recipe quantizes nothing of
+            what was asked for.
     """
     started = time.perf_counter()
     recipe = for_task(loaded, "finetune", "sensitivity")
@@ -46,7 +46,13 @@ def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter,
     device = begin(recipe)
     train, test, _ = splits_of(recipe)
     count = _count(questions.images, len(test))
-    model = pretrained(resolve_checkpoint(loaded), recipe, report).to(device)
+    start = starting_point(loaded, train, report)
+    if start.new_classifier:
+        raise QuantizationError(
+            f"{start.checkpoint}: its classifier would start anew, but what quantization costs is measured "
+            "of a trained network: run `qat finetune`, then set model.checkpoint=RUN/float/best.safetensors"
+        )
+    model = start.network.to(device)
     groups = _groups(
         loaded, quantization, set(quantized_layers(model, quantization).values()), questions.groups
     )
@@ -56,7 +62,7 @@ def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter,
     few = variants if questions.images is not None else variants.fewer(LAYER_IMAGES)
     watch.expect(2)
     full = variants.calibrated(quantization)
-    grids = grids_of(full, model)
+    state = quantizer_state(full, model)
     float_rest, whole = variants.measure(model), variants.measure(full)
     del full
     watch.done("calibrated")
@@ -70,15 +76,15 @@ def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter,
     settings = settings_of(quantization, groups)
     found = {
         kind: _sorted(
-            measure_parts(few if kind == "layer" else variants, parts[kind], quantization, grids, watch)
+            measure_parts(few if kind == "layer" else variants, parts[kind], quantization, state, watch)
         )
         for kind in kinds
         if parts[kind]
     }
     layers = found.get("layer", ())
     limits = questions.limits
-    widths = measure_widths(variants, whole, quantization, grids, settings, questions.bits, limits, watch)
-    candidates = find_candidates(variants, whole, quantization, grids, layers, limits.tolerance, watch)
+    widths = measure_widths(variants, whole, quantization, state, settings, questions.bits, limits, watch)
+    candidates = find_candidates(variants, whole, quantization, state, layers, limits.tolerance, watch)
     return Findings(
         loaded=loaded,
         questions=questions,
@@ -109,7 +115,8 @@ def write_recipe(findings: Findings, path: Path) -> None:
     recipe = loaded.recipe.model_copy(update={"quantization": suggestion.quantization})
     moved = LoadedRecipe(path.stem, path, recipe)
     start = resolve_checkpoint(loaded)
-    # A relative path is looked up beside the recipe first, which now lies elsewhere.
+    # A relative path to the checkpoint is searched beside the recipe first, and the new recipe may be in
+    # another folder: write the absolute path if the relative one no longer leads to the same file.
     if not _finds(moved, start):
         model = recipe.model.model_copy(update={"checkpoint": str(start)})
         recipe = recipe.model_copy(update={"model": model})
@@ -125,7 +132,7 @@ def write_recipe(findings: Findings, path: Path) -> None:
 
 
 def require_new(path: Path) -> None:
-    """Raise ``OutputError`` where ``path`` exists: a recipe may have been written by hand."""
+    """Raise ``OutputError`` if ``path`` exists: recipes are written by hand, and must not be lost."""
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path}: exists already; recipes are not overwritten: give another name")
 
@@ -148,7 +155,17 @@ def _count(asked: int | None, available: int) -> int:
 def _groups(
     loaded: LoadedRecipe, quantization: Quantization, present: set[GroupName], asked: Sequence[GroupName]
 ) -> list[GroupName]:
-    """The groups to look at, in order."""
+    """The groups to measure, in the order of :data:`qat.sensitivity.parts.GROUPS`.
+
+    Args:
+        loaded: the recipe, for messages.
+        quantization: its section.
+        present: groups of which it quantizes a layer.
+        asked: groups given with --group; empty means all that are present.
+
+    Raises:
+        QuantizationError: nothing is quantized, or a group that was asked for is left in float.
+    """
     if not present:
         raise QuantizationError(
             f"{loaded.path}: quantization: nothing is left to quantize; enable stem, se, classifier or "

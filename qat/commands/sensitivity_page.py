@@ -1,4 +1,4 @@
-"""Tables and charts of `qat sensitivity`, for the terminal and for its page."""
+"""Tables of `qat sensitivity` for the terminal and its HTML page, and the charts of that page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qat.sensitivity.findings import Findings, decibels
 from qat.sensitivity.parts import GROUPS, Sensitivity, ranks_of
 from qat.sensitivity.variants import Measure
 
-#: Layers in the short table and in bar charts.
+#: Number of layers in the terminal's table and in bar charts.
 MOST_SENSITIVE = 10
 
 
 def network_table(findings: Findings) -> Table:
-    """The float-rest network, the recipe's, and the suggested one."""
+    """A row each for the float-rest network, the network quantized by the recipe, and the suggested one."""
     suggestion = findings.suggestion
     rows = [
         ("float rest", findings.float_rest, ABSENT),
@@ -34,7 +34,7 @@ def network_table(findings: Findings) -> Table:
 
 
 def sensitivity_table(found: Sequence[Sensitivity], caption: str = "", shown: int | None = None) -> Table:
-    """Parts of one kind, most sensitive first; of ``found``, the first ``shown``."""
+    """Groups or layers, most sensitive first: the first ``shown`` of ``found``, or all."""
     ranks = ranks_of(found)
     rows = [
         (
@@ -63,7 +63,7 @@ def sensitivity_table(found: Sequence[Sensitivity], caption: str = "", shown: in
 
 
 def width_table(findings: Findings) -> Table:
-    """Every setting at fewer bits."""
+    """A row for every setting at every lower number of bits."""
     rows = [
         (
             one.setting.label,
@@ -91,7 +91,7 @@ def width_table(findings: Findings) -> Table:
 
 
 def page(findings: Findings) -> str:
-    """The page as HTML."""
+    """The HTML page on ``findings``: one file that loads nothing."""
     suggestion = findings.suggestion
     tiles = [
         Tile("Float rest", percent(findings.float_rest.top1), "top-1"),
@@ -154,12 +154,12 @@ def _part_charts(found: Sequence[Sensitivity]) -> list[Figure]:
 
 
 def _noise(measure: Measure) -> float | None:
-    """Power of the noise in percent of the signal's."""
+    """Power of the logits' noise in percent of the signal's; None where the logits are not finite."""
     return 100 * 10 ** (-measure.sqnr / 10) if measure.sqnr > -math.inf else None
 
 
 def _along(layers: Sequence[Sensitivity], findings: Findings) -> Figure:
-    """Signal to noise of each layer alone, along the network."""
+    """The chart of SQNR (dB) against a layer's place in the network, with one layer quantized at a time."""
     places = {name: place for place, name in enumerate(findings.layer_order, start=1)}
     series = [
         Series(group, *_points(places, [one for one in layers if one.group == group]), dots=True)

@@ -1,26 +1,26 @@
-"""Where a model's recipe and its data come from."""
+"""Find the recipe of a model, and the test images that the recipe names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qat_export.verify.model import OnnxModel
 
 from qat.checkpoints.format import Checkpoint
 from qat.data.loading import check_fits, load_split
-from qat.data.split import Split
+from qat.data.split import NoiseSplit, Split
 from qat.errors import CheckpointError, RecipeError
 from qat.recipe.loading import parse_recipe
 from qat.recipe.schema import Data, Recipe
 
 
 def only_data(overrides: Sequence[str], refused: Mapping[str, str]) -> None:
-    """Refuse overrides of other sections, which change nothing here, and of ``data`` keys for a reason.
+    """Refuse overrides of sections other than ``data``, which have no effect, and of some keys of ``data``.
 
     Args:
-        overrides: ``section.key=value`` texts.
-        refused: the reason against each key of ``data`` that must not be set.
+        overrides: texts such as ``data.root=DIR``.
+        refused: keys of ``data`` that must not be set, each with the reason, which the message gives.
 
     Raises:
         RecipeError: the first override that is refused.
@@ -54,11 +54,11 @@ def recipe_of_onnx(model: OnnxModel, overrides: Sequence[str], otherwise: str) -
 
     Args:
         model: the model.
-        overrides: ``section.key=value`` texts.
-        otherwise: what to do about a model without a recipe.
+        overrides: texts such as ``data.root=DIR``.
+        otherwise: what the message advises if the model carries no recipe.
 
     Raises:
-        CheckpointError: it carries none that can be read.
+        CheckpointError: it carries no recipe, or one that can't be read.
         RecipeError: an override is wrong.
     """
     try:
@@ -70,12 +70,38 @@ def recipe_of_onnx(model: OnnxModel, overrides: Sequence[str], otherwise: str) -
     return parse_recipe(mapping, str(model.path), overrides)
 
 
-def load_test_split(data: Data, num_classes: int) -> Split:
+def load_test_split(data: Data, num_classes: int, warn: Callable[[str], None] = lambda _: None) -> Split:
     """The test split that ``data`` names.
+
+    Args:
+        data: names it.
+        num_classes: of the network.
+        warn: told which images were left out.
 
     Raises:
         DataError: it cannot be read, or has another number of classes than ``num_classes``.
     """
     split = load_split(data, "test")
+    if split.left_out is not None:
+        warn(split.left_out)
     check_fits(split, num_classes)
     return split
+
+
+def verification_images(data: Data, class_names: Sequence[str], overrides: Sequence[str] = ()) -> Split:
+    """The test split that ``data`` names, or images of noise where the network knows no images.
+
+    A network that a user's own loop trained knows the size and the normalization of its images, not where
+    they are. That an exported file computes what the network does is seen on any images.
+
+    Args:
+        data: of the network, with ``overrides`` applied.
+        class_names: by label.
+        overrides: ``data.key=value`` texts; with any of them noise is no answer.
+
+    Raises:
+        DataError: the split cannot be read, or has another number of classes.
+    """
+    if data.dataset == "imagefolder" and data.root is None and not overrides:
+        return NoiseSplit(class_names, data.image_size)
+    return load_test_split(data, len(class_names))

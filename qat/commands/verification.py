@@ -13,7 +13,7 @@ from qat_export.verify.figures import Exactness
 from qat_export.verify.model import OnnxModel, require_integers
 
 from qat.commands.lowering import Source, build_and_lower, load
-from qat.commands.sources import load_test_split, only_data, recipe_of_onnx
+from qat.commands.sources import load_test_split, only_data, recipe_of_onnx, verification_images
 from qat.errors import CheckpointError, QatError
 from qat.evaluation import predictor
 from qat.runs import find_run
@@ -21,12 +21,13 @@ from qat.runs import find_run
 
 @dataclass(frozen=True)
 class Verified:
-    """A model against where it came from.
+    """An exported model, compared with what it was exported from.
 
     Attributes:
         path: the model.
-        exactness: against the integer reference.
-        comparison: against the torch network on the whole test set, if there is one.
+        exactness: its comparison with the integer reference.
+        comparison: its comparison with the torch network on the whole test set; ``None`` where only the
+            integer network was given.
     """
 
     path: Path
@@ -38,7 +39,10 @@ class Verified:
         return self.exactness.problems() + (self.comparison.problems() if self.comparison else [])
 
     def require(self) -> None:
-        """Raise ``VerificationError`` where a bound is broken; what names tensors first."""
+        """Raise ``VerificationError`` if a bound is broken.
+
+        The exactness comes first, since its message names the tensor that is wrong.
+        """
         self.exactness.require()
         if self.comparison:
             self.comparison.require()
@@ -62,12 +66,13 @@ def verify_model(path: Path, source: Source, network_path: Path | None) -> Verif
 
     Args:
         path: the .onnx file.
-        source: where the checkpoint and the data are; where it names neither run nor checkpoint, the run that
-            the model lies in.
-        network_path: an integer network file instead of a checkpoint.
+        source: where the checkpoint and the data are; if it names neither a run nor a checkpoint, the run
+            directory that the model lies in.
+        network_path: file of an integer network, used instead of a checkpoint.
 
     Raises:
-        QatError: a file can't be read, is foreign, or the model was made from another network.
+        QatError: a file can't be read or was not written by this project, or the model was made from another
+            network.
     """
     only_data(source.overrides, dict.fromkeys(("image_size", "mean", "std"), "fixed by the model"))
     if path.is_dir():
@@ -84,8 +89,8 @@ def verify_model(path: Path, source: Source, network_path: Path | None) -> Verif
         source = replace(source, run=_run_around(path))
     checkpoint, data = load(source, model.image_size)
     torch_network, network = build_and_lower(checkpoint, data)
-    split = load_test_split(data, len(network.class_names))
-    # Refuses a model of another network, before the long part.
+    split = verification_images(data, network.class_names, source.overrides)
+    # First, since it refuses a model of another network before the comparison on the whole test set.
     exact = check_exactness(path, network, sample(split, model.image_size))
     return Verified(path, exact, compare(predictor(torch_network), model, network, split, data))
 

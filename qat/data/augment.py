@@ -1,7 +1,7 @@
-"""From uint8 batches to network inputs: augmentation, normalization and the fixed input grid.
+"""From uint8 batches to network inputs: augmentation and normalization.
 
-Most changes are kornia's. Shifts by whole pixels are plain indexing: one gather for the whole batch takes
-half the time of kornia's crop, which loops over the images.
+kornia computes most of the changes. Shifts by whole pixels are computed here: one gather for the whole batch
+takes half the time of kornia's crop, which loops over the images.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from qat.system.launch import WHOLE, Share
 
 Stage = Callable[[Tensor], Tensor]
 
-#: Parts of a batch for which RandAugment draws anew.
+#: Number of parts into which a batch is divided for RandAugment. Each part gets changes of its own.
 _DRAWS: Final = 8
 
 
 class Augmenter:
-    """Random changes to a whole batch: resized crop, shift, flip, affine, RandAugment, jitter, erasing.
+    """Random changes to a batch: resized crop, shift, flip, affine, RandAugment, jitter, erasing.
 
-    The result depends on the images, the seed, the epoch and the step, and on nothing else.
-    What the recipe leaves out is left out here: with nothing configured a call only divides by 255.
-    The pixels of a step do not depend on the steps before it: no random state is carried along.
+    Changes that the recipe doesn't ask for are left out; without any, a call only divides by 255. The result
+    depends on the images, the seed, the epoch and the step, and on nothing else. In particular no random
+    state is kept between steps, so that a resumed run sees the images that it would have seen.
     """
 
     def __init__(self, augment: Augment, image_size: int, seed: int) -> None:
@@ -39,12 +39,24 @@ class Augmenter:
         self._stages = _stages(augment, image_size)
 
     def __call__(self, images: Tensor, epoch: int, step: int, share: Share = WHOLE) -> Tensor:
-        """Augment one batch, or one of the equal parts of a batch: as it would be with the others beside it.
+        """Augment one batch, or a share of it.
 
-        ``images``: uint8 (N, 3, H, W) on any device. Returns float32 (N, 3, image_size, image_size) in 0..1
-        on the same device, black where the affine part looks outside the image. ``step`` counts within
-        ``epoch``. The global random state is the same before and after. Raises ``ValueError`` for images
-        of another type, or of another size than ``image_size`` when no random crop brings them there.
+        A share gets the values that its images would get in the whole batch. The global random state is the
+        same before and after.
+
+        Args:
+            images: uint8 (N, 3, H, W) on any device.
+            epoch: number of the epoch.
+            step: number of the batch within the epoch.
+            share: which part of the batch ``images`` are; all parts have the same N.
+
+        Returns:
+            float32 (N, 3, image_size, image_size) in 0 to 1 on the same device. Pixels that come from outside
+            of an image are black.
+
+        Raises:
+            ValueError: the images have another type, or, without a random crop, another size than
+                ``image_size``.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"expected uint8 images, got {images.dtype}")
@@ -54,14 +66,14 @@ class Augmenter:
         result = images.float() / 255
         if not self._stages:
             return result
-        # kornia draws its parameters from the CPU generator whatever device the images are on, so the crops
-        # are the same on a CPU and a GPU, and no GPU generator needs to be forked. Seeding that generator
-        # alone matters: torch.manual_seed would also reseed every GPU, which this fork does not restore.
+        # kornia draws its parameters from the CPU generator on any device. So the changes are the same on a
+        # CPU and a GPU, and only that generator is forked. It is seeded alone, too, because torch.manual_seed
+        # would also seed the generators of all GPUs, which this fork doesn't restore.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, step))
             for stage in self._stages:
                 result = stage(result) if share == WHOLE else applied_to_share(stage, result, share)
-        return result.clamp(0, 1)  # interpolation may overshoot by a rounding error; the input grid ends at 1
+        return result.clamp(0, 1)  # interpolation can exceed 1 by a rounding error
 
 
 def normalize(
@@ -70,9 +82,16 @@ def normalize(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``(v − mean) / std`` per channel, computed in float32, for images (N, 3, H, W) on their device.
+    """``(v − mean) / std`` for each channel, computed in float32 on the images' device.
 
-    uint8 images are divided by 255 first; float images are taken as in 0..1 already.
+    Args:
+        images: (N, 3, H, W), either uint8, which are divided by 255 first, or float in 0 to 1.
+        mean: one number per channel, for values in 0 to 1.
+        std: one number per channel, for values in 0 to 1.
+        dtype: type of the result.
+
+    Returns:
+        (N, 3, H, W).
     """
     values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     channel = (1, -1, 1, 1)
@@ -124,9 +143,17 @@ def _stages(augment: Augment, image_size: int) -> list[Stage]:
 
 
 def shifted(images: Tensor, pixels: int, share: Share = WHOLE) -> Tensor:
-    """Each image of (N, C, H, W) moved by its own −pixels to pixels per axis, black where it came from.
+    """Shift each image by a random whole number of pixels per axis; uncovered pixels become 0.
 
-    Draws from the CPU's generator, for the whole batch that the images are a ``share`` of.
+    Shifts are drawn from the CPU's global generator for the whole batch, of which the images are a share.
+
+    Args:
+        images: (N, C, H, W).
+        pixels: largest shift in each direction.
+        share: which part of the batch ``images`` are; all parts have the same N.
+
+    Returns:
+        (N, C, H, W).
     """
     count, _, height, width = images.shape
     padded = F.pad(images, (pixels, pixels, pixels, pixels))
@@ -148,12 +175,12 @@ class _Shift:
 
 
 class _RandAugment:
-    """Kornia's RandAugment draws the changes once per call: a batch is cut up, so that it has several."""
+    """Applies kornia's RandAugment to parts of a batch, since it draws the same changes for a whole call."""
 
     def __init__(self, settings: RandAugment) -> None:
         from kornia.augmentation.auto import RandAugment as KorniaRandAugment
 
-        # kornia's scale ends at 30
+        # kornia's magnitudes end at 30, those of the recipe at 10.
         self.change: Any = KorniaRandAugment(n=settings.count, m=3 * settings.magnitude)
 
     def __call__(self, images: Tensor, share: Share = WHOLE) -> Tensor:
@@ -176,12 +203,15 @@ class _RandAugment:
 
 
 def applied_to_share(stage: Stage, images: Tensor, share: Share) -> Tensor:
-    """What ``stage`` makes of ``images`` as the ``share`` of a batch; what it draws, it draws for all of it.
+    """Apply ``stage`` to a share of a batch, with the random parameters that it gets in the whole batch.
 
     Args:
         stage: one of kornia's augmentations, or one of this module's stages.
-        images: (N, C, H, W), N the same for each share.
-        share: which part of (N · share.size, C, H, W) they are.
+        images: (N, C, H, W), with the same N for each share.
+        share: which part of the batch (N · share.size, C, H, W) they are.
+
+    Returns:
+        The changed images, (N, C, H', W').
     """
     if isinstance(stage, _Shift | _RandAugment):
         return stage(images, share)
@@ -192,13 +222,13 @@ def applied_to_share(stage: Stage, images: Tensor, share: Share) -> Tensor:
     return result
 
 
-#: Of kornia's parameters those that are not one per image.
+#: Parameters of kornia's augmentations that hold for a whole batch, and not one value per image.
 _OF_THE_BATCH: Final = ("order", "forward_input_shape")
 
 
 def _rows(drawn: Any, rows: slice) -> Any:
-    """Kornia's parameters for some images of a batch, from those for all."""
-    if isinstance(drawn, list):  # of stages in a row
+    """kornia's parameters for the images ``rows`` of a batch, taken from those for the whole batch."""
+    if isinstance(drawn, list):  # the parameters of several changes in a row
         return [item._replace(data=_rows(item.data, rows)) for item in drawn]
     chosen = drawn["batch_prob"] > 0.5
     result = {}
@@ -207,13 +237,13 @@ def _rows(drawn: Any, rows: slice) -> Any:
             result[key] = values
         elif len(values) == len(chosen):
             result[key] = values[rows]
-        else:  # older versions draw for the images alone that are changed
+        else:  # older versions of kornia only have parameters for the images that are changed
             first, last = int(chosen[: rows.start].sum()), int(chosen[: rows.stop].sum())
             result[key] = values[first:last]
     return result
 
 
 def mixed_seed(seed: int, epoch: int, step: int) -> int:
-    """One generator seed per (seed, epoch, step); a hash, so that neighbours do not share streams."""
+    """A seed of 63 bits for each (seed, epoch, step), by a hash, so that neighbouring steps are unrelated."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

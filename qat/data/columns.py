@@ -1,4 +1,4 @@
-"""Which columns of a table are the images and the labels, and what they hold."""
+"""Finds the columns of a table that hold images and labels, and reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LABEL_KINDS: Final[tuple[LabelKind, ...]] = get_args(LabelKind)
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the image and the label column.
+    """Names of the image column and the label column, and of the classes.
 
     ``class_names`` is ``None`` where the column itself doesn't tell them: of bare integers, and of texts
     before all are read.
@@ -42,14 +42,21 @@ class Columns:
 
 
 def find_columns(features: Mapping[str, Any], image: str | None, label: str | None, source: str) -> Columns:
-    """The columns that ``data.image_column`` and ``data.label_column`` name, or the only ones that fit.
+    """Find the image column and the label column of a table.
 
-    Images are a column of `datasets.Image`, or of bytes; labels one of `datasets.ClassLabel`, of integers,
-    of booleans, or of texts.
+    A column of images has the feature `datasets.Image`, or bytes; a column of labels has
+    `datasets.ClassLabel`, or integers, booleans or texts.
+
+    Args:
+        features: the table's features by column.
+        image: value of ``data.image_column``; ``None`` takes the only column of images.
+        label: value of ``data.label_column``; ``None`` takes the only column of class labels, or if there is
+            none, the only column of integers, of booleans, or of texts.
+        source: name of the table for messages.
 
     Raises:
-        DataError: a column is missing, holds something else, or could be one of several; the message opens
-            with ``source`` and lists the columns.
+        DataError: there is no such column, it holds something else, or several columns fit. The message lists
+            the columns.
     """
     import datasets  # imported here: it takes two seconds
 
@@ -97,7 +104,7 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 
 
 def _is_bytes(feature: object) -> bool:
-    if isinstance(feature, Mapping):  # what an image is stored as where nothing says that it is one
+    if isinstance(feature, Mapping):  # how `datasets` stores an image, in a table that lost its features
         return set(feature) == {"bytes", "path"} and _is_bytes(feature["bytes"])
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
@@ -109,7 +116,10 @@ def _shown(feature: object) -> str:
 
 
 def content_of(value: object) -> Path | bytes | None:
-    """The bytes of a cell of an image column, or the file that it names instead."""
+    """The content of a cell of an image column: encoded bytes, or else the path of a file.
+
+    It is ``None`` where the cell is empty or names a file by a relative path, which can't be resolved.
+    """
     if isinstance(value, bytes) or value is None:
         return value
     assert isinstance(value, Mapping)
@@ -120,13 +130,20 @@ def content_of(value: object) -> Path | bytes | None:
 
 
 class TableImages:
-    """The encoded images in a column of a `datasets.Dataset`: `qat.data.decode.Encoded`.
+    """The encoded images in a column of a `datasets.Dataset`, as :class:`qat.data.decode.Encoded`.
 
-    A copy for a worker process holds the files of a table that is mapped into memory, not their content.
+    When it is pickled for a worker process, only the names of the table's files are copied. The worker maps
+    the files into its own memory.
     """
 
     def __init__(self, table: datasets.Dataset, column: str, parts: Sequence[tuple[str, int]]) -> None:
-        """Take a table, the column, and the name and number of rows of each file it was made of."""
+        """Keep a column of a table.
+
+        Args:
+            table: the table.
+            column: name of its image column.
+            parts: name and number of rows of each file that the table was made of, for messages.
+        """
         self._table = table.select_columns(column).with_format("arrow")
         self._column = column
         self._names = [name for name, _ in parts]
@@ -146,7 +163,7 @@ class TableImages:
         return index if self._chosen is None else int(self._chosen[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the column itself, which is mapped anew."""
+        """The state to pickle: all but the column's values, which a worker reads from the table again."""
         return self.__dict__ | {"_values": None}
 
     def __len__(self) -> int:
@@ -155,13 +172,13 @@ class TableImages:
 
     @property
     def values(self) -> pa.ChunkedArray:
-        """The column: bytes, or structs of ``bytes`` and ``path``."""
+        """The values of the column: bytes, or structs of ``bytes`` and ``path``."""
         if self._values is None:
             self._values = self._table[:][self._column]
         return self._values
 
     def sizes(self) -> list[int | None]:
-        """Bytes of each encoded image; ``None`` for one that is a file of its own."""
+        """Size in bytes of each encoded image; ``None`` where the table names a file instead."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -172,14 +189,18 @@ class TableImages:
         return sizes if self._chosen is None else [sizes[row] for row in self._chosen]
 
     def image(self, index: int) -> Path | bytes:
-        """The bytes of an image, or the file that the table names instead."""
+        """The encoded bytes of an image, or the file that the table names instead.
+
+        Raises:
+            DataError: the cell holds neither.
+        """
         content = content_of(self.values[self._row(index)].as_py())
         if content is not None:
             return content
         raise DataError(f"{self.name(index)}: holds no image in column {self._column!r}")
 
     def name(self, index: int) -> str:
-        """File or data set, and row."""
+        """Name of the image in messages: its file or data set, and the row in it."""
         row = self._row(index)
         part = min(bisect.bisect_right(self._starts, row), len(self._names)) - 1
         return f"{self._names[part]}: row {row - self._starts[part]}"

@@ -1,4 +1,4 @@
-"""From encoded images to uint8 pixels: what every data set of files and tables is preprocessed with."""
+"""Decodes images of files and tables to uint8 pixels, resized and cropped at the centre."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ _NOT_READ: Final = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
 
 class Encoded(Protocol):
-    """Encoded images by index. Worker processes get a copy."""
+    """Encoded images by index. It must be possible to pickle it for worker processes."""
 
     def image(self, index: int) -> Path | bytes:
-        """The file of an image, or its content. Raises ``DataError`` where there is none."""
+        """The file of an image, or its encoded bytes.
+
+        Raises:
+            DataError: there is no image at ``index``.
+        """
 
     def name(self, index: int) -> str:
-        """What an error calls the image."""
+        """The name of an image in messages."""
 
 
 @functools.cache
@@ -45,14 +49,23 @@ def formats() -> tuple[str, ...]:
 def decode(
     source: Path | bytes, resize: int, side: int, name: str | None = None, *, turn: bool = False
 ) -> Tensor:
-    """Decode an image as uint8 (3, side, side): shorter side to ``resize`` (bilinear), then centre crop.
+    """Decode an image, resize its shorter side (bilinear), and crop its centre.
 
-    An image whose shorter side is ``resize`` already is not resampled. Any mode becomes RGB as ImageNet
-    evaluations do it: greyscale is repeated, transparency dropped, and an orientation tag ignored, unless
-    ``turn`` asks for images upright as a viewer shows them.
+    Every mode becomes RGB as in usual ImageNet evaluations: greyscale is repeated, and transparency is
+    dropped.
+
+    Args:
+        source: a file, or encoded bytes.
+        resize: length of the shorter side in pixels. An image that has it already is not resampled.
+        side: height and width of the crop in pixels.
+        name: name of the image in messages; by default that of the file.
+        turn: whether the image is turned upright first, as its EXIF orientation says.
+
+    Returns:
+        uint8 (3, side, side).
 
     Raises:
-        DataError: it is no image or a broken one; the message opens with ``name``, by default the file's.
+        DataError: ``source`` can't be read, is not an image, or is damaged.
     """
     image = opened_image(source, name, turn=turn)
     width, height = image.size
@@ -84,13 +97,15 @@ def opened_image(source: Path | bytes, name: str | None = None, *, turn: bool = 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit greyscale at 255, which turns nearly every such image white.
+        # Pillow would clip 16-bit greyscale at 255, which makes nearly every such image white.
         values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = Image.fromarray(values.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating point pixels have no defined range; convert the image to 8 bits")
     elif "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns about palettes with transparency
+        image = image.convert(
+            "RGBA"
+        )  # converting a palette with transparency straight to RGB makes Pillow warn
     return image.convert("RGB")
 
 
@@ -104,24 +119,24 @@ def decoded_batches(
     workers: int,
     turn: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images and labels at each of the index tensors, decoded as they are asked for.
+    """Yield batches of decoded images, uint8 (n, 3, side, side), and labels, int64 (n,).
 
     Args:
-        images: N of them.
+        images: N encoded images.
         labels: int64 (N,).
-        batches: indices into both.
+        batches: for each batch its indices into ``images`` and ``labels``, int64 (n,).
         resize, side, turn: see :func:`decode`.
-        workers: processes that decode; 0 decodes in this one.
+        workers: number of processes that decode; 0 decodes in this process.
 
     Raises:
-        DataError: an image cannot be decoded.
+        DataError: an image can't be decoded.
     """
     loader: DataLoader[Tensor | DataError] = DataLoader(
         _Decoder(images, resize, side, turn),
         batch_sampler=[indices.tolist() for indices in batches],
         num_workers=workers,
         collate_fn=_stack,
-        generator=torch.Generator(),  # else starting the loader draws from the global generator
+        generator=torch.Generator(),  # otherwise starting the loader draws from the global generator
     )
     for indices, found in zip(batches, loader, strict=True):
         if isinstance(found, DataError):
@@ -132,13 +147,13 @@ def decoded_batches(
 
 
 class _Decoder(Dataset["Tensor | DataError"]):
-    """What a worker process needs to decode an image."""
+    """Decodes an image by its index. It is pickled for worker processes."""
 
     def __init__(self, images: Encoded, resize: int, side: int, turn: bool) -> None:
         self.images, self.resize, self.side, self.turn = images, resize, side, turn
 
     def __getitem__(self, index: int) -> Tensor | DataError:
-        # The error is returned: raised in a worker, it would reach the user wrapped in a traceback.
+        # The error is returned, because one raised in a worker would reach the user wrapped in a traceback.
         try:
             name = self.images.name(index)
             return decode(self.images.image(index), self.resize, self.side, name, turn=self.turn)
@@ -152,17 +167,17 @@ def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:
         if isinstance(image, DataError):
             return image
         arrays.append(image.numpy())
-    # Not by torch, which would start its threads once more in the thread or process that decodes.
+    # NumPy stacks them, because torch would start a pool of threads in the thread or process that decodes.
     return torch.from_numpy(np.stack(arrays))
 
 
 def content_hash(images: Encoded, labels: Tensor) -> str:
-    """Hexadecimal SHA-256 over the SHA-256 of each encoded image and its label, in order.
+    """SHA-256, in hexadecimal digits, over the SHA-256 of each encoded image and its label, in order.
 
-    The same images have the same hash as files and in a table.
+    Images have the same hash whether they are files or cells of a table.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image can't be read.
     """
     digest = hashlib.sha256()
     for index, label in enumerate(labels.tolist()):

@@ -1,4 +1,4 @@
-"""Folders ``ROOT/SPLIT/CLASS/image`` as a data set: listed at once, decoded batch by batch."""
+"""Folders ``ROOT/SPLIT/CLASS/image`` as a data set, whose images are decoded batch by batch."""
 
 from __future__ import annotations
 
@@ -44,9 +44,15 @@ class FolderSplit(Split):
         workers: int,
         turn: bool = False,
     ) -> None:
-        """Take paths relative to ``folder``; images are resized, then centre-cropped to ``side``.
+        """Make a split of image files.
 
-        ``turn`` brings them upright first, as their EXIF orientation says.
+        Args:
+            folder: folder of the split.
+            class_names: names of the classes in label order.
+            files: path of each image relative to ``folder``.
+            labels: int64 (N,).
+            resize, side, turn: see :func:`qat.data.decode.decode`.
+            workers: number of processes that decode; 0 decodes in a thread.
         """
         super().__init__(class_names, labels)
         self.resize = resize
@@ -58,7 +64,11 @@ class FolderSplit(Split):
         self.passed_over = 0
 
     def fingerprint(self) -> str:
-        """SHA-256 over relative file names, sizes in bytes and labels; it does not read the images."""
+        """SHA-256 over relative file names, sizes in bytes and labels. The images are not read.
+
+        Raises:
+            DataError: a file is missing.
+        """
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels.tolist()):
             path = self.encoded.image(index)
@@ -72,16 +82,20 @@ class FolderSplit(Split):
         return digest.hexdigest()
 
     def content_fingerprint(self) -> str:
-        """SHA-256 over the SHA-256 of each file's bytes and its label, in order; names don't count.
+        """SHA-256 over the SHA-256 of each file's bytes and its label, in order, but not over file names.
 
         Raises:
-            DataError: a file cannot be read.
+            DataError: a file can't be read.
         """
         return content_hash(self.encoded, self.labels)
 
     def header_problems(self) -> list[Problem]:
         """Files that are no images, as their first bytes tell."""
         return list(probe_headers(self.encoded, range(len(self))).values())
+
+    def image_name(self, index: int) -> str:
+        """``CLASS/file``."""
+        return self.encoded.image(index).relative_to(self.encoded.folder).as_posix()
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = decoded_batches(
@@ -97,12 +111,12 @@ class FolderSplit(Split):
 
 
 class _Files:
-    """What a worker process needs to find an image."""
+    """The files of the images. It is pickled for worker processes."""
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.folder = folder
-        # One buffer of bytes: a list of a million strings would be copied into every forked worker as soon
-        # as its reference counts change.
+        # The names are one buffer of bytes. A list of a million strings would be copied into every forked
+        # worker, because each access changes a string's reference count.
         self.files = np.array([os.fsencode(file) for file in files])
 
     def image(self, index: int) -> Path:
@@ -113,10 +127,7 @@ class _Files:
 
 
 def load_folder_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> FolderSplit:
-    """List the images of one split of ``data.root``; see `load_split` for sizes and errors.
-
-    ``problems``, if given, takes the files that cannot be used, which are an error otherwise.
-    """
+    """The split ``name`` of the image folders in ``data.root``; see :func:`qat.data.loading.load_split`."""
     root = found_root(data)
     layout = folder_layout(data, root)
     classes = agreed_classes(root, layout, name)
@@ -128,12 +139,12 @@ def load_folder_split(data: Data, name: SplitName, problems: list[Problem] | Non
         if name == "test":
             notes.append(held_out_note(chosen, layout.share))
         files, labels = _at(files, labels, chosen if name == "test" else ~chosen)
-    encoded = _Files(classes.folder, files)
+    encoded, left_out = _Files(classes.folder, files), None
     if problems is None and data.on_error == "skip":
         bad = probe(encoded, range(len(files)), turn=data.exif_orientation)
         found += bad.values()
         if found:
-            notes.append(f"{layout.called(name)}: left out: {counted(found, classes.folder)}")
+            left_out = f"{layout.called(name)}: left out: {counted(found, classes.folder)}"
         files, labels = _at(files, labels, torch.tensor([row not in bad for row in range(len(files))]))
     elif problems is not None:
         problems += found
@@ -153,7 +164,7 @@ def load_folder_split(data: Data, name: SplitName, problems: list[Problem] | Non
         workers=data.workers,
         turn=data.exif_orientation,
     )
-    split.name = layout.called(name)
+    split.name, split.left_out = layout.called(name), left_out
     split.notes = [*notes, *(layout.notes if name == "test" else ())]
     split.passed_over = listing.passed_over
     return split

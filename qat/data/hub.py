@@ -23,28 +23,40 @@ if TYPE_CHECKING:
 __all__ = ["load_hub_split"]
 
 CIFAR10: Final = "uoft-cs/cifar10"
-#: Seconds the Hub has to answer before its cache on this machine must do.
-_PATIENCE: Final = 10.0
-#: Characters of a reason.
-_LONGEST: Final = 300
+#: Seconds after which the Hub counts as unreachable, and its cache on this machine is used.
+_TIMEOUT: Final = 10.0
+#: Most characters of an error's message that are repeated in another message.
+_LONGEST_REASON: Final = 300
 
 
 @dataclass(frozen=True)
 class _Repository:
-    """A data set of the Hub at one commit, which is ``None`` where the Hub could not be asked."""
+    """A data set of the Hub.
+
+    Attributes:
+        name: name of the repository.
+        config: the recipe's ``data.config``.
+        revision: the recipe's ``data.revision``.
+        commit: the commit that ``revision`` means now; ``None`` if the Hub couldn't be reached.
+        trouble: message for the case that the Hub couldn't be reached and its cache lacks the data set.
+    """
 
     name: str
     config: str | None
     revision: str | None
     commit: str | None
-    #: Why the Hub could not be asked, and what else there is to do.
     trouble: str = ""
 
     def load(self, key: str, split: str, **options: Any) -> Any:
-        """`datasets.load_dataset` of one split.
+        """Call `datasets.load_dataset` for one split.
+
+        Args:
+            key: key of the recipe that names the split, for messages.
+            split: name of the split.
+            **options: further arguments of `datasets.load_dataset`.
 
         Raises:
-            DataError: the Hub or its copy on this machine doesn't have it.
+            DataError: neither the Hub nor its cache on this machine has the split.
         """
         import datasets  # imported here: it takes two seconds
 
@@ -54,7 +66,7 @@ class _Repository:
                 return datasets.load_dataset(
                     self.name, self.config, split=split, revision=revision, **options
                 )
-        # Of `datasets`, its file systems, the HTTP library in use and Arrow: they have no common base.
+        # Exceptions of `datasets`, its file systems, the HTTP library and Arrow have no common base class.
         except Exception as error:
             if self.commit is None:
                 raise DataError(self.trouble) from error
@@ -62,10 +74,10 @@ class _Repository:
 
 
 def load_hub_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> Split:
-    """One split of the data set ``data.name``, or CIFAR-10; see `load_split` for sizes and errors.
+    """One split of the repository ``data.name`` or CIFAR-10's; see :func:`qat.data.loading.load_split`.
 
-    With ``data.streaming`` the training split is not downloaded. The test split always is: its order is that
-    of the labels that answers are compared with. Where ``problems`` are asked for, no image is left out.
+    With ``data.streaming`` the training split is not downloaded. The test split always is, because its labels
+    must be known in a fixed order.
     """
     repository = _find(data)
     key, split = split_of(data, name)
@@ -90,9 +102,9 @@ def load_hub_split(data: Data, name: SplitName, problems: list[Problem] | None =
     if names is None:
         names = integer_names([labels_of(_column(part, columns), columns, one) for one, part in both.items()])
     images = TableImages(table, columns.image, [(source, len(table))])
-    notes: list[str] = []
+    left_out = None
     if problems is None and data.on_error == "skip":
-        images, labels = without_broken(images, labels, data.exif_orientation, split, notes)
+        images, labels, left_out = without_broken(images, labels, data.exif_orientation, split)
     found = TableSplit(
         images,
         names,
@@ -103,38 +115,39 @@ def load_hub_split(data: Data, name: SplitName, problems: list[Problem] | None =
         in_memory=data.in_memory,
         turn=data.exif_orientation,
     )
-    found.name, found.notes = split, notes
+    found.name, found.left_out = split, left_out
     return found
 
 
 def _find(data: Data) -> _Repository:
-    """The repository, at the commit that ``data.revision`` means now.
+    """The repository at the commit that ``data.revision`` means now, or without a commit if the Hub is down.
 
     Raises:
-        DataError: the Hub has no such repository or revision, or doesn't show it to this user.
+        DataError: the Hub has no such repository or revision, or doesn't give this user access to it.
     """
     from huggingface_hub import HfApi, errors
 
     name = CIFAR10 if data.dataset == "cifar10" else data.name
     assert name is not None  # the schema requires it
     try:
-        found = HfApi().dataset_info(name, revision=data.revision, timeout=_PATIENCE)
+        found = HfApi().dataset_info(name, revision=data.revision, timeout=_TIMEOUT)
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         if not _server_trouble(error):
             raise DataError(f"data.name: {name!r} is not to be had from the Hub: {_reason(error)}") from error
         return _unreachable(data, name, error)
-    except Exception as error:  # of the HTTP library in use: there is no network, or the Hub is down
+    except Exception as error:  # from the HTTP library: there is no network, or the Hub is down
         return _unreachable(data, name, error)
     return _Repository(name, data.config, data.revision, found.sha)
 
 
 def _server_trouble(error: Exception) -> bool:
-    """Whether the Hub answered that it is out of order; then this machine's copy may do."""
+    """Whether the Hub answered with a server error (status 500 or above), so that the cache is to be used."""
     response = getattr(error, "response", None)
     return bool(getattr(response, "status_code", 0) >= 500)
 
 
 def _unreachable(data: Data, name: str, error: Exception) -> _Repository:
+    """The repository without a commit, with a message that says why and what else the user can do."""
     if data.dataset == "cifar10":
         what = (
             f"data.root is unset, {VARIABLE} names no folder with a folder 'cifar10', and the Hugging Face "
@@ -151,9 +164,10 @@ def _unreachable(data: Data, name: str, error: Exception) -> _Repository:
 
 
 def _stored(data: Data, repository: _Repository, key: str, split: str) -> datasets.Dataset:
-    """A split on this machine's disk.
+    """A split that is stored on this machine's disk.
 
-    Without streaming, `datasets` downloads every split of a repository; with it, only what is read here.
+    `datasets` usually downloads every split of a repository. With ``data.streaming`` the split is streamed to
+    the disk instead, so that nothing else is downloaded.
     """
     if not data.streaming:
         return repository.load(key, split)
@@ -165,7 +179,7 @@ def _stored(data: Data, repository: _Repository, key: str, split: str) -> datase
             return datasets.Dataset.from_generator(
                 _rows, features=stream.features, gen_kwargs={"stream": stream}
             )
-        except Exception as error:  # as in _Repository.load
+        except Exception as error:  # there is no common base class, see `_Repository.load`
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise DataError(f"data.{key}: {split!r} of {repository.name}: {_reason(cause)}") from error
 
@@ -177,6 +191,7 @@ def _rows(stream: datasets.IterableDataset) -> Any:
 def _undecoded(
     data: Data, repository: _Repository, stream: datasets.IterableDataset, split: str
 ) -> tuple[datasets.IterableDataset, Columns]:
+    """The image and label columns of ``stream``, with images as encoded bytes."""
     import datasets
 
     source = f"{repository.name} ({split})"
@@ -229,6 +244,6 @@ def _unnamed(source: str, columns: Columns) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An error's message in one line, cut where it gets long."""
+    """An error's message in one line, cut after 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"

@@ -1,7 +1,8 @@
-"""Data sets as batches of uint8 images.
+"""Loads the data set that a recipe names.
 
-scikit-learn's digits, which need no download; folders ``ROOT/SPLIT/CLASS/image`` (`qat.data.folder`); Parquet
-files, CIFAR-10 among them (`qat.data.parquet`); data sets of the Hugging Face Hub (`qat.data.hub`).
+It is one of scikit-learn's digits, which need no download; folders ``ROOT/SPLIT/CLASS/image``
+(:mod:`qat.data.folder`); Parquet files, CIFAR-10 among them (:mod:`qat.data.parquet`); or a data set of the
+Hugging Face Hub (:mod:`qat.data.hub`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from qat.recipe.schema import Data
 __all__ = ["Loaded", "check_fits", "load_every", "load_for_training", "load_split", "load_splits"]
 
 DIGITS_TEST_IMAGES = 360
-DIGITS_SPLIT_SEED = 0  # fixed: accuracies on digits are comparable across runs and recipes
+DIGITS_SPLIT_SEED = 0  # fixed, so that accuracies on digits are comparable across runs and recipes
 
 
 def load_splits(data: Data) -> tuple[Split, Split]:
-    """Load the training and the test split. Raises ``DataError`` as ``load_split`` does."""
+    """Load the training and the test split.
+
+    Raises:
+        DataError: see :func:`load_split`.
+    """
     return load_split(data, "train"), load_split(data, "test")
 
 
@@ -84,15 +89,22 @@ def _final_name(data: Data) -> str | None:
 
 
 def load_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> Split:
-    """Load one split of ``data`` without reading the other.
+    """Load one split of ``data``. The images of the other split are not read.
 
-    Images are ``data.image_size`` square, except in a training split (but for digits) with
-    ``data.augment.crop``: there they are ``data.shorter_side`` square, so that a random crop has something to
-    cut from. To see training images as an evaluation does, load with ``augment.crop`` unset.
+    Images are squares of ``data.image_size`` pixels. There is one exception: training images with
+    ``data.augment.crop`` are squares of ``data.shorter_side`` pixels (except digits), because a random crop
+    needs a larger image to cut from. Load with ``augment.crop`` unset to get training images as an evaluation
+    sees them.
 
-    Raises ``DataError`` if the folder, the split or a class's images are missing, or if the classes of
-    ``data.train_split`` and ``data.evaluated_split`` differ. Files that cannot be used are an error, too, but
-    with ``data.on_error`` 'skip', which leaves them out, and where ``problems`` takes them.
+    Args:
+        data: where the images are, and how they are preprocessed.
+        name: which split.
+        problems: takes the files that can't be used, which are an error without it, or left out with
+            ``data.on_error`` 'skip'.
+
+    Raises:
+        DataError: the folder, the split or the images of a class are missing, files can't be used, or the
+            classes of ``data.train_split`` and ``data.evaluated_split`` differ.
     """
     if data.dataset == "digits":
         train, test = _digits(data.image_size)
@@ -111,7 +123,10 @@ def load_split(data: Data, name: SplitName, problems: list[Problem] | None = Non
 
 @functools.lru_cache(maxsize=4)
 def _digits(image_size: int) -> tuple[Split, Split]:
-    """The 1797 digits of scikit-learn, 8×8 in 0..16, scaled to 0..255 and ``image_size`` square."""
+    """Training and test split of scikit-learn's 1797 digits.
+
+    The digits are 8×8 pixels in 0 to 16. They are scaled to 0 to 255, and resized to ``image_size``.
+    """
     from sklearn.datasets import load_digits  # imported here: it takes a second
     from sklearn.model_selection import train_test_split
 
@@ -137,6 +152,10 @@ def _digits(image_size: int) -> tuple[Split, Split]:
 
 
 def check_fits(split: Split, num_classes: int) -> None:
-    """Raise ``DataError`` unless the network's ``num_classes`` is the split's."""
+    """Check that the network has as many classes as the data.
+
+    Raises:
+        DataError: ``split`` has another number of classes than ``num_classes``.
+    """
     if split.num_classes != num_classes:
         raise DataError(f"the data has {split.num_classes} classes, the network {num_classes}")

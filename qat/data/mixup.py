@@ -1,4 +1,4 @@
-"""Mixup and cutmix: images of a batch mixed in pairs, and labels in the same shares."""
+"""Mixup and cutmix, which mix the images of a batch in pairs, and their labels in the same shares."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import Tensor
 
 from qat.data.augment import mixed_seed
 from qat.recipe.schema import Augment
-from qat.system.collectives import exchanged, world
+from qat.system.collectives import permuted_rows, world
 
 
 class Mixer:
-    """Mixes each batch with itself in another order; the share is drawn once per batch from Beta(α, α).
+    """Mixes each image of a batch with another one of the batch.
 
-    Mixup overlays the two images (Zhang et al. 2017, arXiv 1710.09412), cutmix puts a rectangle of one into
-    the other (Yun et al. 2019, arXiv 1905.04899). Where both are on, a fair coin decides per batch. The
-    result depends on the batch, the seed, the epoch and the step, and on nothing else: several processes mix
-    across their parts of it, each sending the images that others ask for.
+    Mixup overlays the two images (Zhang et al. 2017, arXiv 1710.09412): ``share · x + (1 − share) · other``.
+    Cutmix puts a rectangle of the other image, with the area ``1 − share``, into the first (Yun et al. 2019,
+    arXiv 1905.04899). The share is drawn once per batch from Beta(α, α). If both are on, a fair coin decides
+    between them for each batch.
+
+    The result depends on the batch, the seed, the epoch and the step, and on nothing else. Several processes
+    mix images across the whole batch, and send each other the images that they need.
     """
 
     def __init__(self, augment: Augment, num_classes: int, seed: int) -> None:
@@ -33,25 +36,26 @@ class Mixer:
         """Mix one batch.
 
         Args:
-            images: float32 (N, 3, H, W).
+            images: float32 (N, 3, H, W), this process's part of the batch.
             labels: int64 (N,) on the same device.
-            epoch: counts from 1.
-            step: of the batch within the epoch.
+            epoch: number of the epoch, from 1.
+            step: number of the batch within the epoch.
 
         Returns:
-            The images, and shares of the classes (N, classes) float32; both as they are where nothing is on.
+            The mixed images, and the share of each class, float32 (N, classes). If neither mixup nor cutmix
+            is on, ``images`` and ``labels`` themselves.
         """
         kinds = [kind for kind, alpha in self._alphas.items() if alpha]
         if not kinds:
             return images, labels
-        # Its own generator: what is drawn here doesn't depend on what the augmentation before has drawn.
-        # NumPy's, because torch has no Beta that holds for small alphas.
+        # A generator of its own makes the draws independent of the augmentation before. It is NumPy's,
+        # because torch's Beta distribution is inaccurate for small alphas.
         random = np.random.default_rng(mixed_seed(self._seed, epoch, step))
         kind = kinds[random.integers(len(kinds))]
         share = float(random.beta(self._alphas[kind], self._alphas[kind]))
         order = random.permutation(len(images) * world().size).tolist()
         targets = F.one_hot(labels, self._classes).float()
-        others, other_targets = exchanged(images, order), exchanged(targets, order)
+        others, other_targets = permuted_rows(images, order), permuted_rows(targets, order)
         if kind == "mixup":
             images = torch.lerp(others, images, share)
         else:
@@ -62,7 +66,12 @@ class Mixer:
 def _with_rectangle(
     images: Tensor, others: Tensor, share: float, random: np.random.Generator
 ) -> tuple[Tensor, float]:
-    """``images`` with a rectangle of ``others`` of the area ``1 − share``, cut at the edge; what is left."""
+    """Put a rectangle of ``others`` with the area ``1 − share`` into ``images``.
+
+    Returns:
+        The mixed images, and the share of their area that is still from ``images``. The rectangle is cut off
+        at the edges, so that this can be more than ``share``.
+    """
     height, width = images.shape[-2:]
     side = math.sqrt(1.0 - share)
     middle = random.random(2).tolist()
@@ -74,7 +83,7 @@ def _with_rectangle(
 
 
 def _span(middle: float, side: float, length: int) -> tuple[int, int]:
-    """First pixel of ``side · length`` around ``middle · length``, and the one after the last."""
+    """Start and end of a span of ``side · length`` pixels around ``middle · length``, within 0 to length."""
     half = int(side * length) // 2
     centre = int(middle * length)
     return max(centre - half, 0), min(centre + half, length)

@@ -1,4 +1,4 @@
-"""Folders of Parquet files as data sets."""
+"""Folders of Parquet files as data sets, stored or streamed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["load_parquet_split"]
 
 @dataclass(frozen=True)
 class _Files:
-    """Files of one split, the rows of each, and the columns that all of them have."""
+    """The files of one split, the number of rows in each, and the columns, which are the same in all."""
 
     paths: list[Path]
     rows: list[int]
@@ -40,7 +40,7 @@ class _Files:
 
     @property
     def source(self) -> str:
-        """What errors call them."""
+        """Name of the files in messages: the path of a single one, or a pattern."""
         first = self.paths[0]
         return str(
             first if len(self.paths) == 1 else first.parent / f"{first.stem.partition('-')[0]}-*.parquet"
@@ -50,9 +50,9 @@ class _Files:
 def load_parquet_split(
     data: Data, folder: Path, name: SplitName, problems: list[Problem] | None = None
 ) -> Split:
-    """One split of the Parquet files in ``folder``; see `load_split` for sizes and errors.
+    """The split ``name`` of the Parquet files in ``folder``; see :func:`qat.data.loading.load_split`.
 
-    Where ``problems`` are asked for, no image is left out of the split; they are found by decoding.
+    ``problems`` takes none: they are found by decoding.
     """
     layout = parquet_layout(data, folder)
     split = layout.of(name) or layout.train
@@ -72,15 +72,17 @@ def load_parquet_split(
     parts = [(str(path), rows) for path, rows in zip(files.paths, files.rows, strict=True)]
     images = TableImages(table, files.columns.image, parts)
     notes: list[str] = []
+    left_out = None
     if layout.share is not None and name != "final":
-        called = [Path(images.name(row)).name for row in range(len(images))]
-        chosen = held_out(called, labels, layout.share, files.source)
+        rows_names = [Path(images.name(row)).name for row in range(len(images))]
+        chosen = held_out(rows_names, labels, layout.share, files.source)
         if name == "test":
             notes.append(held_out_note(chosen, layout.share))
         rows = (chosen if name == "test" else ~chosen).nonzero().flatten()
         images, labels = images.chosen(rows.tolist()), labels[rows]
     if problems is None and data.on_error == "skip":
-        images, labels = without_broken(images, labels, data.exif_orientation, layout.called(name), notes)
+        turn, called = data.exif_orientation, layout.called(name)
+        images, labels, left_out = without_broken(images, labels, turn, called)
     found = TableSplit(
         images,
         names,
@@ -91,7 +93,7 @@ def load_parquet_split(
         in_memory=data.in_memory,
         turn=data.exif_orientation,
     )
-    found.name = layout.called(name)
+    found.name, found.left_out = layout.called(name), left_out
     found.notes = [*notes, *(layout.notes if name == "test" else ())]
     return found
 
@@ -145,7 +147,7 @@ def _streamed(data: Data, files: _Files, names: Sequence[str]) -> StreamedSplit:
 
 
 def _identity(path: Path) -> str:
-    """Name, size and footer of a file: the footer has sizes and statistics of every piece of a column."""
+    """A file's name, size and the hash of its footer, which has statistics of each chunk of a column."""
     with path.open("rb") as file:
         size = file.seek(-8, os.SEEK_END) + 8
         length = int.from_bytes(file.read(4), "little")
@@ -154,7 +156,7 @@ def _identity(path: Path) -> str:
 
 
 def _labels_hash(files: _Files) -> str:
-    """Hash of every label: a footer may stay as it is when one changes."""
+    """SHA-256 over all labels, since a footer can be the same after a label has changed."""
     digest = hashlib.sha256()
     for labels in _labels(files):
         digest.update(labels.numpy().astype("<i8").tobytes())
@@ -162,7 +164,12 @@ def _labels_hash(files: _Files) -> str:
 
 
 def _read_footers(data: Data, paths: list[Path]) -> _Files:
-    """What the files' footers say; images are not read."""
+    """Read the number of rows and the columns from the footers of the files, without reading images.
+
+    Raises:
+        DataError: a file is not Parquet, lacks a column, has other columns than the first, or there are no
+            rows.
+    """
     import datasets  # imported here: it takes two seconds
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -201,7 +208,11 @@ def _plain(schema: Any) -> Any:
 
 
 def _class_names(data: Data, folder: Path, layout: Layout, name: SplitName, files: _Files) -> Sequence[str]:
-    """Names of the classes, which the other split must have, too, if it is there."""
+    """Names of the classes, after a check that the other split, if there is one, has the same.
+
+    Raises:
+        DataError: the splits have different classes, or the same in another order.
+    """
     other_name: SplitName = "test" if name == "train" else "train"
     split = layout.of(other_name)
     try:
@@ -209,7 +220,7 @@ def _class_names(data: Data, folder: Path, layout: Layout, name: SplitName, file
             other = None
         else:
             other = _read_footers(data, parquet_files(folder, split, layout.key(other_name)))
-    except DataError:  # it is looked at when it is asked for
+    except DataError:  # problems of the other split are reported when it is loaded itself
         other = None
     columns = files.columns
     if columns.kind == "texts":
@@ -218,7 +229,7 @@ def _class_names(data: Data, folder: Path, layout: Layout, name: SplitName, file
         return text_names(_label_columns(known), known.columns, known.source)
     names = columns.class_names
     if names is None:
-        # Bare integers: one split alone may lack the last class.
+        # Labels are integers without names. Both splits are read, because one alone may lack the last class.
         return integer_names([labels for one in (files, other) if one for labels in _labels(one)])
     if other is not None and other.columns.class_names != names:
         theirs = other.columns.class_names or ()
@@ -243,7 +254,7 @@ def _labels(files: _Files) -> Iterator[Tensor]:
 
 
 def _load(files: _Files, streaming: bool = False) -> Any:
-    """The two columns as a `datasets.Dataset`, or an `IterableDataset`."""
+    """The image and label columns as a `datasets.Dataset`, or with ``streaming`` as an `IterableDataset`."""
     import datasets
     import pyarrow as pa
 

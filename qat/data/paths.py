@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: ``data.root``, or the folder that ``QAT_DATA`` names."""
+"""Finds the files of a data set by ``data.root`` and the environment variable ``QAT_DATA``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat.recipe.schema import Data
 
 __all__ = ["VARIABLE", "cifar10_folder", "found_root", "parquet_files", "parquet_splits", "split_of"]
 
-#: Environment variable with the folder that has a folder for each data set.
+#: Environment variable that names a folder with one folder for each data set.
 VARIABLE: Final = "QAT_DATA"
 
 _ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z", ".rar")
@@ -21,10 +21,11 @@ _SHARD: Final = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)")
 
 
 def found_root(data: Data) -> Path:
-    """The folder ``data.root``, in the working directory or else in the folder that ``QAT_DATA`` names.
+    """The folder ``data.root``, looked for in the working directory, then in the folder of ``QAT_DATA``.
 
     Raises:
-        DataError: it is unset, does not exist or is not a folder; or ``QAT_DATA`` is not one.
+        DataError: ``data.root`` is unset, or is not a folder in either place, or ``QAT_DATA`` does not name a
+            folder.
     """
     if data.root is None:
         raise DataError("data.root is unset: name the folder of images with --set data.root=DIR")
@@ -44,10 +45,12 @@ def found_root(data: Data) -> Path:
 
 
 def cifar10_folder(data: Data) -> Path | None:
-    """The folder of CIFAR-10's Parquet files; ``None`` where neither a setting nor ``QAT_DATA`` has one.
+    """The folder of CIFAR-10's Parquet files: ``data.root``, or ``cifar10`` in the folder of ``QAT_DATA``.
+
+    It is ``None`` if ``data.root`` is unset and there is no such folder.
 
     Raises:
-        DataError: as :func:`found_root` does for a ``data.root`` that is set.
+        DataError: see :func:`found_root`.
     """
     if data.root is not None:
         folder = found_root(data)
@@ -56,7 +59,7 @@ def cifar10_folder(data: Data) -> Path | None:
         if shared is None or not (shared / "cifar10").is_dir():
             return None
         folder = shared / "cifar10"
-    # The Hub's copy keeps them in a folder named after its configuration.
+    # A copy of the Hub's repository has the files in a folder that is named after its configuration.
     inner = folder / "plain_text"
     return inner if inner.is_dir() and not any(folder.glob("*.parquet")) else folder
 
@@ -73,18 +76,23 @@ def _shared_folder() -> Path | None:
 
 
 def split_of(data: Data, name: SplitName) -> tuple[str, str]:
-    """The key of the recipe that names a split, and what it names; ``final_split`` must be set."""
+    """The key of ``data`` that names a split, and the name of that split; ``final_split`` must be set."""
     if name == "final":
         return "final_split", str(data.final_split)
     return ("train_split", data.train_split) if name == "train" else ("test_split", data.evaluated_split)
 
 
 def parquet_files(folder: Path, split: str, key: str) -> list[Path]:
-    """The files ``SPLIT.parquet`` or ``SPLIT-*.parquet`` of ``folder``, by name.
+    """The files ``SPLIT.parquet`` or ``SPLIT-*.parquet`` in ``folder``, sorted by name.
+
+    Args:
+        folder: where they lie.
+        split: name of the split.
+        key: key of ``data`` that names the split, for messages.
 
     Raises:
-        DataError: there are none (``key`` is the key of ``data`` to blame), there are both, or one of
-            ``SPLIT-I-of-N.parquet`` is missing.
+        DataError: there are no such files, there are files of both kinds, or one of ``SPLIT-I-of-N.parquet``
+            is missing.
     """
     every = _every_parquet_file(folder)
     files = [file for file in every if file.stem == split or file.stem.startswith(f"{split}-")]

@@ -1,4 +1,4 @@
-"""An iterator that works ahead in a thread while its items are used."""
+"""Makes the next items of an iterator in a thread while the current one is used."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _END: Final = object()
 
 
 def prefetched(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
-    """Yield ``items`` in their order; one thread makes up to ``ahead`` of them beforehand.
+    """Yield ``items`` in their order, while one thread makes up to ``ahead`` further ones.
 
-    It pays where making an item leaves the interpreter free, as decoding an image does. Nothing is made
-    before the first item is asked for. An exception of ``items`` comes out where its item would have. A
-    consumer that stops early ends the thread after the item it is at, when the iterator is closed or
-    collected.
+    This saves time if making an item releases the interpreter's lock, as decoding an image does. No item is
+    made before the first one is asked for. An exception of ``items`` is raised in place of the item that
+    caused it. If the consumer stops early and the iterator is closed or collected, the thread finishes its
+    current item and ends.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    ended = sys.is_finalizing  # a local: globals are gone when an iterator outlives its program
+    ended = sys.is_finalizing  # kept in a local, since globals are gone at the end of the interpreter
     pending: deque[Future[object]] = deque(thread.submit(next, items, _END) for _ in range(ahead))
     try:
         while (item := pending.popleft().result()) is not _END:
@@ -31,6 +31,6 @@ def prefetched(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
     finally:
         if not ended():
             thread.shutdown(cancel_futures=True)
-            close = getattr(items, "close", None)  # of a generator: its worker processes end with it
+            close = getattr(items, "close", None)  # closing a generator ends its worker processes
             if close is not None:
                 close()

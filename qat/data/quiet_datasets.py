@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` without its progress bars, its log lines and its download counter."""
+"""Calls Hugging Face `datasets` without its progress bars, log lines and download counter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_datasets(*, offline: bool = False) -> Iterator[None]:
-    """No progress bars, and no request to Hugging Face's download counter, which ``load_dataset`` makes.
+    """Context in which `datasets` shows no progress bars, logs nothing, and counts no downloads at the Hub.
 
-    ``offline``: nothing is asked of the Hub, so that what is not in its cache is missing at once.
+    Args:
+        offline: whether to make no requests to the Hub, so that a data set which isn't in the cache fails at
+            once.
     """
     import datasets  # imported here: it takes two seconds
     from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""Training images read in passing: files in shuffled order, through a shuffled buffer, nothing stored."""
+"""Training images that are streamed: files in shuffled order, through a shuffled buffer, nothing stored."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["StreamedSplit"]
 
-#: One row that is not decoded yet: what an error calls it, the image's bytes and the label.
+#: One row of the stream: its name in messages, the encoded image and the label.
 _Row = tuple[str, bytes, int]
 
 
 class StreamedSplit(Split):
-    """Images of a `datasets.IterableDataset`. Their labels are known batch by batch alone.
+    """Images of a `datasets.IterableDataset`. Labels are only known when their batch is read.
 
-    The order is a pure function of the shuffle seed: a permutation of the files, then a buffer that gives out
-    a random row for each row that comes in. Batches that are skipped are read, but not decoded, and so are
-    rows of another ``share``. Where the stream breaks off, or a row has no image or a wrong label, batches
-    end with a ``DataError``.
+    The order depends on nothing but the shuffle seed: files are permuted, and their rows pass through a
+    buffer, from which each row that comes in replaces a random one, which is yielded. Rows of skipped batches
+    and of another ``share`` are read, but not decoded. If the stream breaks off, or a row has no image or a
+    wrong label, :meth:`batches` raises a ``DataError``.
     """
 
     resize: int
@@ -59,15 +59,15 @@ class StreamedSplit(Split):
         """Take a stream of ``count`` rows.
 
         Args:
-            stream: with undecoded images.
-            columns: of the images and labels.
-            class_names: in label order.
-            count: number of images.
-            source: what errors call the stream.
-            identity: a text that is another one where the images are; what the fingerprint is made of.
-            resize, side, turn: see `qat.data.decode.decode`.
-            workers: threads that decode.
-            shuffle_buffer: rows of the buffer.
+            stream: rows with encoded images.
+            columns: which columns hold the images and labels.
+            class_names: names of the classes in label order.
+            count: number of rows.
+            source: name of the stream in messages.
+            identity: a text that differs for different images; the fingerprint is made from it.
+            resize, side, turn: see :func:`qat.data.decode.decode`.
+            workers: number of threads that decode; 0 counts as 1.
+            shuffle_buffer: number of rows in the buffer.
         """
         super().__init__(class_names, torch.empty(0, dtype=torch.int64))
         self.resize = resize
@@ -79,7 +79,7 @@ class StreamedSplit(Split):
 
     @property
     def labels(self) -> Tensor:
-        """Not known.
+        """The labels of a stream are not known beforehand.
 
         Raises:
             DataError: always.
@@ -93,7 +93,7 @@ class StreamedSplit(Split):
         return self._count
 
     def fingerprint(self) -> str:
-        """SHA-256 of what pins the files down; the images are not read."""
+        """SHA-256 over the stream's ``identity`` and number of images. The images are not read."""
         return hashlib.sha256(f"{self._identity}\0{self._count}".encode()).hexdigest()
 
     def _batches(
@@ -107,7 +107,7 @@ class StreamedSplit(Split):
     def _decoded(
         self, rows: Iterator[_Row], passed: int, sizes: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of ``sizes`` of the rows after the first ``passed``."""
+        """Yield batches of the given sizes from ``rows``, after the first ``passed`` rows."""
         next(itertools.islice(rows, passed, passed), None)
         with ThreadPoolExecutor(self._threads) as pool:
             for size in sizes:
@@ -117,7 +117,8 @@ class StreamedSplit(Split):
                         f"{self._source}: ended before the {self._count} images that it should have"
                     )
                 part = chosen[self.share.of(size)]
-                # Without a row of its own, it has no image, but of the size that the others have.
+                # An empty part, (0, 3, H, W), takes its height and width from an image that is decoded for
+                # it.
                 decoded = part or chosen[:1]
                 images = pool.map(self._pixels, decoded)
                 labels = torch.tensor([row[2] for row in part], dtype=torch.int64)
@@ -129,11 +130,12 @@ class StreamedSplit(Split):
         return np.asarray(pixels, np.uint8)
 
     def _rows(self, seed: int | None) -> Iterator[_Row]:
+        """Yield all rows in the order of the shuffle seed ``seed``, or in the order of the files."""
         if seed is None:
             yield from self._in_order(range(self._stream.num_shards))
             return
-        # Not the shuffle of `datasets`, whose order may be another one in its next version: a resumed run
-        # has to see what it would have seen.
+        # The rows are not shuffled by `datasets`, whose order could change with its version, since a resumed
+        # run has to see the images that it would have seen.
         generator = random.Random(seed)
         shards = list(range(self._stream.num_shards))
         generator.shuffle(shards)
@@ -149,6 +151,7 @@ class StreamedSplit(Split):
         yield from buffer
 
     def _in_order(self, shards: Sequence[int]) -> Iterator[_Row]:
+        """Yield the rows of one file (shard) after the other."""
         count = self._stream.num_shards
         several = count > 1
         for shard in shards:
@@ -163,13 +166,13 @@ class StreamedSplit(Split):
 
 
 def _guarded(rows: Iterator[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """``rows``, with whatever goes wrong on disk or in the network in words."""
+    """Yield ``rows``, and raise a ``DataError`` in place of any exception of the disk or the network."""
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
-        # Of `datasets`, its file systems, the HTTP library in use and Arrow: they have no common base.
+        # Exceptions of `datasets`, its file systems, the HTTP library and Arrow have no common base class.
         except Exception as error:
             raise DataError(f"{name}: cannot be read on: {first_line(error)}") from error
         yield row

@@ -1,4 +1,4 @@
-"""Encoded images in a table as a data set, decoded when a batch asks for them, and kept if they are few."""
+"""Encoded images in a table as a data set, decoded batch by batch, and kept in memory if they are few."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from qat.errors import DataError
 
 __all__ = ["TableSplit", "without_broken"]
 
-#: Decoded bytes that are kept in memory unless a recipe says otherwise, and encoded bytes that a fingerprint
-#: reads.
-_SMALL: Final = 2**30
+#: Most bytes of decoded images that are kept in memory unless the recipe says otherwise. Also the most bytes
+#: of encoded images that :meth:`TableSplit.fingerprint` reads.
+IN_MEMORY_BYTES: Final = 2**30
 
 
 class TableSplit(Split):
@@ -45,9 +45,16 @@ class TableSplit(Split):
         in_memory: bool | None = None,
         turn: bool = False,
     ) -> None:
-        """Take the images and labels (N,); ``in_memory=None`` keeps decoded images if they fit in 1 GiB.
+        """Make a split of a table's images.
 
-        ``turn`` brings images upright, as their EXIF orientation says.
+        Args:
+            images: the encoded images.
+            class_names: names of the classes in label order.
+            labels: int64 (N,).
+            resize, side, turn: see :func:`qat.data.decode.decode`.
+            workers: number of processes that decode; 0 decodes in a thread.
+            in_memory: whether decoded images are kept in memory; ``None`` keeps them if they take at most 1
+                GiB.
         """
         super().__init__(class_names, labels)
         self.resize = resize
@@ -55,14 +62,24 @@ class TableSplit(Split):
         self.workers = workers
         self.turn = turn
         self.encoded = images
-        self._kept = len(labels) * 3 * side**2 <= _SMALL if in_memory is None else in_memory
+        self._kept = len(labels) * 3 * side**2 <= IN_MEMORY_BYTES if in_memory is None else in_memory
+
+    def image_name(self, index: int) -> str:
+        """The file or data set, and the row in it."""
+        return Path(self.encoded.name(index)).name
 
     def fingerprint(self) -> str:
-        """The content's where the encoded images take at most 1 GiB, else over their sizes and labels."""
+        """SHA-256 over sizes and labels if the encoded images take more than 1 GiB, else over their content.
+
+        The content's is :meth:`content_fingerprint`.
+
+        Raises:
+            DataError: an image is missing.
+        """
         return self._fingerprint
 
     def content_fingerprint(self) -> str:
-        """That of the same files in folders: `qat.data.decode.content_hash`.
+        """The hash of :func:`qat.data.decode.content_hash`, which is the same for the same images as files.
 
         Raises:
             DataError: an image is missing.
@@ -78,7 +95,7 @@ class TableSplit(Split):
         sizes = [
             size if size is not None else self._size(row) for row, size in enumerate(self.encoded.sizes())
         ]
-        if sum(sizes) <= _SMALL:
+        if sum(sizes) <= IN_MEMORY_BYTES:
             return self._content_fingerprint
         digest = hashlib.sha256()
         for size, label in zip(sizes, self.labels.tolist(), strict=True):
@@ -117,7 +134,7 @@ class TableSplit(Split):
     def _completed(
         self, batches: list[Tensor], missing: list[Tensor], decoded: Iterator[tuple[Tensor, Tensor]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images at ``batches``, of which those at ``missing`` come from ``decoded`` and are kept."""
+        """Yield the images at ``batches``. Those at ``missing`` are taken from ``decoded`` and kept."""
         for indices, absent in zip(batches, missing, strict=True):
             if len(absent):
                 images, _ = next(decoded)
@@ -127,28 +144,28 @@ class TableSplit(Split):
 
     @functools.cached_property
     def _pixels(self) -> NDArray[np.uint8]:
-        """uint8 (N, 3, side, side), meaningful where an image is known."""
+        """Decoded images, uint8 (N, 3, side, side). An image that isn't known yet is uninitialized memory."""
         return np.empty((len(self), 3, self.side, self.side), np.uint8)
 
     @functools.cached_property
     def _known(self) -> Tensor:
-        """Bool (N,): the images decoded so far."""
+        """Whether each image was decoded already, bool (N,)."""
         return torch.zeros(len(self), dtype=torch.bool)
 
 
 def without_broken(
-    images: TableImages, labels: Tensor, turn: bool, called: str, notes: list[str]
-) -> tuple[TableImages, Tensor]:
-    """The images (N) and labels (N,) that can be decoded; a note says which others there were.
+    images: TableImages, labels: Tensor, turn: bool, called: str
+) -> tuple[TableImages, Tensor, str | None]:
+    """The images (N) and labels (N,) that can be decoded, and in words which others there were.
 
     Raises:
         DataError: none can.
     """
     bad = probe(images, range(len(images)), turn=turn)
     if not bad:
-        return images, labels
+        return images, labels, None
     rows = [row for row in range(len(images)) if row not in bad]
-    notes.append(f"{called}: left out: {counted(list(bad.values()))}")
     if not rows:
         raise DataError(f"{called}: no image can be decoded: {counted(list(bad.values()))}")
-    return images.chosen(rows), labels[rows]
+    left_out = f"{called}: left out: {counted(list(bad.values()))}"
+    return images.chosen(rows), labels[rows], left_out

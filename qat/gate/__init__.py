@@ -1,4 +1,4 @@
-"""The accuracy gate: did a model get worse than a recorded baseline, and can the data tell?
+"""The accuracy gate: whether a model got worse than a recorded baseline, by a paired test.
 
-Imports evaluation, data and recipes. Begin with ``decision``; its statistics are in ``paired_statistics``.
+Imports evaluation, data and recipes. Begin with ``decision``; the statistics are in ``paired_statistics``.
 """

@@ -1,9 +1,9 @@
-"""Baselines of the accuracy gate: what a model got right, image by image, and what it was measured with.
+"""Baselines of the accuracy gate: which images a model got right, and what it was measured with.
 
-A baseline is a JSON file that is kept in a repository. ``correct`` holds one bit per image, 1 where top-1 is
-right, in the order of the data set: 64 hexadecimal digits are 256 images, the first in the most significant
-bit (``numpy.packbits``); the last line is filled up with zeros to whole bytes. A diff shows where answers
-changed. :mod:`qat.gate.baseline_file` reads and writes such files.
+A baseline is a JSON file that is kept in a repository. ``correct`` holds one bit per image in the order of
+the data set, 1 where top-1 is right. Each line has 64 hexadecimal digits for 256 images, the first image in
+the most significant bit (``numpy.packbits``); the last line is filled up with zeros to whole bytes. So a
+diff of two baselines shows which answers changed. :mod:`qat.gate.baseline_file` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT: Final = "bnext-qat baseline"
 FORMAT_VERSION: Final = 1
 #: Images in one line of ``correct``.
 LINE: Final = 256
-#: More names of classes than these are stored as their hash.
+#: If there are more class names than this, their hash is stored instead.
 MOST_NAMES: Final = 1000
 #: Packages that can change a prediction.
 _PACKAGES: Final = ("bnext-qat", "numpy", "onnxruntime", "torch")
@@ -48,7 +48,7 @@ class _Strict(BaseModel):
 
 
 class ModelFacts(_Strict):
-    """Which model: file name, SHA-256 of the file, its format, and the network in one line."""
+    """The model: name, SHA-256 and format of its file, and a line of text on the network."""
 
     file: str
     sha256: _Hash
@@ -57,7 +57,7 @@ class ModelFacts(_Strict):
 
 
 class DataFacts(_Strict):
-    """Which images, in which order, and how they were preprocessed; see :func:`describe_data`."""
+    """The images, their order and their preprocessing; made by :func:`describe_data`."""
 
     dataset: str
     test_split: str
@@ -78,7 +78,7 @@ class DataFacts(_Strict):
 
 
 class Processor(_Strict):
-    """What the predictions were computed on, as :func:`qat.system.machine.machine` finds it."""
+    """The processor that computed the predictions, as :func:`qat.system.machine.machine` describes it."""
 
     name: str | None
     architecture: str | None
@@ -91,13 +91,14 @@ class Baseline(_Strict):
     Attributes:
         format: ``bnext-qat baseline`` and the version of this layout.
         recorded: date and time in UTC.
-        images: N.
-        num_classes: width of the logits.
+        images: number N of images.
+        num_classes: number of logits per image.
         top1, top5: percent, rounded to 4 decimals; :attr:`correct_count` is exact.
-        model, data, versions, processor: what was measured, on what, with what.
-        class_names: in the order of the labels, or of more than 1000 the SHA-256.
-        recipe: of the run that made the model, without paths of a machine.
-        correct: a bit per image, see above; :meth:`answers` unpacks them.
+        model, data: what was measured, and on which images.
+        versions, processor: packages and processor that computed the predictions.
+        class_names: in the order of the labels; the SHA-256 of the list if there are more than 1000.
+        recipe: recipe of the run that made the model, with file names in place of paths.
+        correct: a bit per image in the layout that the module describes; :meth:`answers` unpacks it.
     """
 
     format: str
@@ -128,9 +129,9 @@ class Baseline(_Strict):
 
 
 def describe_data(split: Split, data: Data) -> DataFacts:
-    """What is recorded of a data set; reads every image of an image folder.
+    """The record of a data set. Reads every image of an image folder, for the fingerprint.
 
-    ``resize`` is the one in effect, null for digits, which are scaled without a crop.
+    ``resize`` is the shorter side in pixels before the crop; None for digits, which are not cropped.
 
     Raises:
         DataError: a file cannot be read.
@@ -150,7 +151,13 @@ def describe_data(split: Split, data: Data) -> DataFacts:
 def observe(
     logits: Tensor, split: Split, data: DataFacts, model: ModelFacts, recipe: Recipe | None
 ) -> Baseline:
-    """The baseline of a model with these logits (N, classes) on ``split``; the rest is recorded as it is."""
+    """Make a baseline from a model's logits on a test split.
+
+    Args:
+        logits: (N, classes), for the N images of ``split`` in order.
+        split: the images and their labels.
+        data, model, recipe: recorded as they are, the recipe without paths.
+    """
     before = ranks(logits, split.labels)
     found = machine()
     versions = found["versions"]
@@ -178,7 +185,7 @@ def observe(
 
 
 def _without_paths(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with file names for paths: nothing of the machine belongs into a repository."""
+    """The recipe with file names in place of paths, since the baseline is committed to a repository."""
     content = recipe.model_dump(mode="json")
     del content["data"]["root"], content["output"]["dir"]
     for section, key in (
@@ -198,7 +205,7 @@ def file_name(path: str | Path) -> str:
 
 
 def _text(name: str) -> str:
-    """``name``, with the bytes of a file name that are not UTF-8 written out."""
+    r"""``name``, with the bytes of a file name that are not UTF-8 as escapes such as ``\udc80``."""
     return name.encode(errors="backslashreplace").decode()
 
 

@@ -1,11 +1,12 @@
-"""Baselines as files: one JSON object, a key per line, for a repository.
+"""Baselines as files: one JSON object with a key per line, to be kept in a repository.
 
-What can be told from the bits in ``correct`` stands there once more and is compared when a file is read, so
-that damage and edits by hand are found.
+The file repeats figures that follow from the bits in ``correct``, such as ``top1``. They are compared when a
+file is read, so that damage and edits by hand are found.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from qat.system.files import write_atomically
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write ``baseline`` to ``path``, atomically; equal but for ``recorded`` gives equal lines but for that.
+    """Write ``baseline`` to ``path`` atomically, over an older baseline.
+
+    Two baselines that differ in ``recorded`` alone give files that differ in that line alone.
 
     Raises:
-        BaselineError: ``path`` is there and no baseline.
+        BaselineError: ``path`` exists and is not a baseline.
         OutputError: it cannot be written.
     """
     check_replaceable(path)
@@ -30,10 +33,10 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse a file that is not a baseline, of any version: whatever else it is must not be overwritten.
+    """Refuse to overwrite a file that is not a baseline (of any version).
 
     Raises:
-        BaselineError: naming it.
+        BaselineError: ``path`` exists and is not a baseline.
     """
     if not path.exists():
         return
@@ -44,10 +47,11 @@ def check_replaceable(path: Path) -> None:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read a baseline, and check that it agrees with itself.
+    """Read a baseline, and check that its figures agree with its bits.
 
     Raises:
-        BaselineError: absent, foreign, of a newer version, damaged or edited; one line that names the key.
+        BaselineError: the file is absent, of another kind or version, damaged or edited; the message is one
+            line that names the key.
     """
     content = _read(path)
     version = content["format"].removeprefix(f"{FORMAT} ")
@@ -66,13 +70,13 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``, which says that it is a baseline."""
+    """The JSON object in ``path``, whose ``format`` says that it is a baseline of some version."""
     if not path.exists():
         raise BaselineError(f"{path}: no such file; `qat gate record MODEL -o {path}` writes it")
     if not path.is_file():
         raise BaselineError(f"{path}: not a file")
     try:
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_object, parse_constant=_constant)
+        content = json.loads(_text(path.read_bytes()), object_pairs_hook=_object, parse_constant=_constant)
     except OSError as error:
         raise BaselineError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -83,10 +87,16 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def _text(content: bytes) -> str:
+    """UTF-8, or what a byte order mark says: editors and shells on Windows write one."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig")
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in content:  # an edit or a merge: which of the two is meant?
+        if key in content:  # after an edit or a merge, nobody knows which of the two is meant
             raise ValueError(f"{key}: is there twice")
         content[key] = value
     return content
@@ -98,7 +108,7 @@ def _constant(name: str) -> None:
 
 def _first_problem(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    # Of a union, pydantic also names the member that it tried.
+    # For a union, pydantic's location also names the member type that it tried: leave that out.
     where = ".".join(str(part) for part in first["loc"] if part not in ("list[str]", "constrained-str"))
     if first["type"] == "missing":
         return f"{where}: is missing"
@@ -109,7 +119,7 @@ def _first_problem(error: pydantic.ValidationError) -> str:
 
 
 def _contradiction(baseline: Baseline) -> str | None:
-    """The first key that does not agree with the others, in words."""
+    """A sentence on the first key that does not agree with the others; None if all agree."""
     n = baseline.images
     try:
         correct = int(unpack(baseline.correct, n).sum())

@@ -1,4 +1,4 @@
-"""Whether a model's answers can be compared with a baseline's, and what may have changed beside the model."""
+"""Whether a model can be compared with a baseline, and which differences besides the model may matter."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from qat.recipe.schema import Data
 def check_preprocessing(
     baseline: Baseline, data: Data | DataFacts, num_classes: int, source: str = "the baseline"
 ) -> None:
-    """Refuse to compare where settings alone show that the questions differ, before any image is read.
+    """Refuse a comparison if classes or preprocessing differ, before any image is read.
 
     Args:
-        baseline: recorded before.
-        data, num_classes: of the model in question.
-        source: what the baseline is called in the message.
+        baseline: the recorded baseline.
+        data, num_classes: data settings and number of classes of the model to compare with it.
+        source: what the message calls the baseline, such as its path.
 
     Raises:
-        BaselineError: the first difference in class count, data set, image size, orientation or
+        BaselineError: on the first difference in class count, data set, image size, orientation or
             normalization.
     """
     theirs = baseline.data
@@ -43,15 +43,15 @@ def check_preprocessing(
 def check_comparable(
     baseline: Baseline, data: DataFacts, num_classes: int, images: int, source: str = "the baseline"
 ) -> None:
-    """Refuse to compare answers to other questions.
+    """Refuse a comparison unless both models saw the same images, preprocessed alike, with the same labels.
 
     Args:
-        baseline: recorded before.
-        data, num_classes, images: of the model in question.
-        source: what the baseline is called in the message.
+        baseline: the recorded baseline.
+        data, num_classes, images: data, number of classes and number of images of the model to compare.
+        source: what the message calls the baseline, such as its path.
 
     Raises:
-        BaselineError: the first difference in class count, preprocessing, or images and labels.
+        BaselineError: on the first difference in class count, preprocessing, or images and labels.
     """
     check_preprocessing(baseline, data, num_classes, source)
     theirs = baseline.data
@@ -72,7 +72,7 @@ def _refusal(source: str, key: str, ours: object, theirs: object) -> BaselineErr
 
 
 def differences(baseline: Baseline, observed: Baseline) -> Iterable[str]:
-    """What may have changed answers beside the model, a sentence each."""
+    """A sentence on each difference besides the model that may have changed answers."""
     theirs, ours = baseline.processor, observed.processor
     if (theirs.name, theirs.architecture) != (ours.name, ours.architecture):
         yield (
@@ -102,7 +102,7 @@ def differences(baseline: Baseline, observed: Baseline) -> Iterable[str]:
 
 
 def _shown(text: str | None) -> str:
-    """A text of a file that anyone may have edited: what a terminal or CI would act on is escaped."""
+    """``text`` with control characters escaped: a file's text must not steer a terminal or a CI job."""
     if text is None:
         return "unknown"
     return text if text.isprintable() else ascii(text)

@@ -1,6 +1,6 @@
-"""What is binary in a file, for ``qat inspect``: the facts layer by layer, and a verdict in words.
+"""Inspection of checkpoints for ``qat inspect``: facts layer by layer, and whether the network is binary.
 
-``facts`` has the descriptions that all kinds of files share, ``checkpoint`` makes them of a checkpoint and
-``verdict`` judges them; exported files are read in ``qat_export.inspection``. Imports checkpoints and what
-lies below. Begin with ``facts``.
+``facts`` has the dataclasses that describe a file of any kind, ``checkpoint`` fills them in for a checkpoint,
+and ``verdict`` judges them. ``qat_export.inspection`` does the same as ``checkpoint`` for exported files.
+Imports checkpoints and what lies below. Begin with ``facts``.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints, ours and those of BNext's authors, inspected: what is stored, and what the network uses."""
+"""Inspection of checkpoints, this project's and those of BNext's authors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoints.format import FORMAT, Checkpoint, load_checkpoint
+from qat.checkpoints.format import Checkpoint, load_checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.published import is_safetensors, read_published, read_safetensors
 from qat.checkpoints.tensor_checks import dtype_name, listed
 from qat.errors import CheckpointError
@@ -19,15 +20,16 @@ from qat.inspection.facts import PLUS_MINUS_ONE, SIGN_BITS, InspectedLayer, Insp
 from qat.models.bnext import BNext
 from qat.nn.layers import Stem
 from qat.nn.sub_block import SubBlock
-from qat.quantize.quantizers import Quantizer, WeightQuantizer
+from qat.quantize.quantizer_base import Quantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 
-#: What the formats of :class:`qat.checkpoints.format.Checkpoint` are, in words.
+#: Descriptions of the formats that :class:`qat.checkpoints.format.Checkpoint` names.
 _FORMATS: Final = {
     "published weights": "weights in the format of BNext's authors (a bare state dict)",
     "published training checkpoint": "training checkpoint in the format of BNext's authors",
     "published quantized": "weights of the quantized variant of BNext's authors",
 }
-#: Keys that a refusal shows of a foreign file.
+#: Number of keys of a foreign file that an error message lists.
 _SHOWN: Final = 4
 
 
@@ -36,9 +38,9 @@ class StoredTensor:
     """How a tensor lies in a file.
 
     Attributes:
-        type: such as ``float32``, or ``sign bits``.
-        bits: of a value.
-        size: bytes of the tensor.
+        type: type of its values, such as ``float32``, or ``sign bits``.
+        bits: bits of one value.
+        size: bytes of the whole tensor.
     """
 
     type: str
@@ -47,10 +49,11 @@ class StoredTensor:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """`load_checkpoint`, where a refusal of another network says what is in the file.
+    """Load a checkpoint with :func:`qat.checkpoints.loading.load_checkpoint`.
 
     Raises:
-        CheckpointError: the file is absent, damaged, or no BNext.
+        CheckpointError: the file is absent or damaged, or holds another network than BNext; in the last case
+            the message lists some tensors of the file.
     """
     try:
         return load_checkpoint(path)
@@ -63,19 +66,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def inspect_checkpoint(path: Path, checkpoint: Checkpoint, network: BNext) -> Inspection:
-    """What ``path`` holds, layer by layer.
+    """Describe the checkpoint in ``path``, layer by layer.
 
     Args:
         path: the file.
-        checkpoint: read from it.
-        network: built from ``checkpoint``, and so known to fit.
+        checkpoint: the checkpoint that was read from it.
+        network: the network that was built from ``checkpoint``.
 
     Raises:
         CheckpointError: the file can't be read again.
     """
     stored, metadata = stored_tensors(path)
     layers = tuple(_layers(network, stored))
-    # Only what the network has: a training checkpoint's optimizer belongs to what is around it.
+    # Tensors of the network alone: those of an optimizer count as part of the container.
     everything = sum(tensor.size for tensor in stored.values())
     values = sum(value.numel() for value in checkpoint.state.values())
     other = Total(
@@ -83,6 +86,8 @@ def inspect_checkpoint(path: Path, checkpoint: Checkpoint, network: BNext) -> In
     )
     recipe = None if checkpoint.recipe is None else checkpoint.recipe.model_dump(mode="json")
     facts = facts_of(checkpoint.metadata, recipe or {})
+    if checkpoint.notes:
+        facts["notes"] = list(checkpoint.notes)
     if FORMAT in metadata:
         facts["versions"] = json.loads(metadata[FORMAT])["versions"]
     return Inspection(
@@ -101,7 +106,10 @@ def inspect_checkpoint(path: Path, checkpoint: Checkpoint, network: BNext) -> In
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
-    """How each tensor of a network lies in the file, by state-dict key, and the metadata, if any.
+    """Find out how each tensor of a network is stored in a file.
+
+    Returns:
+        The tensors by state-dict key, and the metadata of the file, which may be empty.
 
     Raises:
         CheckpointError: the file is absent or damaged.
@@ -111,7 +119,7 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, st
     if is_safetensors(path):
         tensors, metadata = read_safetensors(path)
     if FORMAT not in metadata:
-        tensors = read_published(path)[0]
+        tensors = read_published(path).state
     ending = ".sign_bits"
     return {
         key.removesuffix(ending): StoredTensor(
@@ -172,7 +180,15 @@ def _rest(
     result: object,
     stored: Mapping[str, StoredTensor],
 ) -> InspectedLayer:
-    """A layer whose ``weights``, by key below ``name``, have more than one bit."""
+    """Describe the stem, a channel attention or the classifier.
+
+    Args:
+        name, kind: see :class:`qat.inspection.facts.InspectedLayer`.
+        weights: the weights by their key in the state dict, less the prefix ``name``.
+        module: the layer.
+        result: the quantization point of its result, if it has one.
+        stored: how the tensors are stored, by state-dict key.
+    """
     found = [stored[f"{name}.{leaf}"] for leaf in weights]
     quantizer = getattr(module, "weight_quantizer", None)
     scale = None
@@ -193,7 +209,7 @@ def _rest(
 
 
 def _type(point: object) -> str:
-    """Type of what a quantization point gives."""
+    """Type of the values of a quantization point, such as ``int8``; ``float32`` if there is none."""
     if isinstance(point, Quantizer) and (kind := str(point.describe()["type"])) != "float":
         return kind
     return "float32"

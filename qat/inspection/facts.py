@@ -1,7 +1,7 @@
-"""What an inspection finds in a file: facts about each layer with weights, and totals.
+"""The dataclasses that describe a file: facts about each layer with weights, and totals.
 
-Checkpoints (:mod:`qat.inspection.checkpoint`) and exports (:mod:`qat_export.inspection.exports`)
-are described alike.
+They are the same for checkpoints (:mod:`qat.inspection.checkpoint`) and for exported files
+(:mod:`qat_export.inspection.exports`).
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ from math import isfinite, prod
 from typing import Any, Final
 
 Range = tuple[float, float]
-#: How a weight is stored that is one bit, as :attr:`InspectedLayer.stored` has it.
+#: Value of :attr:`InspectedLayer.stored` for weights that are stored at one bit each.
 SIGN_BITS: Final = "sign bits"
-#: What the weights of a binary layer are in use, as :attr:`InspectedLayer.in_use` has it.
+#: Value of :attr:`InspectedLayer.in_use` for binary weights.
 PLUS_MINUS_ONE: Final = "±1"
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One layer with weights: the stem, a binary convolution, a channel attention (both layers) or the
-    classifier.
+    """One layer with weights: the stem, a binary convolution, a channel attention or the classifier.
+
+    The weights *stored* are those in the file, such as latent weights. The weights *in use* are those that
+    the network computes with, such as ±1.
 
     Attributes:
-        name: module name: ``feature.0``, a sub-block, a sub-block's ``.se``, or ``fc``.
-        kind: ``stem``, ``bias 3×3`` and the like for a binary convolution, ``attention`` or ``classifier``.
-        shapes: of the weights: one, or two of an attention.
-        stored: type in the file: ``sign bits``, ``float32``, ``float16``, ``uint8``, …
-        bits: that the file spends on a weight.
-        size: bytes that the weights take in the file.
-        values: smallest and largest weight as stored: latent weights of a checkpoint, integers of an export,
-            ±1 of sign bits.
-        exact_stored: share, 0 to 1, of the stored weights that are exactly ±1; binary layers only.
-        temperature: of a binary convolution in a checkpoint.
-        exact_in_use: share of the weights in use that are exactly ±1; binary layers only.
-        in_use: what the weights in use are: ``±1``, ``float32``, or ``int8`` and the like where quantized.
-        result: type of what the layer gives: ``int8`` and the like where quantized, else ``float32``.
-        scale: least and largest of the weights' scales per channel; quantized layers of checkpoints.
-        multiplier: least and largest multiplier of an accumulator, into which lowering folded the scales of
-            weights, input and result; integer exports.
+        name: module name: ``feature.0``, a sub-block, a sub-block's ``.se`` (both layers of an attention
+            together), or ``fc``.
+        kind: ``stem``, ``attention``, ``classifier``, or of a binary convolution its kind and size, such as
+            ``bias 3×3``.
+        shapes: shape of the weights; an attention has two.
+        stored: type in the file, such as ``sign bits``, ``float32``, ``float16`` or ``uint8``.
+        bits: bits in the file for each weight.
+        size: bytes of the weights in the file.
+        values: smallest and largest stored weight: of latent weights in a checkpoint, of integers in an
+            export; -1 and 1 for sign bits.
+        exact_stored: share of the stored weights, 0 to 1, that are exactly ±1; binary convolutions only.
+        temperature: T of a binary convolution in a checkpoint, which uses ``clamp(w / T, -1, 1)``.
+        exact_in_use: share of the weights in use, 0 to 1, that are exactly ±1; binary convolutions only.
+        in_use: type of the weights in use: ``±1``, ``float32``, or such as ``int8`` if quantized.
+        result: type of the layer's result: such as ``int8`` if quantized, else ``float32``.
+        scale: smallest and largest scale of the weights' channels; quantized layers of checkpoints only.
+        multiplier: smallest and largest multiplier of the accumulators, in which the scales of weights, input
+            and result are folded together; integer exports only.
     """
 
     name: str
@@ -60,12 +64,12 @@ class InspectedLayer:
 
     @property
     def weights(self) -> int:
-        """How many."""
+        """Number of weights."""
         return sum(prod(shape) for shape in self.shapes)
 
     @property
     def is_binary_convolution(self) -> bool:
-        """Whether the network means these weights to be ±1."""
+        """Whether the layer is a binary convolution, even if its weights are not ±1 yet."""
         return self.exact_in_use is not None
 
     @property
@@ -74,43 +78,43 @@ class InspectedLayer:
         return self.exact_in_use == 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, the count of weights and ``binary``, for JSON."""
+        """All attributes, the number of weights and ``binary``, for JSON."""
         return asdict(self) | {"weights": self.weights, "binary": self.binary}
 
 
 @dataclass(frozen=True)
 class Total:
-    """Values of one sort in a file: how many, bytes in the file, bytes if all were float32."""
+    """Values of one sort in a file: their number, and the bytes that they take in the file."""
 
     count: int
     size: int
 
     @property
     def float32_size(self) -> int:
-        """Bytes as float32."""
+        """Bytes that the values would take as float32."""
         return 4 * self.count
 
     def to_dict(self) -> dict[str, int]:
-        """All three, for JSON."""
+        """The number and both sizes, for JSON."""
         return {"count": self.count, "bytes": self.size, "float32_bytes": self.float32_size}
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A file.
+    """The description of a file.
 
     Attributes:
-        path: of the file.
-        format: what it is, in words.
-        file_size: bytes.
-        architecture: one line of text.
-        widths: channels behind the stem, then behind each block.
-        num_classes: rows of the classifier.
-        layers: in forward order.
-        other: tensors beside the layers' weights: normalizations, biases, slopes, thresholds, quantizers.
-        facts: what else the file tells, see :func:`facts_of`.
-        exported: whether it is a model or integer network that was exported, not a checkpoint.
-        published: whether it is in a format of BNext's authors.
+        path: path of the file.
+        format: description of its format.
+        file_size: size in bytes.
+        architecture: description of the network, one line of text.
+        widths: number of channels after the stem, then after each block.
+        num_classes: number of classes.
+        layers: layers with weights, in forward order.
+        other: all tensors but the layers' weights: normalizations, biases, slopes, thresholds, quantizers.
+        facts: what the metadata say about the network, see :func:`facts_of`.
+        exported: whether it is an exported model or integer network; else it is a checkpoint.
+        published: whether its format is one of BNext's authors.
     """
 
     path: str
@@ -141,7 +145,7 @@ class Inspection:
         return [layer for layer in self.layers if not layer.is_binary_convolution]
 
     def totals(self) -> dict[str, Total]:
-        """By sort: ``binary`` weights, weights of the ``rest``, and ``other`` tensors."""
+        """Totals by sort: ``binary`` weights, weights of the ``rest`` of the layers, ``other`` tensors."""
         return {
             "binary": _total(self.binary_layers),
             "rest": _total(self.rest_layers),
@@ -150,7 +154,7 @@ class Inspection:
 
     @property
     def container_size(self) -> int:
-        """Bytes of the file that belong to none of these: names, metadata, a graph, an optimizer's state."""
+        """Bytes of the file that no total counts: names, metadata, a graph, an optimizer's state."""
         return max(self.file_size - sum(total.size for total in self.totals().values()), 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,16 +178,16 @@ class Inspection:
 
 
 def facts_of(metadata: Mapping[str, str], recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the free metadata of a file tell about the network, as far as they are there and can be read.
+    """Collect what the metadata of a file say about the network. What is absent or damaged is left out.
 
     Args:
         metadata: texts, some of them JSON, as checkpoints and exports carry them.
-        recipe: of the run, where it isn't JSON under ``recipe``.
+        recipe: recipe of the run; ``None`` takes it from the JSON text ``recipe`` in ``metadata``.
 
     Returns:
-        Of these what is known: ``task``, ``dataset``, ``image_size``, ``mean``, ``std``, ``class_names``,
-        ``accuracy`` (``top1``, ``top5``, ``n``, ``loss``), ``epoch``, ``versions``, and texts under the names
-        that they have in the metadata.
+        Those that are known of ``task``, ``dataset``, ``image_size``, ``mean``, ``std``, ``class_names``,
+        ``accuracy`` (``top1``, ``top5``, ``n``, ``loss``), ``epoch`` and ``versions``, and all other metadata
+        under their own names.
     """
     read = {key: parsed(text) for key, text in metadata.items()}
     if recipe is None:
@@ -205,7 +209,10 @@ def facts_of(metadata: Mapping[str, str], recipe: Mapping[str, Any] | None = Non
 
 
 def parsed(text: str) -> Any:
-    """A metadata text: what it is as JSON, else itself. (NaN and the like are JSON to Python alone.)"""
+    """A metadata text parsed as JSON, or the text itself if it is not JSON.
+
+    NaN and infinities stay texts: Python's parser accepts them, but JSON has no such numbers.
+    """
 
     def number(digits: str) -> float | str:
         value = float(digits)

@@ -1,4 +1,4 @@
-"""The answer to "is it binary?": one line in plain words, and why people see float32."""
+"""The answer to "is this network binary?": one line, and an explanation of float32 weights in the file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Verdict:
     """Whether the weights that a network uses are binary.
 
     Attributes:
-        answer: ``yes``; ``in use`` where they are ±1 but not stored at 1 bit; ``in part`` where those of some
-            layers are ±1; ``not yet``.
+        answer: ``yes`` if all are ±1 and stored at 1 bit; ``in use`` if all are ±1 but stored at more bits;
+            ``in part`` if those of some layers are ±1; ``not yet`` if those of no layer are.
         line: the answer in one line.
-        explanation: further sentences; empty where there is nothing to wonder about.
+        explanation: sentences that explain an answer other than ``yes``; else empty.
     """
 
     answer: Literal["yes", "in use", "in part", "not yet"]
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def verdict(found: Inspection) -> Verdict:
-    """Judge what was found in a file."""
+    """Judge whether the network that ``found`` describes is binary."""
     layers = found.binary_layers
     done, open_ = [x for x in layers if x.binary], [x for x in layers if not x.binary]
     count, rest = f"{len(done)} of {len(layers)} layers", f"rest {_rest(found.rest_layers)}"
@@ -57,15 +57,19 @@ def verdict(found: Inspection) -> Verdict:
 
 
 def epochs_left(temperature: float) -> int:
-    """Epochs of the authors' training until ``temperature`` lies below 1e-7; 0 where it does."""
+    """Epochs that the authors' training needs to bring ``temperature`` below 1e-7; 0 if it is below."""
     if temperature < BINARY_TEMPERATURE:
         return 0
-    # Below, not at: where the quotient is whole, one more.
+    # The temperature must fall below the bound: if the quotient is whole, it only reaches it, and one more
+    # epoch is needed.
     return math.floor(math.log(BINARY_TEMPERATURE / temperature) / math.log(THEIR_FACTOR)) + 1
 
 
 def percent(share: float) -> str:
-    """A share of 0 to 1 in percent. 100 and 0 are exact: what merely rounds to them is said to be near."""
+    """A share, 0 to 1, as percent with one decimal.
+
+    "100 %" and "0 %" are exact: what would only round to them is given as "> 99.9 %" and "< 0.1 %".
+    """
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
     text = f"{100 * share:.1f} %"
@@ -73,7 +77,7 @@ def percent(share: float) -> str:
 
 
 def _state(found: Inspection, layers: Sequence[InspectedLayer], in_part: bool) -> str:
-    """Why ``layers`` are not binary, and what has to happen."""
+    """The part of a verdict's line that says why ``layers`` are not binary, and when they will be."""
     share = percent(exact_share(layers))
     temperatures = [layer.temperature for layer in layers if layer.temperature is not None]
     if not temperatures:
@@ -103,7 +107,7 @@ def _schedule(found: Inspection, temperature: float) -> str:
 
 
 def exact_share(layers: Sequence[InspectedLayer]) -> float:
-    """Share of the weights in use of all binary ``layers`` together that are exactly ±1."""
+    """Share of the weights in use, of all binary ``layers`` together, that are exactly ±1: 0 to 1."""
     exact = sum(round((layer.exact_in_use or 0.0) * layer.weights) for layer in layers)
     return exact / sum(layer.weights for layer in layers)
 
@@ -115,7 +119,7 @@ def _cure(found: Inspection) -> str:
 
 
 def _why_float(found: Inspection, layers: Sequence[InspectedLayer]) -> list[str]:
-    """What float parameters are doing in a binary network."""
+    """Sentences that explain why a binary network has float parameters in its file."""
     if found.exported:
         return ["A float32 export holds the weights as they are used, one float32 number for each."]
     temperatures = [layer.temperature for layer in layers if layer.temperature is not None]
@@ -136,9 +140,9 @@ def _why_float(found: Inspection, layers: Sequence[InspectedLayer]) -> list[str]
 
 
 def _rest(layers: Sequence[InspectedLayer]) -> str:
-    """What the weights of the other layers are in use, and in the file where they differ."""
+    """Types of the other layers' weights in use, and the types in the file if those differ."""
     used, stored = _joined(layer.in_use for layer in layers), _joined(layer.stored for layer in layers)
-    # Integers lie in the file as they are used, whatever type holds them.
+    # Integers may be stored in a wider integer type, but have the same values as in use.
     as_used = all(layer.in_use == layer.stored or "float" not in layer.stored for layer in layers)
     return used if as_used else f"{used}, stored as {stored}"
 

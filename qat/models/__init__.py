@@ -1,4 +1,4 @@
-"""The networks, and what they cost in parameters and operations.
+"""The BNext networks, and the number of their parameters and operations.
 
-Imports :mod:`qat.nn`, :mod:`qat.quantize` and recipes. Begin with ``bnext``.
+It imports :mod:`qat.nn`, :mod:`qat.quantize` and recipes. Begin with ``bnext``.
 """

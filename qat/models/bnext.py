@@ -10,6 +10,7 @@ from typing import Final
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError, nearest
+from qat.models.facts import Facts
 from qat.nn.block import Block
 from qat.nn.layers import BinaryActivation, BinaryConv2d, GlobalAveragePool, Stem
 from qat.nn.sub_block import Kind
@@ -27,14 +28,16 @@ WIDTHS: Final[dict[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that decides which network a BNext is.
+    """The size and the options of a BNext network (arXiv 2211.12933).
 
     Attributes:
-        widths: stem width, then the width of each block's output; equal to or twice the one before.
-        num_classes: rows of the classifier.
-        stem_stride: 1 or 2.
-        elm_attention: 3×3 sub-blocks alternate between the scale and the bias kind (else bias only).
-        infor_recoupling: sub-blocks have the mix scale and channel attention.
+        widths: output channels of the stem, then of each block. Each width equals the one before or doubles
+            it.
+        num_classes: number of classes, which is the number of logits.
+        stem_stride: stride of the first convolution, 1 or 2.
+        elm_attention: whether 3×3 sub-blocks alternate between the scale and the bias kind. Otherwise all are
+            of the bias kind.
+        infor_recoupling: whether sub-blocks have a mix scale and channel attention.
     """
 
     widths: tuple[int, ...]
@@ -54,11 +57,20 @@ class Architecture:
         elm_attention: bool = True,
         infor_recoupling: bool = True,
     ) -> Architecture:
-        """Architecture of a published ``size``, or of other ``widths``.
+        """The architecture of a published ``size``, or with the given ``widths``.
+
+        Args:
+            size: ``tiny``, ``small``, ``middle`` or ``large``; ignored if there are ``widths``.
+            num_classes: see :class:`Architecture`, also for ``elm_attention`` and ``infor_recoupling``.
+            widths: output channels of the stem and of each block, in place of a published size's.
+            stem_stride: 1 or 2; ``None`` means 2 if there are 1000 classes, else 1.
+            elm_attention: see :class:`Architecture`.
+            infor_recoupling: see :class:`Architecture`.
 
         Raises:
-            QuantizationError: unknown size, widths that neither stay nor double, fewer than one class, a stem
-                stride other than 1 and 2, or numbers that are not whole.
+            QuantizationError: the size is unknown, a width neither equals the one before nor doubles it,
+                there is less than one class, the stem stride is neither 1 nor 2, or a number is not an
+                integer.
         """
         if widths is None:
             if size not in WIDTHS:
@@ -87,7 +99,7 @@ class Architecture:
         return next((name for name, widths in WIDTHS.items() if widths == self.widths), "custom")
 
     def __str__(self) -> str:
-        """One line for messages: size, classes, options."""
+        """Size, number of classes and options in one line, for messages."""
         name = self.size if self.size != "custom" else f"custom {list(self.widths)}"
         options = [f"stem stride {self.stem_stride}"]
         if not self.elm_attention:
@@ -98,20 +110,21 @@ class Architecture:
 
 
 class BNext(nn.Module):
-    """A binary BNext network.
+    """A binary BNext network (arXiv 2211.12933) with random weights.
 
     Args:
-        num_classes: rows of the classifier. size: ``tiny``, ``small``, ``middle`` or ``large``. quant:
-        ``True`` (or a :class:`qat.recipe.loading.Quantization`) inserts fake quantization at every point
-            of the quantization table through :func:`qat.quantize.preparation.prepare`. Points whose ranges
-            clip, by default the trunk's, stay in float until :func:`qat.quantize.calibration.calibrate` finds
-            the ranges; a training before that warns.
-        widths: other channel widths than a published size's.
-        stem_stride: ``None`` means 2 at 1000 classes, else 1.
+        num_classes: number of classes, which is the number of logits.
+        size: ``tiny``, ``small``, ``middle`` or ``large``; ignored if there are ``widths``.
+        quant: ``True``, or a :class:`qat.recipe.schema.Quantization`, inserts fake quantization by
+            :func:`qat.quantize.preparation.prepare`. Quantization points whose observer clips (by default
+            those of the trunk) stay in float until :func:`qat.quantize.calibration.calibrate` finds their
+            ranges. Training before calibration warns.
+        widths: output channels of the stem and of each block, in place of a published size's.
+        stem_stride: stride of the first convolution; ``None`` means 2 if there are 1000 classes, else 1.
         elm_attention: see :class:`Architecture`.
         infor_recoupling: see :class:`Architecture`.
-        image: scale and zero point of the quantized network's uint8 image, from
-            :func:`qat.quantize.image_grid.image_grid`; ``None`` takes ImageNet's normalization.
+        image: scale and zero point of the grid of the quantized network's uint8 images, from
+            :func:`qat.quantize.image_grid.image_grid`; ``None`` means that of ImageNet's normalization.
 
     Raises:
         QuantizationError: see :meth:`Architecture.of` and :func:`qat.quantize.preparation.prepare`.
@@ -129,8 +142,10 @@ class BNext(nn.Module):
         infor_recoupling: bool = True,
         image: tuple[float, int] | None = None,
     ) -> None:
-        """Draw the weights at random; raises `QuantizationError` for sizes and widths that do not exist."""
+        """Make the layers, with random weights."""
         super().__init__()
+        #: What is known about its images and classes.
+        self.facts = Facts()
         self.architecture = arch = Architecture.of(
             size,
             num_classes,
@@ -148,12 +163,16 @@ class BNext(nn.Module):
         self.prelu = nn.PReLU(arch.widths[-1])
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(arch.widths[-1], num_classes)
+        if not isinstance(quant, bool | Quantization):
+            raise QuantizationError(
+                f"quant: found {quant!r}, allowed: True, False or a qat.Quantization (which has the bits)"
+            )
         if quant:
             prepare(self, quant if isinstance(quant, Quantization) else Quantization(), image)
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, quant: bool | Quantization = False) -> BNext:
-        """A fresh network of ``architecture``."""
+        """A network of ``architecture`` with random weights. ``quant`` is that of the constructor."""
         return cls(
             architecture.num_classes,
             quant=quant,
@@ -164,7 +183,7 @@ class BNext(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images (N, 3, H, W) → logits (N, num_classes). H and W of at least 1 pixel."""
+        """Map normalized images (N, 3, H, W), H and W at least 1, to logits (N, num_classes)."""
         logits: Tensor = self.fc(self.pool(self.prelu(self.feature(x))))
         return logits
 

@@ -1,5 +1,6 @@
 """What the native library offers to a training step, as C calls it, and whether it can be used.
 
+What its functions take is read from its own description (:mod:`qat.native.structures`).
 :mod:`qat.native.passes` and :mod:`qat.native.signs` call it with tensors.
 """
 
@@ -10,81 +11,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import NativeLibraryError
-from qat.native.library import has_library, kernels_in_use, library_function, native_library_path
-
-#: In the order of the library's own list.
-TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-_WITH_GRID: Final = (
-    *("prelu", "prelu_gradient", "norm_prelu", "norm_prelu_sums", "norm_prelu_gradient"),
-    *("add", "add_gradient"),
-)
-#: What a library must have.
-PASSES: Final = frozenset(
-    (
-        *("sign", "sign_gradient", "moments", "scale", "fake_quantize", "fake_quantize_gradient"),
-        *(prefix + name for prefix in ("", "grid_") for name in _WITH_GRID),
-        *("product_add", "product_add_gradient"),
-    )
-)
-
-
-class GridStruct(ctypes.Structure):
-    """``bnext::Grid``: a :class:`qat.grid.Grid` in C, with zero point 0."""
-
-    _fields_ = tuple((name, ctypes.c_double) for name in ("low", "high", "scale", "inverse"))
-
-
-class Pass(ctypes.Structure):
-    """``bnext::Pass``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("planes", "channels", "pixels")),
-        *((name, ctypes.c_void_p) for name in ("x", "other", "grad", "out", "other_out", "inside")),
-        *((name, ctypes.c_void_p) for name in ("gain", "offset", "slope", "center", "tilt", "shift")),
-        ("factor", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("sums", "products", "slopes")),
-        ("grid", GridStruct),
-        ("inner", GridStruct),
-        ("clip", ctypes.c_double),
-        ("last", ctypes.c_int64),
-        ("positive_zero", ctypes.c_int32),
-        ("outside", ctypes.c_int32),
-    )
-
-
-class SignSums(ctypes.Structure):
-    """``bnext::SignSums``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("images", "inputs", "height", "width")),
-        *((name, ctypes.c_int64) for name in ("channels", "kernel", "stride")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "out")),
-        ("x_type", ctypes.c_int32),
-        ("weight_type", ctypes.c_int32),
-    )
+from qat.native.library import has_library, kernels_in_use, library_function
+from qat.native.structures import Struct, another_version, described
 
 
 class Library(NamedTuple):
-    """Functions of the library.
+    """Functions of the library, and what they take.
 
     Attributes:
-        run_pass: takes a number, a type, a :class:`Pass`, and the last two that all take: ``parallel``, and
-            how many threads.
+        run_pass: takes the numbers of a pass and of a type; how many values a tensor has, how many channels,
+            and how many pixels a plane; the address of the pass's arguments; and the last two that all
+            functions take: ``parallel``, and how many threads.
+        sign_sums: takes the struct ``SignSums``; returns the number of a status.
+        passes: the arguments of each pass, by name.
         numbers: of the passes, by name.
-        sign_sums: takes :class:`SignSums`.
+        sign_sums_arguments: the struct ``SignSums``.
+        sign_statuses: names of what :attr:`sign_sums` returns.
+        types: numbers of the types of tensors.
         parallel: address of the OpenMP function by which torch starts its threads, ``None`` where it is not
             found.
     """
 
     run_pass: Any
-    numbers: dict[str, int]
     sign_sums: Any
+    passes: dict[str, Struct]
+    numbers: dict[str, int]
+    sign_sums_arguments: Struct
+    sign_statuses: tuple[str, ...]
+    types: dict[torch.dtype, int]
     parallel: Any
 
 
@@ -98,35 +58,27 @@ def library() -> Library | None:
     if not has_library():
         return None
     kernels_in_use()  # says so where a variable names none that run here
-    run = _taking(Pass, "bnext_qat_run_pass", ctypes.c_int, ctypes.c_int)
-    run.restype = None
-    sign_sums = _taking(SignSums, "bnext_qat_sign_sums")
-    sign_sums.restype = ctypes.c_int
-    name = library_function("bnext_qat_pass_name")
-    name.argtypes = [ctypes.c_int]
-    numbers: dict[str, int] = {}
-    while (found := name(len(numbers))) is not None:
-        numbers[found.decode()] = len(numbers)
-    if not numbers.keys() >= PASSES:
-        raise NativeLibraryError(_old())
-    return Library(run, numbers, sign_sums, _parallel())
-
-
-def _old() -> str:
-    return f"{native_library_path()}: not of this version of the package; build it again: make native"
-
-
-def _taking(struct: type[ctypes.Structure], name: str, *before: Any) -> Any:
-    """A function that takes such a struct, and threads; another one tells the struct's size."""
     try:
-        function, size = library_function(name), library_function(f"{name}_bytes")
+        names = ("bnext_qat_description", "bnext_qat_run_pass", "bnext_qat_sign_sums")
+        description, run_pass, sign_sums = (library_function(name) for name in names)
     except NativeLibraryError as error:
-        raise NativeLibraryError(_old()) from error
-    size.restype = ctypes.c_int64
-    if size() != ctypes.sizeof(struct):
-        raise NativeLibraryError(_old())
-    function.argtypes = [*before, ctypes.POINTER(struct), ctypes.c_void_p, ctypes.c_uint]
-    return function
+        raise another_version() from error
+    found = described(description().decode())
+    try:
+        sign_sums_arguments = found.structs["SignSums"]
+        statuses = found.enumerations["SignStatus"]
+        types = {getattr(torch, name): number for number, name in enumerate(found.enumerations["Type"])}
+    except (KeyError, AttributeError) as error:
+        raise another_version() from error
+    of_all = (ctypes.c_void_p, ctypes.c_uint)
+    run_pass.argtypes = [*[ctypes.c_int] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p, *of_all]
+    run_pass.restype = None
+    sign_sums.argtypes = [ctypes.POINTER(sign_sums_arguments.c_type), *of_all]
+    sign_sums.restype = ctypes.c_int32
+    numbers = {name: number for number, name in enumerate(found.passes)}
+    return Library(
+        run_pass, sign_sums, found.passes, numbers, sign_sums_arguments, statuses, types, _parallel()
+    )
 
 
 def _parallel() -> Any:
@@ -157,9 +109,11 @@ def usable(x: Tensor) -> bool:
 
     Raises `NativeLibraryError` where the environment names a library or kernels that are not there.
     """
-    if _switched_off or type(x) not in (Tensor, nn.Parameter) or x.dtype not in TYPES:
+    if _switched_off or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.device.type != "cpu" or not x.is_contiguous() or not x.numel():
         return False
     found = library()
-    return found is not None and (found.parallel is not None or torch.get_num_threads() == 1)
+    if found is None or x.dtype not in found.types:
+        return False
+    return found.parallel is not None or torch.get_num_threads() == 1

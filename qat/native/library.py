@@ -20,7 +20,8 @@ LIBRARY_VARIABLE: Final = "BNEXT_QAT_NATIVE_LIBRARY"
 #: Names the kernels to use instead of the best that the processor runs.
 KERNELS_VARIABLE: Final = "BNEXT_QAT_KERNELS"
 
-_FOLDER: Final = Path(__file__).resolve().parent
+#: Where an install puts the library.
+LIBRARY_FOLDER: Final = Path(__file__).resolve().parent
 
 
 def native_library_path() -> Path:
@@ -34,7 +35,7 @@ def native_library_path() -> Path:
         if not path.is_file():
             raise NativeLibraryError(f"{LIBRARY_VARIABLE}: {named}: no such file")
         return path
-    path = _FOLDER / f"libbnext_qat_native.{'dll' if sys.platform == 'win32' else 'so'}"
+    path = LIBRARY_FOLDER / f"libbnext_qat_native.{'dll' if sys.platform == 'win32' else 'so'}"
     if not path.is_file():
         raise NativeLibraryError(
             f"{path}: the native operators were not built, which takes a C++17 compiler while the package is "

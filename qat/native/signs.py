@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qat.native.bindings import TYPES, SignSums, library, usable
+from qat.native.bindings import library, usable
 
 #: Sides of a kernel that the library knows.
 KERNELS: Final = (1, 3)
@@ -39,21 +39,22 @@ def sign_sums(signs: Tensor, weight: Tensor, stride: int) -> Tensor | None:
     assert native is not None
     images, inputs, height, width = signs.shape
     out = signs.new_empty(images, len(weight), -(-height // stride), -(-width // stride))
-    work = SignSums(
-        images=images,
-        inputs=inputs,
-        height=height,
-        width=width,
-        channels=len(weight),
-        kernel=weight.shape[-1],
-        stride=stride,
-        x=signs.data_ptr(),
-        weight=weight.data_ptr(),
-        out=out.data_ptr(),
-        x_type=TYPES[signs.dtype],
-        weight_type=TYPES[weight.dtype],
-    )
-    status = native.sign_sums(work, native.parallel, torch.get_num_threads())
-    if status > 1:
+    arguments = {
+        "images": images,
+        "inputs": inputs,
+        "height": height,
+        "width": width,
+        "channels": len(weight),
+        "kernel": weight.shape[-1],
+        "stride": stride,
+        "x": signs,
+        "weight": weight,
+        "out": out,
+        "x_type": native.types[signs.dtype],
+        "weight_type": native.types[weight.dtype],
+    }
+    work = native.sign_sums_arguments.filled(arguments)
+    status = native.sign_statuses[native.sign_sums(work, native.parallel, torch.get_num_threads())]
+    if status == "no_memory":
         raise MemoryError("no memory for the signs of a convolution")
-    return out if status == 0 else None
+    return out if status == "summed" else None

@@ -25,7 +25,7 @@ class Block(nn.Module):
         elm_attention: bool = True,
         infor_recoupling: bool = True,
     ) -> None:
-        """Make a block; ``kind`` is that of its 3×3 sub-block, "bias" without ``elm_attention``."""
+        """Make a block. ``kind`` is that of its 3×3 sub-block, always "bias" without ``elm_attention``."""
         super().__init__()
         if not elm_attention:
             kind = "bias"
@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.spatial_name = "Attention" if elm_attention else "FFN_3x3"
         self.pointwise_names = ("FFN",) if in_channels == out_channels else ("FFN_1", "FFN_2")
         self.add_module(self.spatial_name, FusedSubBlock(in_channels, 3, stride, kind, infor_recoupling))
-        #: Slots of the trunk quantizers after the 3×3 sub-block and after the block.
+        #: Places of the trunk's quantizers, which preparation sets: after the 3×3 sub-block, after the block.
         self.trunk_mid: nn.Module = nn.Identity()
         for name in self.pointwise_names:
             self.add_module(name, FusedSubBlock(in_channels, 1, 1, "bias", infor_recoupling))
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 def bounded(model: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
-    """Parameters that a training pass keeps within bounds, in place, before it uses them; and the bounds."""
+    """The parameters that a training step clamps in place before it uses them, each with its two bounds."""
     for module in model.modules():
         if isinstance(module, BinaryConv2d) and module.weight.requires_grad:
             yield module.weight, -LATENT_CLIP, LATENT_CLIP

@@ -1,4 +1,4 @@
-"""The binary sub-block in training, in few passes over memory."""
+"""The binary sub-block in training, computed with few passes over memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from qat.ops.scale_add import scaled_norm_add
 
 
 class FusedSubBlock(SubBlock):
-    """:class:`qat.nn.sub_block.SubBlock`, which computes the same to rounding.
+    """A faster :class:`qat.nn.sub_block.SubBlock`, which computes the same up to rounding.
 
-    With batch statistics each normalization is one pass with what stands beside it, and BN2's statistics
-    follow from the moments of each image, so that ``a ⊙ y`` is never written. Otherwise it is the plain form.
+    With batch statistics, each batch normalization is computed in one pass with the operations before and
+    after it. BN2's statistics are computed from the moments of ``y`` in each image, so that the product
+    ``a ⊙ y`` is never written to memory. In other cases the plain form is used.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,20 +18,20 @@ from qat.ops.batch_norm import BatchNorm2d
 from qat.ops.binary import BINARY_TEMPERATURE, LATENT_CLIP, binarize_activation, binarize_weight, lies_within
 from qat.ops.convolution import binary_conv2d, training_conv2d
 
-#: Channel reduction inside the channel attention (SE).
+#: Factor by which the hidden vector of the channel attention (SE) has fewer channels than its input.
 SE_REDUCTION = 8
 
 
 def pool2x2(x: Tensor) -> Tensor:
-    """2×2 average pooling with stride 2 after edge replication to even sides.
+    """2×2 average pooling with stride 2. Odd sides are made even by repeating the last row or column.
 
-    (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉): the size that a padded 3×3 convolution of stride 2 gives.
+    (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉), the size of the result of a padded 3×3 convolution of stride 2.
     """
     return pooling.pool2x2(pad_to_even(x))
 
 
 def pad_to_even(x: Tensor) -> Tensor:
-    """Replicate the last row and column where a side is odd; even sides pass through."""
+    """Repeat the last row if H is odd, and the last column if W is odd: (N, C, H, W), both sides even."""
     height, width = x.shape[-2:]
     if height % 2 or width % 2:
         return F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
@@ -89,25 +89,26 @@ class BinaryConv2d(nn.Module):
     temperature: Tensor
 
     def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
-        """Draw the latent weights at random."""
+        """Draw the latent weights at random, as torch does for a convolution."""
         super().__init__()
         self.kernel_size, self.stride, self.padding = kernel_size, stride, kernel_size // 2
         self.weight = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size))
-        # Small next to the learning rate's reach, so that training can flip any sign.
+        # Latent weights begin so small that the optimizer's steps can flip any sign.
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.register_buffer("temperature", torch.ones(1))
 
     def is_binary(self) -> bool:
-        """Whether the weights used are exactly ±1, that is the temperature lies below 1e-7."""
+        """Whether the weights in use are exactly ±1, since the temperature is below 1e-7."""
         return float(self.temperature) < BINARY_TEMPERATURE
 
     def effective_weight(self) -> Tensor:
-        """The weights the convolution uses, (C, C, k, k)."""
+        """The weights in use, binarized from the latent ones at the present temperature: (C, C, k, k)."""
         return binarize_weight(self.weight, float(self.temperature))
 
     def forward(self, signs: Tensor) -> Tensor:
-        """(N, C, H, W) of signs → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        # Weights that need no clamping are left alone, since a graph of an earlier pass may hold them.
+        """Signs (N, C, H, W) → sums of products (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        # Weights are changed in place only if one is out of bounds: autograd may still hold them for the
+        # backward pass of an earlier batch.
         if self.training and self.weight.requires_grad and not lies_within(self.weight.detach(), LATENT_CLIP):
             with torch.no_grad():
                 self.weight.clamp_(-LATENT_CLIP, LATENT_CLIP)
@@ -120,10 +121,13 @@ class BinaryConv2d(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Channel attention: ``σ(W3 · relu(W1 · m + b1) + b3)`` of a pooled vector ``m``."""
+    """Channel attention ``σ(W3 · relu(W1 · m + b1) + b3)`` of a pooled vector ``m``.
+
+    Squeeze and excitation (Hu et al. 2018, arXiv 1709.01507); the caller does the pooling.
+    """
 
     def __init__(self, channels: int) -> None:
-        """Take the width of ``m``; the layer between is narrower by `SE_REDUCTION`."""
+        """Make both layers for ``channels`` of ``m``, with :data:`SE_REDUCTION` times fewer in between."""
         super().__init__()
         hidden = max(channels // SE_REDUCTION, 1)
         self.se = nn.Sequential(
@@ -147,7 +151,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class Stem(nn.Module):
-    """``BN(conv3×3(image))``, in float32 until it is quantized. ``prelu`` is in the state dict, unused."""
+    """``BN(conv3×3(image))``. ``prelu`` is not used, but is in the published state dicts."""
 
     def __init__(self, channels: int, stride: int) -> None:
         """Make a stem from 3 colours to ``channels``."""
@@ -155,7 +159,7 @@ class Stem(nn.Module):
         self.conv1 = nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = BatchNorm2d(channels)
         self.prelu = nn.PReLU(channels)
-        #: Slot of the trunk quantizer.
+        #: Place of the trunk's first quantizer; preparation sets it.
         self.trunk: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The binary sub-block as its formula says it; :mod:`qat.nn.fused_sub_block` computes the same faster."""
+"""The binary sub-block, computed line by line as its formula; the faster form is ``fused_sub_block``."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ Kind = Literal["scale", "bias"]
 
 
 class SubBlock(nn.Module):
-    """One binary convolution with its normalization, activation, attention and residual.
+    """One binary convolution with its normalizations, activations, attention and residual.
 
-    With pooled input ``p``, ``y = PReLU2(BN1(conv(sign(x + bias))))``,
-    ``a = SE(scale · mean(p) + (1 − scale) · mean(y))``:
+    With ``p`` the input ``x`` pooled to the size of the output, ``y = PReLU2(BN1(conv(sign(x + bias))))`` and
+    ``a = SE(scale · mean(p) + (1 − scale) · mean(y))``, the output is
 
-    - bias kind (and every 1×1): ``BN2(a ⊙ y) + p``
-    - scale kind: ``BN2(a ⊙ y ⊙ r) + r`` with ``r`` the pooled ``PReLU1(x)``
+    - in the bias kind (every 1×1 sub-block is of it): ``BN2(a ⊙ y) + p``
+    - in the scale kind: ``BN2(a ⊙ y ⊙ r) + r``, where ``r`` is ``PReLU1(x)``, pooled
 
-    Without information recoupling ``a = 1``, and the bias kind is ``y + p``.
+    Without information recoupling ``a`` is 1, and the output of the bias kind is ``y + p``. The formulas are
+    those of BNext (arXiv 2211.12933) and its published code.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SubBlock(nn.Module):
             self.se = SqueezeExcitation(channels)
 
     def mix_scale(self) -> Tensor:
-        """The mix scale in [0, 1], (1, C, 1, 1); kept there in place while training."""
+        """The mix scale (1, C, 1, 1), clamped to [0, 1]; in training the parameter itself is clamped."""
         if self.training:
             with torch.no_grad():
                 self.scale.clamp_(0.0, 1.0)
@@ -60,13 +61,16 @@ class SubBlock(nn.Module):
         return self.scale.clamp(0.0, 1.0)
 
     def mix_means(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean of ``scale · pooled(x) + (1 − scale) · y``, taken from the two means: (N, C, 1, 1)."""
+        """Mean of ``scale · pooled(x) + (1 − scale) · y`` over the image: (N, C, 1, 1).
+
+        It is computed from the means of ``x`` and ``y``, without the sum of the two tensors.
+        """
         scale = self.mix_scale()
         x = pad_to_even(x) if self.stride == 2 else x
         return scale * spatial_mean(x) + (1 - scale) * spatial_mean(y)
 
     def pool(self, x: Tensor) -> Tensor:
-        """``x`` at the resolution of the sub-block's output."""
+        """``x`` (N, C, H, W) pooled to the size of the sub-block's output."""
         return pool2x2(x) if self.stride == 2 else x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.ops.planes import apply
 from qat.ops.pooling import moments
-from qat.system.collectives import of_each, summed, world
+from qat.system.collectives import gathered, summed, world
 
 
 def global_moments(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, float | Tensor]:
@@ -34,7 +34,7 @@ def global_moments(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor
     if not count:
         mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
     own = torch.cat([mean, variance, mean.new_full((1,), count)])
-    parts = of_each(own)
+    parts = gathered(own)
     counts = parts[:, -1:].detach()
     total = counts.sum()
     shares = counts / total
@@ -142,7 +142,17 @@ def gain_and_offset(
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, but for the batch that its statistics are of: that of all processes."""
+    """torch's, but for the batch that its statistics are of: that of all processes.
+
+    Attributes:
+        frozen: while true, :meth:`train` leaves it in evaluation mode, with the running statistics it has.
+    """
+
+    frozen = False
+
+    def train(self, mode: bool = True) -> BatchNorm2d:
+        """Enter training mode, unless it is frozen."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) → same shape."""

@@ -150,13 +150,13 @@ class _NativeNormPReLU(torch.autograd.Function):
         offset = bias - mean * gain
         ctx.save_for_backward(x, weight, slope, mean, invstd, gain, offset)
         ctx.grid, ctx.count = grid, count
-        return passes.norm_prelu(x, passes.Affine(gain, offset, slope), grid)
+        return passes.norm_prelu(x, passes.NormPrelu(gain, offset, slope), grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, slope, mean, invstd, gain, offset = ctx.saved_tensors
-        by = passes.Affine(gain, offset, slope)
+        by = passes.NormPrelu(gain, offset, slope)
         found = passes.norm_prelu_sums(grads[0], x, by, mean, ctx.grid)
         by_bias, product, by_slope = (sums.sum(0) for sums in found)
         by_weight = product * invstd
@@ -176,13 +176,13 @@ class _NativeAffinePReLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, gain, offset, slope)
         ctx.grid = grid
-        return passes.norm_prelu(x, passes.Affine(gain, offset, slope), grid)
+        return passes.norm_prelu(x, passes.NormPrelu(gain, offset, slope), grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x, gain, offset, slope = ctx.saved_tensors
-        by, zero = passes.Affine(gain, offset, slope), torch.zeros_like(gain)
+        by, zero = passes.NormPrelu(gain, offset, slope), torch.zeros_like(gain)
         found = passes.norm_prelu_sums(grads[0], x, by, zero, ctx.grid)
         by_offset, by_gain, by_slope = (sums.sum(0) for sums in found)
         grad = passes.norm_prelu_gradient(grads[0], x, by, zero, zero, zero, ctx.grid)

@@ -10,7 +10,7 @@ from qat.grid import Grid
 
 
 class QuantizationPoint(Protocol):
-    """A place in the network where values are put on a grid; see :mod:`qat.quantize.quantizers`."""
+    """A place in the network where values are put on a grid; see :mod:`qat.quantize.quantizer_base`."""
 
     def __call__(self, x: Tensor, observed: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """``Q(x)``: ``x`` on the grid, whose range may be observed on the way, of ``observed`` if given.

@@ -15,7 +15,7 @@ from qat.native.passes import fits
 from qat.ops.batch_norm import batch_gain_and_offset
 from qat.ops.planes import apply, channel_sums, dot, multiply_add, spread
 from qat.ops.points import QuantizationPoint
-from qat.system.collectives import greatest
+from qat.system.collectives import elementwise_maximum
 
 
 def scaled_norm_add(
@@ -62,9 +62,9 @@ def quantized_scale_add(
     Returns:
         (N, C, H, W).
     """
-    grid, inner = branch.fixed_grid(), None if product is None else product.fixed_grid()
-    if grid is not None and (product is None or inner is not None) and fits(y, residual):
-        return apply(_NativeScaleAndAdd, y, gain, branch.requantize(offset), residual, grid, inner)
+    grid, product_grid = branch.fixed_grid(), None if product is None else product.fixed_grid()
+    if grid is not None and (product is None or product_grid is not None) and fits(y, residual):
+        return apply(_NativeScaleAndAdd, y, gain, branch.requantize(offset), residual, grid, product_grid)
     values = scaled(y, gain)
     if product is not None:
         values = product(values, overwrite=True) * residual
@@ -95,7 +95,7 @@ def _magnitudes(branch: Tensor, offset: Tensor, extremes: bool) -> Tensor:
     ends = [branch.amin(0).amin((1, 2)), branch.amax(0).amax((1, 2))]
     offset = offset.flatten()
     magnitudes = torch.stack([end.abs() for end in (*ends, *(end + offset for end in ends), offset)])
-    return greatest(magnitudes.amax(0))
+    return elementwise_maximum(magnitudes.amax(0))
 
 
 class _Scale(torch.autograd.Function):
@@ -149,7 +149,10 @@ class _NativeScale(torch.autograd.Function):
 
 
 class _NativeScaleAndAdd(torch.autograd.Function):
-    """``factor ⊙ x + offset + other``, on grids where there are some: see :func:`qat.native.passes.add`."""
+    """``factor ⊙ x + offset + residual``, on grids where there are some.
+
+    See :func:`qat.native.passes.add`.
+    """
 
     @staticmethod
     def forward(
@@ -157,18 +160,20 @@ class _NativeScaleAndAdd(torch.autograd.Function):
         x: Tensor,
         factor: Tensor,
         offset: Tensor,
-        other: Tensor,
+        residual: Tensor,
         grid: Grid | None = None,
-        inner: Grid | None = None,
+        product_grid: Grid | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x, factor, offset, None if inner is None else other)
-        ctx.grids = grid, inner
-        return passes.add(x, factor, offset, other, grid, inner)
+        ctx.save_for_backward(x, factor, offset, None if product_grid is None else residual)
+        ctx.grids = grid, product_grid
+        return passes.add(x, factor, offset, residual, grid, product_grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, factor, offset, other = ctx.saved_tensors
-        found = passes.add_gradient(grads[0], x, factor, offset, x if other is None else other, *ctx.grids)
+        x, factor, offset, residual = ctx.saved_tensors
+        found = passes.add_gradient(
+            grads[0], x, factor, offset, x if residual is None else residual, *ctx.grids
+        )
         by_factor = found.factor.sum_to_size(factor.shape).to(factor.dtype)
-        return found.x, by_factor, found.offset.sum(0).to(offset.dtype), found.other, None, None
+        return found.x, by_factor, found.offset.sum(0).to(offset.dtype), found.residual, None, None

@@ -1,11 +1,12 @@
-"""The fake-quantized channel attention (SE) of a sub-block.
+"""The fake-quantized channel attention (squeeze and excitation, SE) of a sub-block.
 
-With the pooled vector ``m``, every ``Q`` a quantization point on a grid of its own::
+Of the pooled vector ``m``, with quantized weights ``W1`` and ``W3``, and every ``Q`` a quantization point
+with its own grid::
 
     h = Q_hidden(relu(W1 · Q_pooled(m) + b1))    z = Q_logits(W3 · h + b3)    a = Q_attention(σ(z))
 
-The logits are quantized too: then the sigmoid is a function of one 8-bit integer, a table of 256 entries,
-which every runtime computes exactly.
+The logits ``z`` are quantized so that the sigmoid becomes a function of one integer of at most 8 bits: a
+table of 256 entries, which every runtime computes exactly.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.nn.layers import SqueezeExcitation
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.backends import Backend
 from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import LayerIntegers
 from qat.quantize.integers import requantization, sigmoid_table
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.recipe.schema import Group
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionIntegers:
-    """Both layers of the channel attention, and the sigmoid's table (256,)."""
+    """Constants of a channel attention: both layers, and the table (256,) of the sigmoid."""
 
     reduce: LayerIntegers
     expand: LayerIntegers
@@ -36,7 +37,7 @@ class AttentionIntegers:
 
 
 class FakeQuantSqueezeExcitation(SqueezeExcitation):
-    """Channel attention with 8-bit vectors and weights throughout."""
+    """Channel attention whose vectors and weights are quantized, to the bits of the recipe's group ``se``."""
 
     def __init__(self, module: SqueezeExcitation, group: Group, backend: Backend) -> None:
         nn.Module.__init__(self)
@@ -51,7 +52,7 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
 
     @property
     def has_grids(self) -> bool:
-        """Whether every vector's grid is known."""
+        """Whether the grid of every vector has been calibrated."""
         return all(point.has_grid for point in (self.pooled, self.hidden, self.logits))
 
     def integers(self) -> AttentionIntegers:
@@ -76,28 +77,26 @@ class FakeQuantSqueezeExcitation(SqueezeExcitation):
         return LayerIntegers(weight * ~rule.constant.view(-1, 1, 1, 1), rule)
 
     def attention_steps(self, pooled: Tensor) -> Tensor:
-        """The attention by integers alone.
+        """Compute the attention with integers alone.
 
         Args:
-            pooled: (N, C, 1, 1), in steps of its grid, not yet rounded.
+            pooled: pooled vector (N, C, 1, 1) in steps of its grid, not yet rounded.
 
         Returns:
-            (N, C, 1, 1), in steps of the attention's grid.
+            The attention (N, C, 1, 1) in steps of its grid.
         """
         constants = integers_of(self)
         q = cast(ActivationQuantizer, self.pooled).saturate(pooled)
         for layer, point in ((constants.reduce, self.hidden), (constants.expand, self.logits)):
-            # float64: a sum of thousands of products can pass 2**24.
+            # In float64, since a sum of thousands of products can exceed 2**24, up to which float32 is exact.
             accumulator = F.conv2d(q.double(), layer.weight.double())
             q = cast(ActivationQuantizer, point).saturate(layer.requantization(accumulator))
-        # An index can't be NaN or infinite. The last term keeps what is not finite visible to the caller.
+        # NaN and infinities can't be an index into the table. The last term makes the result NaN there.
         return constants.table[(q + 128).nan_to_num(0.0, 0.0, 0.0).long()] + 0.0 * q.float()
 
     def _values(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
         weight = self.weight_quantizer(layer.weight)
-        if (
-            self.training
-        ):  # as a product of matrices, whose gradients are many times faster than a convolution's
+        if self.training:  # the gradients of a matrix product are many times faster than a convolution's
             return F.linear(x.flatten(1), weight.flatten(1), layer.bias)[..., None, None]
         return F.conv2d(x, weight, layer.bias)
 

@@ -1,4 +1,4 @@
-"""Which library supplies the quantizers: the recipe's ``quantization.backend``."""
+"""The library that supplies the quantizers, which a recipe chooses by ``quantization.backend``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.quantizer_base import Quantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Quantization, TrunkGroup
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The quantizers of one library.
+    """Makes the quantizers of one library.
 
     Attributes:
-        activations: class of observed points.
-        weights: makes weight quantizers of bits, ``power_of_two`` and rows.
+        activations: class of the quantizers of activations.
+        weights: makes a quantizer of weights from its bits, ``power_of_two`` and the rows of its layers.
         power_of_two: whether scales are powers of two.
     """
 
@@ -27,7 +29,7 @@ class Backend:
     power_of_two: bool = False
 
     def point(self, group: TrunkGroup | None, *, signed: bool) -> Quantizer:
-        """An observed point as the recipe's ``group`` asks for, or one left in float."""
+        """A quantization point for activations with a group's settings; ``None`` leaves them in float."""
         if group is None:
             return Quantizer()
         return self.activations(
@@ -41,7 +43,7 @@ class Backend:
         )
 
     def weight(self, bits: int, *weights: Tensor) -> WeightQuantizer:
-        """The quantizer of these weights, (O, ...) each: of one layer or a few."""
+        """One quantizer for the weights (O, ...) of one or more layers."""
         return self.weights(bits, self.power_of_two, [len(weight) for weight in weights])
 
 
@@ -54,7 +56,7 @@ def backend_of(quantization: Quantization) -> Backend:
     if quantization.backend == "torch_ao":
         return Backend(power_of_two=quantization.power_of_two)
     try:
-        # Imported only where it is asked for: it takes seconds, and is an optional dependency.
+        # Imported only if needed: brevitas is an optional dependency, and importing it takes seconds.
         from qat.quantize.learned_scales import LearnedActivationQuantizer, LearnedWeightQuantizer
     except ImportError as error:
         raise QuantizationError(

@@ -1,23 +1,30 @@
-"""Calibration: the range of every activation is found from the values of some batches."""
+"""Calibration finds the range of every activation from the values of some batches; freezing fixes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import ActivationQuantizer, activation_quantizers
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 
 def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
-    """Find every range from float values: run ``forward`` (some batches through ``model``) observing only.
+    """Find the range of every quantization point from the float values that it gets while ``forward`` runs.
 
-    The network is in evaluation mode meanwhile, and back in its former mode afterwards.
+    Meanwhile values are observed and not quantized, and the network is in evaluation mode. Afterwards it is
+    in its former mode.
+
+    Args:
+        model: a prepared network.
+        forward: runs some batches through ``model``.
 
     Raises:
-        QuantizationError: nothing to calibrate, grids frozen already, or ``forward`` reached not all points.
+        QuantizationError: nothing to calibrate, grids frozen already, ``forward`` reached not all points, or
+            some activations are not finite.
     """
     points = dict(activation_quantizers(model))
     if not points:
@@ -28,13 +35,36 @@ def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
     model.eval()
     for point in points.values():
         point.start_calibration()
+    checks = [point.register_forward_pre_hook(_finite(name)) for name, point in points.items()]
     try:
         with torch.no_grad():
             forward()
     finally:
+        for check in checks:
+            check.remove()
         for point in points.values():
             point.finish_calibration()
         model.train(was_training)
     missed = [name for name, point in points.items() if not point.calibrated]
     if missed:
         raise QuantizationError(f"calibration reached no finite value at {missed[0]} ({len(missed)} points)")
+
+
+def _finite(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that refuses activations that are not finite, from which no range can be found."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not bool(torch.isfinite(inputs[0]).all()):
+            raise QuantizationError(
+                f"{name}: the activations there are not finite, so they have no range; look at the weights "
+                "before it (qat inspect --layers) and at data.mean and data.std"
+            )
+
+    return check
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Fix every grid of ``model`` from here on, whether its range is observed or its scale learned."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.freeze()

@@ -1,8 +1,8 @@
-"""A cache for the constants of integer modules: made once for an evaluation of many batches.
+"""A cache for the integer constants of a network, for an evaluation of many batches.
 
-A fake-quantized module derives its integer constants from its parameters, statistics and grids. Any of these
-may have changed since the last batch, so by default the constants are made anew for each one, which takes a
-third of the time of a batch for tens of millions of weights.
+A fake-quantized module computes its integer constants from its parameters, statistics and grids. Any of these
+may have changed since the last batch, so by default the constants are computed for every batch. With tens of
+millions of weights, that is a third of the time of a batch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class HasIntegers(Protocol[T_co]):
-    """A module that computes integers."""
+    """A module that can compute with integers."""
 
     def integers(self) -> T_co:
-        """Its constants."""
+        """The constants of its integer computation."""
 
 
 _kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
@@ -27,10 +27,10 @@ _kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def keeping_constants() -> Iterator[None]:
-    """Keep the constants that are made inside of the block until its end.
+    """Compute each module's constants once in the block, and keep them until its end.
 
-    The caller promises that no parameter, statistic or grid of a network that this thread evaluates changes
-    meanwhile.
+    The caller must not change any parameter, statistic or grid of a network that this thread evaluates in the
+    block.
     """
     token = _kept.set({})
     try:
@@ -40,7 +40,7 @@ def keeping_constants() -> Iterator[None]:
 
 
 def integers_of(module: HasIntegers[T_co]) -> T_co:
-    """``module.integers()``; inside of :func:`keeping_constants` the result of the first call."""
+    """``module.integers()``; in a block of :func:`keeping_constants`, the result of the first call in it."""
     kept = _kept.get()
     if kept is None:
         return module.integers()

@@ -1,4 +1,4 @@
-"""The grid of the image: known from the normalization, so that the input needs no observer."""
+"""The grid of the network's input, computed from the normalization of the images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import numpy as np
 
 
 def image_grid(mean: Sequence[float], std: Sequence[float]) -> tuple[float, int]:
-    """The uint8 grid ``x ≈ scale · (q − zero_point)`` over every normalized pixel value and zero.
+    """Scale and zero point of the uint8 grid ``x ≈ scale · (q − zero_point)`` of normalized images.
 
-    ``lo = min(0, min_c −mean_c/std_c)``, ``hi = max(0, max_c (1 − mean_c)/std_c)``. The scale is the smallest
-    (a float32 value) at which 0 and the whole range are on the grid: of both integers next to
-    ``255 · −lo/(hi − lo)``, the zero point that needs the smaller ``max(−lo/zero_point,
-    hi/(255 − zero_point))``. It depends on the normalization alone, so the input needs no observer.
+    The grid holds 0 exactly, and its range holds every value that a normalized pixel can take, from
+    ``lo = min(0, min_c −mean_c/std_c)`` to ``hi = max(0, max_c (1 − mean_c)/std_c)``. The scale, a float32
+    number, is the smallest possible: ``max(−lo/zero_point, hi/(255 − zero_point))``, with the zero point that
+    makes it smaller of the two integers next to ``255 · −lo/(hi − lo)``. It depends on the normalization
+    alone, so the input needs no observer.
+
+    Args:
+        mean, std: normalization ``(x − mean_c) / std_c`` of pixels in 0 to 1, for each channel c.
     """
     low = min(0.0, *((0.0 - m) / s for m, s in zip(mean, std, strict=True)))
     high = max(0.0, *((1.0 - m) / s for m, s in zip(mean, std, strict=True)))

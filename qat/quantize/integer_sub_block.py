@@ -1,4 +1,4 @@
-"""Evaluation of a sub-block by integers alone, with the constants that lowering exports."""
+"""Evaluation of a sub-block with integers alone, and the same constants that lowering exports."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from torch import Tensor
 from qat.nn.layers import pad_to_even, pool2x2
 from qat.ops.binary import sign
 from qat.ops.convolution import binary_conv2d
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.dyadic import ACCUMULATOR_UNIT
 from qat.quantize.folding import is_ready
 from qat.quantize.integers import mean_steps, prelu_steps, saturate
-from qat.quantize.quantizers import ActivationQuantizer
 from qat.quantize.sub_block_constants import BranchIntegers, SubBlockIntegers
 from qat.quantize.sub_block_points import SubBlockPoints
 
 
 def computes_integers(block: SubBlockPoints) -> bool:
-    """Whether the sub-block is evaluated, and every grid that its integers need is known."""
+    """Whether the sub-block can compute integers.
+
+    It is in evaluation mode, its weights are binary, and every grid it needs is calibrated and has at most 8
+    bits.
+    """
     points = [block.y, block.source.quantizer, block.target.quantizer]
     points += [block.branch] if block.has_branch else []
     points += [block.product] if block.kind == "scale" else []
@@ -31,15 +35,15 @@ def computes_integers(block: SubBlockPoints) -> bool:
 
 
 def integer_sub_block(block: SubBlockPoints, constants: SubBlockIntegers, x: Tensor) -> Tensor:
-    """The sub-block by integers, each step as :mod:`qat_export.integer.reference` defines it.
+    """Compute a sub-block with integers, each step as :mod:`qat_export.integer.reference` defines it.
 
     Args:
-        block: :func:`computes_integers` must hold.
-        constants: of the block.
-        x: (N, C, H, W), values on the trunk's grid.
+        block: a sub-block for which :func:`computes_integers` is true.
+        constants: constants of the block.
+        x: input (N, C, H, W), whose values lie on the grid of the trunk's quantizer before the block.
 
     Returns:
-        (N, C, ⌈H/stride⌉, ⌈W/stride⌉), values on the grid of the trunk's next quantizer.
+        Output (N, C, ⌈H/stride⌉, ⌈W/stride⌉), whose values lie on the grid of the next trunk quantizer.
     """
     source, target, y_point = (
         cast(ActivationQuantizer, point)
@@ -47,7 +51,8 @@ def integer_sub_block(block: SubBlockPoints, constants: SubBlockIntegers, x: Ten
     )
     q = source.steps(x)
     signs = sign(q * source.scale + block.move.bias.float())
-    # Rounded, since some accelerators' convolution algorithms are exact only to the last places.
+    # The sum is an integer. Rounding removes errors in the last bits, which some algorithms that accelerators
+    # use for convolutions have.
     accumulator = binary_conv2d(signs, constants.conv.weight, block.stride).round()
     y = y_point.saturate(constants.conv.requantization(accumulator * ACCUMULATOR_UNIT))
     y = prelu_steps(y, constants.slopes, y_point.quant_min, y_point.quant_max)

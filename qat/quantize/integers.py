@@ -1,11 +1,11 @@
 """Integer arithmetic of a quantized network, on float tensors that hold integers.
 
-The evaluation of a fake-quantized network and its lowering share these functions: whatever constant a module
-computes here is the constant that is exported, and each operation here is the one that
-:mod:`qat_export.integer.reference` specifies. So a fine-tuned network in evaluation mode gives the numbers of
-its export.
+The evaluation of a fake-quantized network and its lowering share these functions. Lowering exports the
+constants that are computed here, and :mod:`qat_export.integer.reference` specifies the same operations. So a
+fine-tuned network in evaluation mode computes the same numbers as its export.
 
-"Steps" are integers ``q`` that stand for ``q * scale``, held in float32.
+A value "in steps" is divided by the scale of its grid: the integer ``q`` stands for ``q * scale``. Integers
+are held in float32.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from torch import Tensor
 from qat.errors import QuantizationError
 from qat.quantize.dyadic import LARGEST_SHIFT, PRODUCT_BITS
 
-#: Smallest multiplier of an accumulator. An 8-bit result as a bias at this scale still fits int32, and the
-#: largest binary accumulator (18,432 products in 1/64) moves it by less than half a step.
+#: Smallest multiplier of an accumulator. At this multiplier, a bias that stands for any 8-bit result still
+#: fits int32, and the largest accumulator of a binary convolution (18,432 products, in units of 1/64) moves
+#: the result by less than half a step.
 SMALLEST_MULTIPLIER: Final = 2.0**-22
-#: Up to here every integer is exact in float32.
+#: Largest magnitude up to which float32 holds every integer exactly.
 _EXACT: Final = 2**24
 
 
 @dataclass(frozen=True)
 class Requantization:
-    """``round((accumulator + bias) * multiplier)``.
+    """The step from an accumulator to the next grid: ``round((accumulator + bias) * multiplier)``.
 
     Attributes:
         multiplier: (C,) float32, positive.
-        bias: (C,) float64 integers that fit int32.
-        constant: (C,) bool, channels whose result does not depend on the accumulator.
+        bias: (C,) float64, integers that fit int32.
+        constant: (C,) bool, true for channels whose result does not depend on the accumulator.
     """
 
     multiplier: Tensor
@@ -42,34 +43,36 @@ class Requantization:
     constant: Tensor
 
     def __call__(self, accumulator: Tensor) -> Tensor:
-        """(N, C, ...) float integers → float32, before rounding."""
+        """``(accumulator + bias) * multiplier`` before rounding: (N, C, ...) integers in float → float32."""
         shape = (1, -1) + (1,) * (accumulator.ndim - 2)
         bias, multiplier = self.bias.view(shape), self.multiplier.view(shape)
         if float(self.bias.abs().max()) + float(accumulator.detach().abs().max()) >= _EXACT:
-            accumulator = accumulator.double()  # the sum is rounded to float32 once, like an int32 would be
+            # As with an int32 sum, only the conversion of the sum to float32 rounds.
+            accumulator = accumulator.double()
         return (accumulator + bias.to(accumulator.dtype)).float() * multiplier
 
 
 def requantization(gain: Tensor, offset: Tensor, reach: float) -> Requantization:
     """Multiplier and integer bias such that ``(acc + bias) * multiplier ≈ acc * gain + offset``.
 
-    Where a gain is too small for its offset to fit int32 as a bias, the result is the constant
-    ``round(offset)``.
+    If a channel's gain is below :data:`SMALLEST_MULTIPLIER`, the bias might not fit int32. The result of such
+    a channel is the constant ``round(offset)``.
 
     Args:
         gain: (C,) float64, not negative: steps of the result per unit of the accumulator.
         offset: (C,) float64, in steps of the result.
-        reach: largest magnitude of the accumulator.
+        reach: largest possible magnitude of the accumulator.
 
     Raises:
-        QuantizationError: a gain or an offset is not a float32 number; the network has diverged.
+        QuantizationError: a gain or an offset is NaN or beyond float32: the network has diverged.
     """
     largest = max(float(gain.abs().max()), float(offset.abs().max()))
     if not largest <= torch.finfo(torch.float32).max:
         raise QuantizationError(f"a folded gain or offset of {largest:.3g} steps is no float32 number")
     constant = gain < SMALLEST_MULTIPLIER
     multiplier = torch.where(constant, SMALLEST_MULTIPLIER, gain).float()
-    # Beyond ±300 steps plus everything the accumulator can add, an 8-bit result is saturated anyway.
+    # The offset is limited so that the bias fits int32. With a larger offset, an 8-bit result would be
+    # saturated whatever the accumulator is.
     limit = 300.0 + torch.where(constant, 0.0, reach * gain)
     steps = torch.where(constant, torch.round(offset), offset)
     steps = torch.minimum(torch.maximum(steps, -limit), limit)
@@ -77,39 +80,56 @@ def requantization(gain: Tensor, offset: Tensor, reach: float) -> Requantization
 
 
 def saturate(x: Tensor, low: int, high: int) -> Tensor:
-    """Round half to even, then clamp."""
+    """Round half to even, then clamp to ``low`` … ``high``; any shape."""
     return torch.round(x).clamp_(low, high)
 
 
 def prelu_steps(q: Tensor, slopes: Tensor, low: int, high: int) -> Tensor:
-    """``q`` where it is not negative, else ``saturate(q * slope)``: (N, C, …), integers in low … high.
+    """PReLU on integers: ``q`` if it is not negative, else ``saturate(q * slope)``.
 
-    Slopes (C,) on an 8-bit dyadic grid, in the type of ``q``. Integers of the range are not changed by
-    saturating, so the positive side passes as it is.
+    Args:
+        q: (N, C, …), integers in ``low`` … ``high``.
+        slopes: (C,), in the type of ``q``, on the grid of :func:`qat.quantize.folding.slope_scale`.
+        low, high: smallest and largest integer of the grid.
+
+    Returns:
+        Integers in ``low`` … ``high``, same shape.
     """
+    # Saturating also the positive side changes nothing: its integers are in the range.
     return saturate(F.prelu(q, slopes), low, high)
 
 
 def mean_steps(q: Tensor, multiplier: Tensor) -> Tensor:
-    """``float32(sum) * (multiplier / pixels)`` over the image: (N, C, H, W) → (N, C, 1, 1) float32."""
-    pixels = torch.full_like(
-        multiplier, q.shape[2] * q.shape[3]
-    )  # a tensor: division by a Python number may be compiled to a multiplication
+    """Mean of integers over the image times a multiplier: ``float32(sum) * (multiplier / pixels)``.
+
+    Args:
+        q: (N, C, H, W), integers.
+        multiplier: (C,) or (1,) float32.
+
+    Returns:
+        (N, C, 1, 1) float32, before rounding.
+    """
+    # Divide by a tensor: a division by a Python number may be compiled to a multiplication by its inverse.
+    pixels = torch.full_like(multiplier, q.shape[2] * q.shape[3])
     total = q.sum((2, 3), keepdim=True, dtype=torch.float64).float()
     return total * (multiplier / pixels).view(1, -1, 1, 1)
 
 
 def sigmoid_table(scale: float, levels: int) -> Tensor:
-    """Sigmoid of the logits ``q * scale`` for q = -128 … 127, in steps of ``1 / levels``: (256,) float32."""
+    """``round(levels * σ(q * scale))`` for q = -128 … 127: the sigmoid as integers, (256,) float32."""
     logits = torch.arange(-128, 128, dtype=torch.float64) * scale
     return torch.round(levels * torch.sigmoid(logits)).float()
 
 
 def snap_up(ratio: Tensor) -> Tensor:
-    """The next number ``integer / 2**shift`` with an integer of at most :data:`PRODUCT_BITS` bits.
+    """Smallest number ``integer / 2**shift`` that is at least ``ratio``, with few bits in the integer.
 
-    A product of two 8-bit integers times such a number is exact in float32, so every target computes it
-    alike; see :func:`qat.quantize.dyadic.dyadic`, which recovers integer and shift.
+    These are at most :data:`qat.quantize.dyadic.PRODUCT_BITS`, so that a product of two 8-bit integers times
+    the number is exact in float32, and every target computes the same.
+    :func:`qat.quantize.dyadic.dyadic` recovers integer and shift.
+
+    Args:
+        ratio: positive, any shape.
     """
     _, exponent = torch.frexp(ratio)
     shift = (PRODUCT_BITS - exponent).clamp_max(LARGEST_SHIFT)

@@ -1,17 +1,19 @@
-"""The backend ``brevitas``: quantizers whose scales are parameters and train with the network.
+"""The backend ``brevitas``: quantizers whose scales are parameters that are trained with the network.
 
 Learned step size quantization (LSQ; Esser et al. 2020, arXiv 1902.08153). With step ``s`` and integers from
 ``Qn`` to ``Qp``, forward ``v = round(clamp(x / s, Qn, Qp)) · s``; gradients::
 
     ∂v/∂x = 1 inside of the range, 0 beyond
     ∂v/∂s = round(x / s) − x / s   inside,   Qn or Qp beyond
-    ∂L/∂s is multiplied by 1 / √(N · Qp)         N values share the step (of activations: in one image)
+    ∂L/∂s is multiplied by 1 / √(N · Qp)
 
-brevitas' ``IntQuant`` supplies the integers and the gradient through rounding; its restrictions of values
-keep steps positive, or make them powers of two. A step is ``start · 2**log_scale``: ``start`` is what the
-observers of :mod:`qat.quantize.observers` found in calibration, or the weights' own range, and ``log_scale``
-is the parameter, 0 at first. So a step can't reach 0, an optimizer's step changes it by a factor whatever its
-size, and a network that has only been calibrated has exactly the grids that ``torch_ao`` gives it.
+where N values share the step (for activations, the values of one image). brevitas' ``IntQuant`` supplies the
+integers and the gradient through rounding; its value restrictions make steps positive or powers of two.
+
+A step is ``start · 2**log_scale``. ``start`` is what the observers of :mod:`qat.quantize.observers` found in
+calibration, or the range of the weights. ``log_scale`` is the parameter, 0 at first. So a step can't reach 0,
+an optimizer changes it by a factor that does not depend on its size, and a network that has only been
+calibrated has exactly the grids of the backend ``torch_ao``.
 """
 
 from __future__ import annotations
@@ -29,35 +31,40 @@ from torch import Tensor, nn
 
 from qat.grid import Grid
 from qat.ops.fake_quantize import Extremes
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.observers import channel_scales
-from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 
 @cache
 def _int_quant(signed: bool, narrow: bool) -> Any:
-    """brevitas' quantizer to integers; it has no state, so one serves all."""
+    """brevitas' rounding to integers. It has no state, so one instance is enough for all quantizers."""
     return IntQuant(narrow_range=narrow, signed=signed, input_view_impl=Identity())
 
 
 @cache
 def _restriction(power_of_two: bool) -> Any:
-    """From the logarithm of a step to the step: any positive one, or the next power of two above."""
+    """brevitas' map from the logarithm of a step to the step, which may round up to a power of two."""
     return PowerOfTwoRestrictValue(CeilSte()) if power_of_two else LogFloatRestrictValue()
 
 
 def learned_step(start: Tensor, log_scale: Tensor, power_of_two: bool) -> Tensor:
-    """``start · 2**log_scale``, or the next power of two above; straight-through gradient to ``log_scale``.
+    """The step ``start · 2**log_scale``, or the smallest power of two that is at least as large.
 
-    In float64 and rounded once, so that processor and accelerator agree on it.
+    The gradient with respect to ``log_scale`` passes the rounding up as if it weren't there. The step is
+    computed in float64 and rounded once, so that processor and accelerator have the same one.
 
     Args:
         start: positive, float32.
         log_scale: same shape.
-        power_of_two: whether to round up.
+        power_of_two: whether to round up to a power of two.
+
+    Returns:
+        float32, same shape.
     """
     exponent = log_scale.double()
     if power_of_two:
-        # Less 2^-30: an error in the logarithm's last place must not double a step that is a power of two.
+        # Less 2^-30, so that a rounding error of the logarithm can't double a step that is a power of two.
         step: Tensor = _restriction(True)(exponent + start.double().log2() - 2.0**-30)
     else:
         step = _restriction(False)(exponent) * start.double()
@@ -67,15 +74,15 @@ def learned_step(start: Tensor, log_scale: Tensor, power_of_two: bool) -> Tensor
 def quantize(
     x: Tensor, step: Tensor, bits: int, *, signed: bool, narrow: bool = False, shared: int = 1
 ) -> Tensor:
-    """``x`` on the grid of ``step``, with the gradients above for both.
+    """``x`` rounded to the grid of ``step``, with the gradients that the module's docstring gives.
 
     Args:
         x: any shape.
-        step: broadcasts against ``x``; float32.
-        bits: of the integers.
-        signed: whether they take both signs.
-        narrow: whether they reach as far below 0 as above.
-        shared: N, how many values of one example share a step.
+        step: float32, broadcasts against ``x``.
+        bits: bits of the integers.
+        signed: whether the integers can be negative.
+        narrow: whether the smallest integer is minus the largest one.
+        shared: N, the number of values of one example that share a step.
     """
     high = 2 ** (bits - signed) - 1
     low = -high - (not narrow) if signed else 0
@@ -83,8 +90,9 @@ def quantize(
         factor = 1.0 / math.sqrt(max(shared, 1) * high)
         step.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
     exact = x if x.dtype == torch.float64 else x.float()
-    # Times the inverse, as torch's own fake quantization computes it: ties fall alike. Clamped before it is
-    # rounded, too, which changes no value: half a step beyond the range counts as outside of it.
+    # Multiplied by the inverse, as torch's fake quantization does, so that both round ties alike. Clamped
+    # before rounding as well. This changes no result, but values less than half a step beyond the range,
+    # which round into it, get the gradients of values outside.
     steps = (exact * step.reciprocal()).clamp(low, high)
     unit, zero, width = torch.ones_like(step), torch.zeros_like(step), step.new_full((), bits)
     integers: Tensor = _int_quant(signed, narrow)(unit.detach(), zero.detach(), width.detach(), steps)
@@ -92,15 +100,16 @@ def quantize(
 
 
 class LearnedActivationQuantizer(ActivationQuantizer):
-    """Per-tensor fake quantization of an activation, its scale learned.
+    """Fake quantization of an activation with one learned scale per tensor.
 
-    Calibration finds where it starts, as in :class:`qat.quantize.quantizers.ActivationQuantizer` (same
-    arguments); from then on the scale is trained, until frozen, and nothing is observed. ``clip`` bounds the
-    start alone.
+    Calibration finds the first scale as it does for
+    :class:`qat.quantize.activation_quantizers.ActivationQuantizer`, which has the same arguments. From then
+    on the scale is trained until it is frozen, and nothing is observed. ``clip`` bounds the first scale
+    alone.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Start uncalibrated and observing."""
+        """Make a quantizer that is not calibrated yet, and observes."""
         super().__init__(*args, **options)
         self.log_scale = nn.Parameter(torch.zeros(1))
 
@@ -109,7 +118,7 @@ class LearnedActivationQuantizer(ActivationQuantizer):
 
     @property
     def scale(self) -> Tensor:
-        """Step of the grid, (1,) float32, without a gradient."""
+        """Scale of the grid, (1,) float32, without a gradient."""
         return self._step().detach()
 
     def _on_grid(self, x: Tensor, extremes: Extremes | None, overwrite: bool) -> Tensor:
@@ -117,12 +126,12 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         return quantize(x, self._step(), self.bits, signed=self.signed, shared=shared)
 
     def fixed_grid(self) -> Grid | None:
-        """None: the step is learned, and gets a gradient."""
+        """None: the grid is not fixed, since the scale is learned."""
         return None
 
     @property
     def observes(self) -> bool:
-        """Until calibrated."""
+        """Whether values are observed: only until the quantizer is calibrated."""
         return super().observes and (self.calibrating or not self.calibrated)
 
     def _update_grid(self) -> None:
@@ -131,34 +140,36 @@ class LearnedActivationQuantizer(ActivationQuantizer):
             self.log_scale.zero_()
 
     def freeze(self) -> None:
-        """Fix the scale from here on."""
+        """Stop training the scale."""
         super().freeze()
         self.log_scale.requires_grad_(False)
         self.log_scale.grad = None
 
     def describe(self) -> dict[str, object]:
-        """Type, scale, and that it is learned."""
+        """Entries for the quantization map: type, scale, and that the scale is learned."""
         return {**super().describe(), "range": "learned"}
 
 
 class LearnedWeightQuantizer(WeightQuantizer):
-    """Symmetric fake quantization of weights, one learned scale per output channel.
+    """Symmetric fake quantization of weights with one learned scale per output channel.
 
-    Until training begins, each range is the weights' own. The first training step keeps it; from then on
-    scales are trained, until frozen.
+    Until training begins, each channel's range is that of its weights. The first training step stores it as
+    the start of the scale, which is trained from then on until it is frozen.
 
     Args:
         bits: 2 to 8; integers lie in ``±(2**(bits - 1) - 1)``.
-        power_of_two: round each scale up to the next power of two.
-        rows: output channels of each layer that it quantizes; layers are told apart by them.
+        power_of_two: whether to round each scale up to a power of two.
+        rows: number of output channels of each layer that shares the quantizer. A layer is recognized by this
+            number, so layers of the same number would share their scales.
     """
 
     def __init__(self, bits: int = 8, power_of_two: bool = False, rows: Sequence[int] = ()) -> None:
-        """Take the ranges from the weights at first."""
+        """Make a quantizer whose ranges are those of the weights until training begins."""
         super().__init__(bits, power_of_two, rows)
         self.log_scale = nn.ParameterDict({str(count): nn.Parameter(torch.zeros(count)) for count in rows})
         for count in sorted(set(rows)):
-            # The largest magnitude of each channel: the range, not the step, so that it is good at any bits.
+            # Largest magnitude of each channel, -1 before training. Stored is the range and not the step, so
+            # that it stays right if the state is loaded at another number of bits.
             self.register_buffer(f"range_{count}", torch.full((count,), -1.0))
         self._started: set[int] = set()
 
@@ -178,19 +189,19 @@ class LearnedWeightQuantizer(WeightQuantizer):
         return self._step(weight).detach()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """(O, ...) → same shape, on the grid of each output channel."""
+        """Weights (O, ...) → the same, rounded to the grid of each output channel."""
         step = self._step(weight).view(-1, *[1] * (weight.ndim - 1))
         shared = weight[0].numel()
         return quantize(weight, step, self.bits, signed=True, narrow=True, shared=shared)
 
     def freeze(self) -> None:
-        """Fix the scales from here on."""
+        """Stop training the scales."""
         for parameter in self.log_scale.values():
             parameter.requires_grad_(False)
             parameter.grad = None
 
     def describe(self) -> dict[str, object]:
-        """Type, granularity, and that the scales are learned."""
+        """Entries for the quantization map: type, granularity, and that the scales are learned."""
         return {**super().describe(), "range": "learned"}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

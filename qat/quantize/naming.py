@@ -1,4 +1,4 @@
-"""What a quantized network is called in summaries, reports and messages, such as ``int8``."""
+"""The name of a network's quantization in summaries, reports and messages, such as ``int8``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from qat.quantize.overrides import GroupName
 from qat.quantize.preparation import quantization_map, quantized_layers
 from qat.recipe.schema import Quantization
 
-#: Names of the recipe's groups in running text, in the order of the network.
+#: Names of the recipe's groups in sentences, in the order of the network.
 _GROUPS: Final[dict[GroupName, str]] = {
     "stem": "stem",
     "se": "channel attention",
     "classifier": "classifier",
     "trunk": "trunk",
 }
-#: Endings of points that have 8 bits whatever a recipe says: the pixels, and the constants that the branches
-#: are multiplied by. They don't count among the widths.
+#: Endings of the names of points that have 8 bits whatever the recipe says: the image, and the gains of
+#: branches. The name of a quantization does not count them.
 _FIXED: Final = ("feature.0.image", ".gain")
 
 
 def quantization_name(model: nn.Module, quantization: Quantization) -> str:
-    """The widths of a fake-quantized network's integers, and what of it is left in float.
+    """The name of a network's quantization: the bits of its integers, and which groups are left in float.
 
     Args:
         model: a prepared :class:`qat.models.bnext.BNext`.
         quantization: the section that it was prepared with.
 
     Returns:
-        Such as ``int8``; ``int4/int8`` for two widths, signed or not; ``int8 (trunk in float)``; ``int8
-        (classifier in float, trunk partly in float)``. A network without a quantization point is ``float
-        rest``.
+        ``int8``, ``int8 (trunk in float)``, ``int8 (classifier in float, trunk partly in float)`` and the
+        like; ``int4/int8`` for integers of 4 and 8 bits, signed or not; ``float rest`` for a network without
+        a quantization point.
     """
     types = [
         str(point["type"]) for name, point in quantization_map(model).items() if not name.endswith(_FIXED)
@@ -60,7 +60,11 @@ def quantization_name(model: nn.Module, quantization: Quantization) -> str:
 
 
 def group_of_point(name: str) -> GroupName:
-    """The recipe's group of a quantization point or weight quantizer, or of a key of its state."""
+    """The recipe's group that a quantization point or weight quantizer belongs to.
+
+    Args:
+        name: module name of the quantizer, or the key of one of its tensors in the network's state dict.
+    """
     if name.startswith("fc."):
         return "classifier"
     if ".se." in name:

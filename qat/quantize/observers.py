@@ -1,11 +1,12 @@
-"""The one adapter to ``torch.ao.quantization``: how the range of a tensor is found.
+"""Observers, which find the range of a tensor: the one adapter to ``torch.ao.quantization``.
 
-No other file imports ``torch.ao``. Quantizers are in :mod:`qat.quantize.quantizers`. With
+No other file imports ``torch.ao``. The quantizers are in :mod:`qat.quantize.activation_quantizers`. With
 several processes each observer sees what all of them see, so that every process has the same ranges as one
 alone.
 
-``moving_average`` follows the extremes of each batch, ``minmax`` keeps the widest of all. The two that clip,
-``histogram`` (least squared error) and ``percentile``, are slow and observe during calibration only.
+The observer ``moving_average`` averages the extremes of batches, ``minmax`` takes the extremes of all values.
+``histogram`` (least squared error) and ``percentile`` clip outliers; they are slow, and observe during
+calibration only.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from qat.system.collectives import extremes, rows_of_all, summed, total, world
 
 Observer = Literal["moving_average", "minmax", "histogram", "percentile"]
 OBSERVERS: Final[tuple[Observer, ...]] = get_args(Observer)
-#: Observers that go on while training.
+#: Observers that also observe during training, not only during calibration.
 MOVING: Final[tuple[Observer, ...]] = ("moving_average", "minmax")
-#: Clipping points that the histogram's search compares.
+#: Number of ranges that the search for the least squared error compares.
 _CANDIDATES: Final = 200
 
 
 class _SharedExtremes:
-    """Mixed into torch's observers of extremes: each process sees the extremes of all processes' images."""
+    """Mixin for torch's observers of extremes: observe the extremes of the values of all processes."""
 
     def forward(self, x_orig: Tensor) -> Tensor:
         seen = x_orig if world().size == 1 else extremes(x_orig)
@@ -43,18 +44,19 @@ class _SharedExtremes:
 
 
 class _MovingAverageObserver(_SharedExtremes, MovingAverageMinMaxObserver):
-    """torch's; follows the extremes of each batch."""
+    """Moving average of the extremes of each batch."""
 
 
 class _ExtremesObserver(_SharedExtremes, MinMaxObserver):
-    """torch's; keeps the widest extremes of all batches."""
+    """Extremes of the values of all batches."""
 
 
 class _LeastSquaredErrorObserver(HistogramObserver):
-    """torch's histogram with a search of its own: the range of least squared error.
+    """torch's histogram of values, with another search for the range: the one of least squared error.
 
-    torch's search moves both ends independently, for a grid of any zero point. A symmetric grid spans the
-    farther end on both sides, and at few bits its error is then several times the least one.
+    torch's own search moves both ends of the range independently, as for a grid with any zero point. But a
+    symmetric grid has to reach as far on both sides as the farther end. At few bits, the error of the range
+    that torch finds is several times the smallest one.
     """
 
     def forward(self, x_orig: Tensor) -> Tensor:
@@ -62,15 +64,15 @@ class _LeastSquaredErrorObserver(HistogramObserver):
             result: Tensor = super().forward(x_orig)
             return result
         x = x_orig.detach().flatten()
-        x = x[x.isfinite()]  # as torch does it, so that no range is infinite
+        x = x[x.isfinite()]  # as torch does, so that no range is infinite
         low, high = extremes(x)
-        if low > high:  # nobody has any
+        if low > high:  # no process has a finite value
             return x_orig
         known = bool(self.min_val <= self.max_val)
         before = self.min_val.clone(), self.max_val.clone()
         if known:
             low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-        # Bins of one range: what the processes count can be added up.
+        # All processes have the same bins, so that their counts can be added.
         counts = summed(torch.histc(x, self.bins, min=float(low), max=float(high)))
         if known:
             counts = self._combine_histograms(self.histogram, *before, counts, low, high)
@@ -94,9 +96,10 @@ class _LeastSquaredErrorObserver(HistogramObserver):
 
 
 class _PercentileObserver(MinMaxObserver):
-    """The smallest magnitude that ``percentile`` percent of a batch's values don't exceed, mean over batches.
+    """Percentile of the magnitudes in a batch, averaged over the batches.
 
-    The percentile is one of the values (nearest rank), so that of few values it is the largest.
+    It is the smallest magnitude in the batch that ``percentile`` percent of all magnitudes don't exceed
+    (nearest rank, without interpolation). So in a small batch it is the largest magnitude.
     """
 
     def __init__(self, percentile: float, **options: Any) -> None:
@@ -106,7 +109,7 @@ class _PercentileObserver(MinMaxObserver):
     def forward(self, x_orig: Tensor) -> Tensor:
         values = x_orig.detach().float().abs().flatten()
         if count := round(total([values.numel()])[0]):
-            # Counted from the top: few values, which a selection finds faster than a sort.
+            # Few values lie above the percentile: selecting these is faster than sorting all.
             above = count - math.ceil(count * (self.percentile / 100))
             highest = values.topk(min(above + 1, values.numel()), sorted=False).values
             if world().size > 1:
@@ -131,14 +134,14 @@ _CLASSES: Final[dict[Observer, Any]] = {
 def observed_grid(
     bits: int, signed: bool, observer: Observer, *, averaging: float, percentile: float
 ) -> nn.Module:
-    """torch's fake quantizer with an observer, per tensor: holds ``scale``, ``zero_point`` and what was seen.
+    """torch's per-tensor fake quantizer with an observer; it holds ``scale``, ``zero_point`` and the range.
 
     Args:
-        bits: 2 to 16; a signed grid is symmetric, an unsigned one starts at 0.
-        signed: whether the values take both signs.
-        observer: by name.
-        averaging: weight of the newest batch (``moving_average``).
-        percentile: in percent, above 0 and up to 100 (``percentile``).
+        bits: 2 to 16.
+        signed: whether the grid is signed and symmetric; an unsigned one starts at 0.
+        observer: name of the observer.
+        averaging: weight of the newest batch in ``moving_average``; other observers ignore it.
+        percentile: percent, above 0 and up to 100, for ``percentile``; other observers ignore it.
     """
     options: dict[Observer, dict[str, float]] = {
         "moving_average": {"averaging_constant": averaging},
@@ -157,9 +160,9 @@ def observed_grid(
 
 
 def channel_scales(weight: Tensor, quant_max: int) -> Tensor:
-    """Steps that span each output channel of ``weight`` (O, ...) by integers of ``±quant_max``: (O,) float32.
+    """Scales of the output channels of ``weight`` (O, ...): ``max|w| / quant_max``, (O,) float32.
 
-    A row of zeros gets a tiny positive one.
+    The scale of a channel of zeros is a tiny positive number.
     """
     observer = PerChannelMinMaxObserver(
         ch_axis=0,

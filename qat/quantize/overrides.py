@@ -1,4 +1,4 @@
-"""Settings of single modules: the recipe's ``quantization.overrides`` on top of those of their groups."""
+"""Settings of single modules: those of the recipe's groups, changed by ``quantization.overrides``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat.recipe.schema import Group, LayerOverride, Quantization, StemGroup, Tru
 GroupName = Literal["stem", "se", "classifier", "trunk"]
 _Section = TypeVar("_Section", StemGroup, TrunkGroup, Group)
 
-#: What a group is, where a message must say why a key is of no use to it.
+#: For messages: why a group has no use for some keys.
 _NO_USE: Final[Mapping[GroupName, str]] = {
     "stem": "it has weights alone: its output is the trunk's, feature.0.trunk",
     "trunk": "its weights are the 1 bit of the binary convolutions",
@@ -23,7 +23,7 @@ _NO_USE: Final[Mapping[GroupName, str]] = {
 
 
 def group_of(layer: str) -> GroupName:
-    """The recipe's group that a module, named as globs know it, belongs to."""
+    """The recipe's group that a module belongs to, by the name that a recipe's globs match."""
     if layer == "feature.0":
         return "stem"
     if layer == "fc":
@@ -34,8 +34,13 @@ def group_of(layer: str) -> GroupName:
 def check_glob(key: str, glob: str, names: Sequence[str]) -> list[str]:
     """The names that ``glob`` matches.
 
+    Args:
+        key: key of the recipe that has the glob, for the message.
+        glob: pattern as in :mod:`fnmatch`.
+        names: names of all modules that a recipe can choose.
+
     Raises:
-        QuantizationError: none; ``key`` says where the glob stands.
+        QuantizationError: it matches no name.
     """
     matched = [name for name in names if fnmatchcase(name, glob)]
     if not matched:
@@ -47,11 +52,11 @@ def check_glob(key: str, glob: str, names: Sequence[str]) -> list[str]:
 
 
 def check_overrides(quantization: Quantization, names: Sequence[str]) -> None:
-    """Refuse overrides that change nothing of what they match.
+    """Refuse overrides that have no effect.
 
     Args:
-        quantization: with the overrides.
-        names: of all modules, as globs know them.
+        quantization: the section with the overrides.
+        names: names of all modules that a recipe can choose.
 
     Raises:
         QuantizationError: a glob that matches nothing, an override that sets nothing, a key that none of the
@@ -81,7 +86,13 @@ def check_overrides(quantization: Quantization, names: Sequence[str]) -> None:
 
 
 def settings_of(quantization: Quantization, name: str, group: _Section) -> _Section:
-    """The section of a module's group with its overrides applied, in the order they are written."""
+    """The settings of one module: those of its group with all overrides that match it, in their order.
+
+    Args:
+        quantization: the section with the overrides.
+        name: name of the module, as globs match it.
+        group: settings of its group.
+    """
     update: dict[str, Any] = {}
     for override in quantization.overrides:
         if fnmatchcase(name, override.match):
@@ -94,7 +105,7 @@ def _settings(override: LayerOverride) -> dict[str, Any]:
 
 
 def _keys(quantization: Quantization, name: str) -> set[str]:
-    """Keys that have an effect on a module."""
+    """Keys of an override that have an effect on the module ``name``."""
     if name == "prelu":
         return set()
     return set(type(getattr(quantization, group_of(name))).model_fields) - {"enabled"}

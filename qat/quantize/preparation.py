@@ -1,8 +1,8 @@
-"""Turns a float-rest BNext into a fake-quantized one, in place: the `quant=True` path.
+"""Turn a float-rest BNext into a fake-quantized one, in place.
 
-Every module is replaced by its fake-quantized form (:mod:`qat.quantize.stem_and_head` and beside it), which
-takes over the parameters under the same names: the state dict of the float network stays a part of the
-prepared network's.
+Modules are replaced by their fake-quantized forms (stem and head in :mod:`qat.quantize.stem_and_head`,
+sub-blocks in :mod:`qat.quantize.sub_block`). These take over the parameters under the same names, so that the
+state dict of the prepared network contains that of the float network.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.backends import Backend, backend_of
 from qat.quantize.image_grid import image_grid
 from qat.quantize.overrides import GroupName, check_glob, check_overrides, group_of, settings_of
-from qat.quantize.quantizers import Quantizer, WeightQuantizer
+from qat.quantize.quantizer_base import Quantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Quantization, TrunkGroup
 
 #: Normalization assumed where none is given: ImageNet's mean and standard deviation per channel.
@@ -33,7 +34,7 @@ IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 
 class _Network(Protocol):
-    """What :func:`prepare` needs of a network beside its modules."""
+    """The attributes of a network that :func:`prepare` uses."""
 
     feature: nn.Sequential
     prelu: nn.PReLU
@@ -47,18 +48,17 @@ def prepare(
     """Insert fake quantization into a float-rest BNext, in place.
 
     Args:
-        model: a :class:`qat.models.bnext.BNext`, float; its parameters are kept.
-        quantization: groups, bits, observers, and which modules by glob;
-            :mod:`qat.quantize.overrides` has the rules of single modules.
-        image: (scale, zero point) of the uint8 image grid, see :func:`qat.quantize.image_grid.image_grid`;
-            ``None`` takes ImageNet's normalization.
+        model: a float-rest :class:`qat.models.bnext.BNext`; its parameters are kept.
+        quantization: the recipe's section: groups, bits, observers, and globs that choose modules.
+        image: scale and zero point of the uint8 grid of the image, from
+            :func:`qat.quantize.image_grid.image_grid`; ``None`` takes those of ImageNet's normalization.
 
     Returns:
         ``model``, with ``model.quantization`` set.
 
     Raises:
-        QuantizationError: already prepared, a glob that matches nothing, an override of no use, or a backend
-            that is not installed.
+        QuantizationError: the network is prepared already, a glob matches nothing, an override has no effect,
+            or the backend is not installed.
     """
     if model_is_prepared(model):
         raise QuantizationError("the network is prepared already: prepare a float-rest network")
@@ -89,7 +89,7 @@ def prepare(
         network.pool = FakeQuantPool(source, classifier.input)
     model.quantization = quantization  # type: ignore[assignment]  # neither a tensor nor a module
     model.train(model.training)
-    # What was added was made on the CPU; it belongs beside the parameters.
+    # The new modules were made on the CPU: move them to the device of the parameters.
     return model.to(network.fc.weight.device)
 
 
@@ -105,7 +105,7 @@ def _prepare_sub_block(
 
 
 class _Selection:
-    """Which modules the include and exclude globs choose; every glob must match something."""
+    """Tells which modules the include and exclude globs choose. Refuses globs that match nothing."""
 
     def __init__(self, quantization: Quantization, names: Sequence[str]) -> None:
         self.quantization = quantization
@@ -116,7 +116,7 @@ class _Selection:
 
     @cached_property
     def backend(self) -> Backend:
-        """What makes the quantizers."""
+        """The backend that makes the quantizers."""
         return backend_of(self.quantization)
 
     def __call__(self, name: str, group_enabled: bool) -> bool:
@@ -125,7 +125,7 @@ class _Selection:
         return group_enabled and included and not excluded
 
     def trunk_group(self, name: str) -> TrunkGroup | None:
-        """Settings of one module of the trunk; ``None`` leaves it in float."""
+        """Settings of one module of the trunk; ``None`` if it stays in float."""
         group = self.quantization.trunk
         return settings_of(self.quantization, name, group) if self(name, group.enabled) else None
 
@@ -135,7 +135,7 @@ class _Selection:
 
 
 def _point_names(blocks: Sequence[Block]) -> list[str]:
-    """Module names that globs can match, in forward order."""
+    """Names of the modules that a recipe's globs can choose, in forward order."""
     names = ["feature.0", "feature.0.trunk"]
     for index, block in enumerate(blocks, start=1):
         for child in (block.spatial_name, *block.pointwise_names):
@@ -147,10 +147,10 @@ def _point_names(blocks: Sequence[Block]) -> list[str]:
 
 
 def quantized_layers(model: nn.Module, quantization: Quantization) -> dict[str, GroupName]:
-    """The modules of ``model`` that ``quantization`` chooses, in forward order, with the group of each.
+    """The modules of ``model`` that ``quantization`` quantizes, in forward order, each with its group.
 
     Raises:
-        QuantizationError: a glob that matches nothing.
+        QuantizationError: a glob matches nothing.
     """
     names = _point_names([cast(Block, block) for block in list(cast(_Network, model).feature)[1:]])
     chosen = _Selection(quantization, names)
@@ -161,12 +161,15 @@ def quantized_layers(model: nn.Module, quantization: Quantization) -> dict[str, 
 
 
 def model_is_prepared(model: nn.Module) -> bool:
-    """Whether :func:`prepare` has been through this network."""
+    """Whether ``model`` has been prepared by :func:`prepare`."""
     return any(isinstance(module, FakeQuantSubBlock) for module in model.modules())
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, object]]:
-    """What is quantized and how: one line per quantization point and weight; empty for a float network."""
+    """What is quantized, and how: for each quantizer's module name, its type and further settings.
+
+    Empty for a float network.
+    """
     lines: dict[str, dict[str, object]] = {}
     for name, module in model.named_modules():
         if isinstance(module, WeightQuantizer) or (isinstance(module, Quantizer) and module.enabled):

@@ -1,14 +1,14 @@
 """The fake-quantized stem and head; the sub-blocks between them are in :mod:`qat.quantize.sub_block`.
 
-Each module takes over the parameters of the float module that it replaces, under the same names. With ``Q``
-for a quantization point on a grid of its own and ``[·]`` for a value put on a grid already chosen:
+Each module takes over the parameters of the float module that it replaces, under the same names. ``Q`` is a
+quantization point with its own grid, and ``[·]`` rounds to the grid of another one, here that of ``x``:
 
 - stem: ``Q_trunk(BN(conv(Q_image(x), Q_weight(w))))``
 - head: ``fc(Q_input(mean([PReLU(x)]_x)))``
 
-While training, values are rounded in float32 with straight-through gradients. In evaluation, once every grid
-that a module needs is calibrated, it computes the integers themselves (:mod:`qat.quantize.integers`) with the
-constants that lowering exports: its ``integers()``.
+In training, values are rounded in float32 with straight-through gradients. In evaluation, once the grids that
+a module needs are calibrated, it computes integers (:mod:`qat.quantize.integers`) with the constants that
+lowering exports, which its ``integers()`` returns.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat.nn.layers import GlobalAveragePool, Stem
 from qat.ops.planes import without_autocast
 from qat.ops.prelu import prelu
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.backends import Backend
 from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import (
@@ -34,7 +35,7 @@ from qat.quantize.folding import (
     scale_of,
 )
 from qat.quantize.integers import Requantization, mean_steps, prelu_steps, requantization
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, Quantizer, power_of_two_above
+from qat.quantize.quantizer_base import Quantizer, power_of_two_above
 from qat.recipe.schema import Group
 
 __all__ = ["FakeQuantLinear", "FakeQuantPReLU", "FakeQuantPool", "FakeQuantStem"]
@@ -44,10 +45,10 @@ class FakeQuantStem(Stem):
     """The stem with a quantized image and quantized weights.
 
     Args:
-        stem: its parameters are taken over.
-        bits: of the weights.
-        grid: scale and zero point of the uint8 image.
-        backend: supplies the quantizer of the weights.
+        stem: float stem, whose parameters are taken over.
+        bits: bits of the weights.
+        grid: scale and zero point of the uint8 grid of the image.
+        backend: makes the quantizer of the weights.
     """
 
     def __init__(self, stem: Stem, bits: int, grid: tuple[float, int], backend: Backend) -> None:
@@ -70,7 +71,8 @@ class FakeQuantStem(Stem):
         stride, padding = self.conv1.stride, self.conv1.padding
         if is_ready(self, cast(Quantizer, self.trunk)):
             layer, trunk = integers_of(self), cast(ActivationQuantizer, self.trunk)
-            # Rounded for the same reason as in a sub-block: an accumulator is an integer.
+            # The sum is an integer. Rounding removes errors in the last bits, which some algorithms that
+            # accelerators use for convolutions have.
             with without_autocast(x):
                 out = F.conv2d(self.image.steps(x), layer.weight, stride=stride, padding=padding).round()
             return trunk.values(layer.requantization(out)).to(x.dtype)
@@ -81,7 +83,7 @@ class FakeQuantStem(Stem):
 
 
 class FakeQuantPReLU(nn.PReLU):
-    """The head's PReLU: 8-bit slopes, the result on the grid of its input."""
+    """The head's PReLU, with slopes of 8 bits; its result is on the grid of its input."""
 
     def __init__(self, module: nn.PReLU, source: Quantizer) -> None:
         nn.Module.__init__(self)
@@ -89,7 +91,7 @@ class FakeQuantPReLU(nn.PReLU):
         self.source = QuantizerReference(source)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) → same shape."""
+        """Values (N, C, H, W) on the trunk's grid → same shape and grid."""
         source, slopes = self.source.quantizer, quantized_slope(self.weight)
         if is_ready(self, source):
             point = cast(ActivationQuantizer, source)
@@ -99,14 +101,14 @@ class FakeQuantPReLU(nn.PReLU):
 
 
 class FakeQuantPool(GlobalAveragePool):
-    """The head's pooling: from the trunk's grid straight to the classifier's."""
+    """The head's pooling: the mean over the image, rounded to the grid of the classifier's input."""
 
     def __init__(self, source: Quantizer, target: Quantizer) -> None:
         super().__init__()
         self.source, self.target = QuantizerReference(source), QuantizerReference(target)
 
     def multiplier(self) -> Tensor:
-        """Trunk steps to steps of the classifier's input: (1,) float32."""
+        """Ratio of the trunk's scale to that of the classifier's input: (1,) float32."""
         return (scale_of(self.source.quantizer).double() / scale_of(self.target.quantizer).double()).float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,8 +133,9 @@ class FakeQuantLinear(nn.Linear):
         """Constants of the integer classifier; its multiplier gives logits."""
         weight, scale = self.weight_quantizer.integers(self.weight)
         offset, step = self.bias.detach().double(), scale * scale_of(self.input).double()
-        # A row of (almost) zeros has a tiny scale. It is raised until the bias fits int32, and the row's
-        # products, less than 2% of such a bias, are dropped.
+        # If all weights of a row are almost zero, its scale is tiny, and the bias in steps might not fit
+        # int32. The scale is raised until it fits, and the row's products are dropped, which are less than 2%
+        # of such a bias.
         raised = torch.maximum(step, offset.abs() / 2.0**30)
         if self.weight_quantizer.power_of_two:
             raised = power_of_two_above(raised)

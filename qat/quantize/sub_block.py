@@ -1,4 +1,4 @@
-"""The fake-quantized sub-block in training; evaluated, it computes integers."""
+"""The fake-quantized sub-block: its formula, which training computes step by step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qat.ops.norm_prelu import quantized_norm_prelu
 from qat.ops.planes import without_autocast
 from qat.ops.prelu import prelu
 from qat.ops.scale_add import quantized_scale_add
+from qat.quantize.activation_quantizers import fake_quantize_symmetric
 from qat.quantize.constant_cache import integers_of
 from qat.quantize.folding import CONSTANT_BITS
 from qat.quantize.integer_sub_block import computes_integers, integer_sub_block
-from qat.quantize.quantizers import fake_quantize_symmetric
 from qat.quantize.sub_block_constants import SubBlockIntegers, sub_block_integers
 from qat.quantize.sub_block_points import SubBlockPoints
 
 
 class FakeQuantSubBlock(SubBlockPoints):
-    """A sub-block whose values all lie on 8-bit grids.
+    """A sub-block whose values all lie on grids of integers.
 
-    With the input ``x`` on the trunk's grid, ``Q`` for a quantization point on a grid of its own, and ``[·]``
-    for a value put on a grid already chosen::
+    The input ``x`` lies on the trunk's grid. ``Q`` is a quantization point with its own grid, and ``[·]_q``
+    rounds to the grid of ``q``, which another point has::
 
         s = sign(x + bias)                                        sign(0) = +1
         y = [PReLU2(Q_y(BN1(conv(s, ±1))))]_y
@@ -34,9 +34,10 @@ class FakeQuantSubBlock(SubBlockPoints):
         t = Q_branch(g ⊙ y), or Q_branch(Q_product(g ⊙ y) ⊙ r)    (scale kind)
         out = [t + [B2]_branch]_branch + r                        y + r without BN2
 
-    BN1's result is quantized before PReLU2 rather than after: then PReLU2 is a function of one 8-bit integer,
-    which every runtime computes exactly. Gradients pass the grids straight through. The trunk's quantizer
-    follows.
+    BN1's result is quantized before PReLU2, so that PReLU2 is a function of one integer, which every runtime
+    computes exactly. Gradients pass the rounding straight through. The trunk's next quantizer, which puts
+    ``out`` on a grid, belongs to the block around. In evaluation, the sub-block computes the same with
+    integers: see :mod:`qat.quantize.integer_sub_block`.
     """
 
     def integers(self) -> SubBlockIntegers:
@@ -46,7 +47,7 @@ class FakeQuantSubBlock(SubBlockPoints):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
         if computes_integers(self):
-            with without_autocast(x):  # which would round the sums
+            with without_autocast(x):  # autocast would round the sums of integers
                 return integer_sub_block(self, integers_of(self), x)
         signs = shifted_sign(x, self.move.bias, zero_is_positive=True)
         y = quantized_norm_prelu(self.binary_conv(signs), self.norm1, self.slope(self.activation2), self.y)
@@ -68,7 +69,7 @@ class FakeQuantSubBlock(SubBlockPoints):
         return quantized_scale_add(y, gain.flatten(1), offset2.flatten(), residual, self.branch, product)
 
     def _gain(self, attention: Tensor, gain2: Tensor) -> Tensor:
-        """``Q_gain(a · A2)``: (N, C, 1, 1), or (1, C, 1, 1) where there is no attention."""
+        """``Q_gain(a · A2)``: (N, C, 1, 1), or (1, C, 1, 1) without attention."""
         gain = attention * gain2
         if self.gain.enabled:
             quantized: Tensor = self.gain(gain)

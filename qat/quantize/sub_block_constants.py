@@ -1,4 +1,4 @@
-"""Constants of an integer sub-block: what its evaluation computes with, and what lowering exports."""
+"""The constants of an integer sub-block, with which it is evaluated and which lowering exports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from qat.ops.binary import sign
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.attention import FakeQuantSqueezeExcitation
 from qat.quantize.dyadic import (
     ACCUMULATOR_UNIT,
@@ -19,20 +20,22 @@ from qat.quantize.dyadic import (
 )
 from qat.quantize.folding import LayerIntegers, flipped, folded_constants, scale_of
 from qat.quantize.integers import requantization, saturate
-from qat.quantize.quantizers import ActivationQuantizer
 from qat.quantize.sub_block_points import SubBlockPoints
 
 
 @dataclass(frozen=True, eq=False)
 class BranchIntegers:
-    """From ``y`` to BN2's result.
+    """Constants of a branch, which leads from ``y`` to BN2's result.
 
     Attributes:
-        gain: (C,) float32; attention steps to gain steps, or the gain itself where there is no attention.
-        input_mean, y_mean: (C,) float32 multipliers of the two means (attention only).
-        first, second: multipliers of gain times ``y``, and of product times residual (scale kind).
-        product_step: scale of the product (scale kind).
-        offset: (C,) float32 integers, BN2's offset.
+        gain: (C,) float32. With attention, the multiplier from the attention's integers to those of the gain;
+            without, the integers of the gain.
+        input_mean, y_mean: (C,) float32 multipliers of the means of the input and of ``y``, which attention
+            takes; ``None`` without attention.
+        first: multiplier of gain times ``y``.
+        second: multiplier of the product of that with the residual; ``None`` in the bias kind.
+        product_step: scale of gain times ``y``; ``None`` in the bias kind.
+        offset: (C,) float32, integers of BN2's offset.
     """
 
     gain: Tensor
@@ -46,7 +49,16 @@ class BranchIntegers:
 
 @dataclass(frozen=True, eq=False)
 class SubBlockIntegers:
-    """Constants of an integer sub-block; ``conv.weight`` is ±1, its accumulator counts in 1/64."""
+    """Constants of an integer sub-block.
+
+    Attributes:
+        conv: binary convolution: weights ±1, and a requantization whose accumulator is the sum of products
+            times :data:`qat.quantize.dyadic.ACCUMULATOR_UNIT`.
+        slopes: slopes (C,) of PReLU2.
+        residual_slopes: slopes (C,) of PReLU1; ``None`` in the bias kind.
+        branch: constants of the branch; ``None`` if ``y`` is added to the residual as it is.
+        sum: multipliers of the residual sum.
+    """
 
     conv: LayerIntegers
     slopes: Tensor
@@ -56,7 +68,11 @@ class SubBlockIntegers:
 
 
 def sub_block_integers(block: SubBlockPoints) -> SubBlockIntegers:
-    """Constants of the integer sub-block."""
+    """The constants of ``block``, whose grids must all be calibrated.
+
+    Raises:
+        QuantizationError: a folded gain or offset is NaN or beyond float32.
+    """
     source, target, y = scale_of(block.source.quantizer), scale_of(block.target.quantizer), scale_of(block.y)
     gain, offset = folded_constants(block.norm1)
     weight = sign(block.binary_conv.weight.detach().float())

@@ -1,4 +1,4 @@
-"""The quantization points of a sub-block, and the scales that follow from several of them."""
+"""The quantization points of a sub-block, and the scales that depend on several of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from qat.nn.sub_block import SubBlock
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.backends import Backend
 from qat.quantize.folding import (
     CONSTANT_BITS,
@@ -17,24 +18,24 @@ from qat.quantize.folding import (
     quantized_slope,
     scale_of,
 )
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer
+from qat.quantize.quantizer_base import Quantizer
 from qat.recipe.schema import TrunkGroup
 
 
 class SubBlockPoints(SubBlock):
-    """A sub-block with the parameters of ``module``, and a quantization point wherever a value appears.
+    """A sub-block with a quantization point for every value inside.
 
     Args:
-        module: the sub-block whose parameters are taken over.
-        group: quantization of the values inside, ``None`` leaves them in float.
-        source, target: the trunk's quantizers before and after the sub-block.
-        backend: supplies the quantizers inside.
+        module: float sub-block, whose parameters are taken over.
+        group: settings of the points inside; ``None`` leaves their values in float.
+        source, target: quantizers of the trunk before and after the sub-block.
+        backend: makes the points inside.
 
     Attributes:
-        y: BN1's result and PReLU2's.
-        gain: the attention times BN2's gain.
-        product: ``gain ⊙ y`` before it meets the residual (scale kind).
-        branch: BN2's result.
+        y: point of BN1's result, whose grid PReLU2's result shares.
+        gain: point of the attention times BN2's gain.
+        product: point of ``gain ⊙ y``, before the product with the residual (scale kind only).
+        branch: point of BN2's result.
     """
 
     def __init__(
@@ -60,25 +61,25 @@ class SubBlockPoints(SubBlock):
         self.y = backend.point(group, signed=True)
         self.product = backend.point(group if scale_kind else None, signed=True)
         self.branch = backend.point(group if self.has_branch else None, signed=True)
-        # A channel whose branch is weak has a large gain in BN2 and little attention. Their product spans far
-        # less than the gains alone do, which differ by factors of hundreds.
+        # BN2's gains differ by factors of hundreds between channels. Channels with a large gain have little
+        # attention, so the products differ much less. Their grid is observed, so that it can be finer.
         of_gain = None
         if group is not None and module.infor_recoupling:
             of_gain = group.model_copy(update={"activation_bits": CONSTANT_BITS, "clip": None})
         self.gain = backend.point(of_gain, signed=True)
 
     def slope(self, activation: nn.PReLU) -> Tensor:
-        """Slopes of one PReLU as the integer network has them, (C,)."""
+        """Slopes (C,) of one PReLU, rounded to their grid if the trunk is quantized."""
         return quantized_slope(activation.weight) if self.quantized else activation.weight
 
     def product_step(self) -> Tensor:
-        """Scale of the product in a sub-block of the scale kind."""
-        if not self.source.quantizer.enabled:  # a trunk left in float has no steps to multiply with
-            return scale_of(self.product)
+        """Scale of the product in a sub-block of the scale kind: (1,) float32."""
+        if not self.source.quantizer.enabled:
+            return scale_of(self.product)  # the residual is left in float and has no scale
         return product_scale(scale_of(self.product), scale_of(self.source.quantizer), scale_of(self.branch))
 
     def gain_step(self, gain: Tensor) -> Tensor:
-        """Scale of the attention times BN2's ``gain``: the observed one, or what holds the gain alone."""
+        """Scale of the attention times BN2's ``gain``: made from the observed one, or from the gain alone."""
         step = self.product_step() if self.kind == "scale" else scale_of(self.branch)
         point = cast(ActivationQuantizer, self.y)
         smallest = scale_of(self.gain) if self.gain.has_grid else largest_gain_step(gain)

@@ -1,4 +1,4 @@
-"""Recipes as flat mappings: one dotted key, such as ``data.augment.flip``, for each value."""
+"""Recipes as flat mappings, in which each value has a dotted key such as ``data.augment.flip``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qat.recipe.schema import Recipe
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each value that is no mapping with its dotted key, in the order in which they are written.
+    """Yield the dotted key and the value of each entry that is not itself a mapping, in their order.
 
     Args:
-        section: nested mappings, as ``model_dump`` of a recipe or of one of its sections gives them.
-        prefix: opens each key, such as ``"quantization."``.
+        section: nested mappings, from ``model_dump`` of a recipe or of one of its sections.
+        prefix: text put in front of each key, such as ``"quantization."``.
     """
     for key, value in section.items():
         if isinstance(value, Mapping):
@@ -23,16 +23,20 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Every value of ``recipe`` by its dotted key, as JSON has it."""
+    """Every value of ``recipe`` by its dotted key, in types that JSON has."""
     return dict(flatten(recipe.model_dump(mode="json")))
 
 
 def with_values(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
-    """A copy of ``recipe`` with other values.
+    """A copy of ``recipe`` in which the given ``values`` replace its own.
 
     Args:
-        recipe: stays as it is.
-        values: by dotted key of one section and one name at most, such as ``data.workers`` or ``seed``.
+        recipe: the recipe to copy.
+        values: new values by dotted key. A key is a name, such as ``seed``, or a section and a name, such as
+            ``data.workers``.
+
+    Raises:
+        pydantic.ValidationError: a value is not allowed.
     """
     content = recipe.model_dump(mode="json")
     for key, value in values.items():

@@ -1,6 +1,6 @@
-"""Recipe files: where they are, how their YAML is read, and how ``--set`` changes it.
+"""Recipe files: where they are found, how their YAML is read, and how ``--set`` changes it.
 
-Nothing here knows which keys a recipe has; that is `qat.recipe.loading`.
+This module doesn't know which keys a recipe has; :mod:`qat.recipe.schema` does.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ from typing import Any
 import yaml
 
 from qat.errors import OutputError, RecipeError, nearest
+from qat.recipe.wording import dotted
+from qat.recipe.written_numbers import WrittenFloat, WrittenInt
 from qat.system.files import write_atomically
 
-# YAML 1.1 reads `1e-3` as text because it has no dot; people write learning rates that way.
-_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-_EXPONENT_STARTS = list("-+.0123456789")
+# Numbers as people write them: decimal, an exponent with or without a dot. YAML 1.1 also has 010 for 8, 1:30
+# for 90 and 0x10 for 16, which would be recorded as numbers that nobody meant; here they are texts.
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_NUMBER_STARTS = list("-+.0123456789")
 
-# What PyYAML's constructors let through for scalars such as `!!int x` or `!!bool x`.
+# Exceptions that PyYAML's constructors don't catch for scalars such as `!!int x` or `!!bool x`.
 _SCALAR_FAILURES = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number and notes keys written twice in one mapping."""
+    """SafeLoader that reads `1e-3` as a number and records keys that a mapping has twice."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.duplicates: list[tuple[int, str]] = []
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Checked before merge keys (`<<`) are expanded: a key may override a merged one.
+        # Keys are compared before merge keys (`<<`) are expanded, since a key may override a merged one.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         first_lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -48,25 +55,44 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the texts `_Loader` would read as numbers, and writes no anchors."""
+    """SafeDumper that quotes texts which `_Loader` would read as numbers, and writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-# No recipe holds a date, and a folder may be named like one.
+def _written(kind: type[WrittenInt] | type[WrittenFloat], construct: Any) -> Any:
+    def made(loader: _Loader, node: yaml.ScalarNode) -> object:
+        number = kind(construct(loader, node))
+        number.text = node.value
+        return number
+
+    return made
+
+
+_INT, _FLT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+# Dates are read as text: no key takes a date, but the name of a folder can look like one.
 _Loader.yaml_implicit_resolvers = {
-    start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    start: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLT, _TIME)]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, _EXPONENT_STARTS)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, _EXPONENT_STARTS)
+_Loader.add_implicit_resolver(_INT, _INTEGER, _NUMBER_STARTS)
+_Loader.add_implicit_resolver(_FLT, _FLOAT, _NUMBER_STARTS)
+_Loader.add_constructor(_INT, _written(WrittenInt, yaml.SafeLoader.construct_yaml_int))
+_Loader.add_constructor(_FLT, _written(WrittenFloat, yaml.SafeLoader.construct_yaml_float))
+_Dumper.add_implicit_resolver(_FLT, _FLOAT, _NUMBER_STARTS)
 
 
 def read_yaml(text: str, source: str) -> object:
-    """Parse ``text`` as one YAML document; ``source`` opens every line of the error.
+    """Parse ``text`` as one YAML document.
 
-    Raises `RecipeError` for broken syntax (with line and column) and for keys written twice (all of them).
+    Args:
+        text: the document.
+        source: what the text is called at the start of every line of an error.
+
+    Raises:
+        RecipeError: the syntax is broken (the message has line and column), or a mapping has keys twice (the
+            message lists all of them).
     """
     try:
         loader = _Loader(text)
@@ -91,12 +117,16 @@ def read_yaml(text: str, source: str) -> object:
 
 
 def write_yaml(value: object) -> str:
-    """``value`` as YAML text that `read_yaml` reads back to the same value; keys keep their order."""
+    """``value`` as YAML text, with keys in their order. `read_yaml` turns it into an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_recipe_file(path: Path) -> object:
-    """The YAML value in ``path``. Raises `RecipeError` when it cannot be read as UTF-8 or parsed."""
+    """The value of the YAML document in the file at ``path``.
+
+    Raises:
+        RecipeError: the file can't be read, is not UTF-8, or can't be parsed.
+    """
     source = shown(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -111,7 +141,7 @@ def read_recipe_file(path: Path) -> object:
 
 
 def shown(path: Path) -> str:
-    """``path`` as messages print it: relative to the working directory where it lies under it."""
+    """``path`` as messages print it: relative to the working directory if it lies below that."""
     try:
         return str(path.resolve().relative_to(Path.cwd())) if path.is_absolute() else str(path)
     except ValueError:
@@ -119,21 +149,26 @@ def shown(path: Path) -> str:
 
 
 def recipes_dir() -> Path:
-    """Folder of the recipes that come with the package (a checkout keeps them at its top level)."""
+    """Folder of the packaged recipes, which in a checkout is the folder ``recipes`` at its top level."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "_recipes"
     return packaged if packaged.is_dir() else package.parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package, sorted."""
+    """Sorted names of the packaged recipes."""
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The recipe file meant by a path, a packaged name (``tiny_int8``) or ``recipes/NAME.yaml``.
+    """The file of a recipe that a user named.
 
-    A file that exists wins. `RecipeError` names the nearest packaged recipe when nothing is found.
+    Args:
+        name_or_path: a path, or a packaged recipe as a name (``tiny_int8``) or ``recipes/NAME.yaml``. If a
+            file of that path exists, it is taken rather than the packaged recipe.
+
+    Raises:
+        RecipeError: there is no such file. The message suggests the packaged recipe with the nearest name.
     """
     typed = Path(name_or_path)
     try:
@@ -143,7 +178,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
         is_directory = bool(str(name_or_path)) and typed.is_dir()
     except (OSError, ValueError) as error:  # a name too long, a folder without permission, a null character
         raise RecipeError(f"{str(typed)!r}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    # Looked at before refusing a directory: an output folder may well be called like its recipe.
+    # The packaged recipe goes before the refusal of a directory, since an output folder may have its name.
     if packaged is not None:
         return packaged
     if is_directory:
@@ -156,8 +191,9 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def _packaged(typed: Path) -> Path | None:
-    # `recipes/NAME.yaml` is what the documentation shows; it must work outside a checkout too. Any other
-    # folder is taken literally: loading a different file than the one typed would be worse than an error.
+    # The documentation shows `recipes/NAME.yaml`, which must work outside of a checkout, too. A path in any
+    # other folder never means a packaged recipe: an error is better than loading another file than the one
+    # typed.
     if typed.parts not in ((typed.name,), ("recipes", typed.name)) or not typed.name:
         return None
     name = typed.name if typed.suffix == ".yaml" else f"{typed.name}.yaml"
@@ -166,10 +202,19 @@ def _packaged(typed: Path) -> Path | None:
 
 
 def copy_recipe(name: str, destination: str | Path, force: bool = False) -> Path:
-    """Copy a recipe, comments included, to a file or into a folder; returns the file written.
+    """Copy a recipe, comments included, to a file or into a folder.
 
-    Raises `RecipeError` for an unknown name, `OutputError` when the file exists (unless ``force``) or cannot
-    be written.
+    Args:
+        name: see :func:`find_recipe`.
+        destination: path of the new file, or a folder that exists.
+        force: whether to overwrite a file that exists.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        RecipeError: there is no such recipe.
+        OutputError: the file exists already, and ``force`` is false, or it can't be written.
     """
     source = find_recipe(name)
     target = Path(destination)
@@ -190,21 +235,17 @@ def copy_recipe(name: str, destination: str | Path, force: bool = False) -> Path
     return target
 
 
-KeyPath = tuple[str | int, ...]
-
-
-def dotted(path: KeyPath) -> str:
-    """A key path as messages print it: ``("data", "mean", 1)`` is ``data.mean[1]``."""
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
-    return text.removeprefix(".")
-
-
 @dataclass(frozen=True)
 class Override:
-    """One ``a.b=c``: the keys to follow, the value read as YAML, and the text for messages.
+    """One ``--set section.key=value``.
 
-    ``touched`` is the shortest path that this override put there: shorter than ``path`` where it created a
-    section, so that a section that should not exist is blamed on the override.
+    Attributes:
+        path: the keys that lead to the value.
+        value: the value, read as YAML.
+        source: the option as it was typed, for messages.
+        touched: path of the outermost section or value that applying the override created or changed. It is
+            shorter than ``path`` where a section had to be created. A problem with that section is then
+            reported for the override, not for the recipe file.
     """
 
     path: tuple[str, ...]
@@ -214,7 +255,11 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Read one ``section.key=value``. Raises `RecipeError` for a missing ``=``, key or value."""
+    """Parse one ``section.key=value``.
+
+    Raises:
+        RecipeError: the ``=``, a key or the value is missing, or the value is not valid YAML.
+    """
     source = f"--set {text}"
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
@@ -230,10 +275,21 @@ def parse_override(text: str) -> Override:
 def apply_override(
     mapping: Mapping[Any, object], override: Override, depth: int = 0
 ) -> tuple[dict[Any, object], Override]:
-    """A copy of ``mapping`` with the override's value in place, and the override with ``touched`` filled in.
+    """Set the override's value in a copy of ``mapping``.
 
-    Missing sections are created. Only the mappings along the path are copied, so sections that share a YAML
-    anchor stay independent. Raises `RecipeError` when the path leads through a value that is not a section.
+    Missing sections are created. The mappings along the path are copied, so that other sections which share a
+    YAML anchor with them don't change.
+
+    Args:
+        mapping: the recipe, or with ``depth`` the section at the first ``depth`` keys of the path.
+        override: the override to apply.
+        depth: number of keys of the path that were followed already.
+
+    Returns:
+        The copy, and the override with ``touched`` filled in.
+
+    Raises:
+        RecipeError: the path leads through a value that is not a section.
     """
     key, changed = override.path[depth], dict(mapping)
     here = override.path[: depth + 1]
@@ -255,7 +311,11 @@ def apply_override(
 def apply_overrides(
     mapping: Mapping[Any, object], texts: Sequence[str]
 ) -> tuple[dict[Any, object], list[Override], list[str]]:
-    """Apply ``--set`` texts in order; returns the new mapping, those applied, and the problems met."""
+    """Apply the texts of ``--set`` options in their order.
+
+    Returns:
+        The changed copy of ``mapping``, the overrides that were applied, and a message for each other text.
+    """
     changed = dict(mapping)
     applied: list[Override] = []
     problems: list[str] = []

@@ -1,6 +1,6 @@
-"""Recipes: read from YAML, changed by overrides, checked against :mod:`qat.recipe.schema`, written out again.
+"""Reads recipes from YAML, applies overrides, checks the result by the schema, and writes recipes.
 
-All of a recipe's errors are reported together (`parse_recipe`).
+All errors of a recipe are reported together.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -29,6 +29,7 @@ from qat.recipe.schema import (
     Recipe,
     compared_defaults,
 )
+from qat.recipe.written_numbers import as_the_schema_has_it
 
 __all__ = [
     "LoadedRecipe",
@@ -48,7 +49,7 @@ def _schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and the file it came from; ``name`` is the file's stem."""
+    """A recipe and the file that it was read from. ``name`` is the file's name without its ending."""
 
     name: str
     path: Path
@@ -56,9 +57,15 @@ class LoadedRecipe:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read a recipe by path or packaged name, change it by ``a.b=value`` texts, and check it.
+    """Read a recipe, apply overrides, and check it.
 
-    Raises one `RecipeError` with a line per problem, those of the file and of ``overrides`` together.
+    Args:
+        name_or_path: see :func:`qat.recipe.files.find_recipe`.
+        overrides: texts ``section.key=value``.
+
+    Raises:
+        RecipeError: the recipe can't be read or is not valid. The message has a line for each problem of the
+            file and of the overrides.
     """
     path = find_recipe(name_or_path)
     raw, source = read_recipe_file(path), shown(path)
@@ -66,14 +73,21 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Load
 
 
 def parse_recipe(mapping: object, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check a mapping (from YAML, or stored in a checkpoint) after changing it by ``a.b=value`` texts.
+    """Apply overrides to a mapping, from YAML or from a checkpoint, and check it.
 
-    ``source`` opens each line of the error. Raises one `RecipeError` with a line per problem: key path, what
-    was found, what is allowed.
+    Args:
+        mapping: the content of the recipe.
+        source: what it is called at the start of each line of an error.
+        overrides: texts ``section.key=value``.
+
+    Raises:
+        RecipeError: the recipe is not valid. The message has a line for each problem, with the key, the value
+            that was found, and what is allowed.
     """
     if not isinstance(mapping, Mapping):
         raise RecipeError(not_a_mapping(mapping, source, _schema()))
     changed, applied, problems = apply_overrides(mapping, overrides)
+    changed = cast(dict[Any, object], as_the_schema_has_it(changed, Recipe))
     recipe, more = _check(changed, source, applied)
     if recipe is None or problems:
         raise RecipeError("\n".join(problems + more))
@@ -83,7 +97,7 @@ def parse_recipe(mapping: object, source: str, overrides: Sequence[str] = ()) ->
 def _check(
     raw: Mapping[Any, object], source: str, overrides: Sequence[Override]
 ) -> tuple[Recipe | None, list[str]]:
-    """Validate; every problem is one line that opens with the override or file it comes from."""
+    """The recipe, or ``None`` and a line for each problem, which begins with its override or file."""
     try:
         return Recipe.model_validate(dict(raw)), []
     except ValidationError as error:
@@ -93,7 +107,7 @@ def _check(
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML with every key written out, in schema order; loads back to an equal recipe."""
+    """The recipe as YAML with every key written out, in the schema's order. It loads as an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
@@ -103,9 +117,14 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def resolve_checkpoint(loaded: LoadedRecipe) -> Path:
-    """The file ``model.checkpoint`` means: beside the recipe, in the working directory, or packaged.
+    """The file that ``model.checkpoint`` names.
 
-    Raises `RecipeError` with the places looked at when there is none.
+    It is looked for in the folder of the recipe, then in the working directory, then among the packaged
+    recipes.
+
+    Raises:
+        RecipeError: the key is null, or there is no such file. The message lists the places that were
+            searched.
     """
     named = loaded.recipe.model.checkpoint
     if named is None:
@@ -115,15 +134,19 @@ def resolve_checkpoint(loaded: LoadedRecipe) -> Path:
 
 
 def resolve_teachers(loaded: LoadedRecipe) -> list[str]:
-    """``distillation.teachers`` with absolute paths, found as `resolve_checkpoint` finds them."""
+    """``distillation.teachers``, in which paths are absolute. Names of timm models stay as they are.
+
+    Raises:
+        RecipeError: a file is found in none of the places that :func:`resolve_checkpoint` searches.
+    """
     teachers = loaded.recipe.distillation.teachers
     key = "distillation.teachers"
     return [name if name.startswith(TIMM) else str(_find(loaded, key, name)) for name in teachers]
 
 
 def _find(loaded: LoadedRecipe, key: str, named: str) -> Path:
-    # An absolute path replaces the folder it is joined to: all three are then the same place. The packaged
-    # folder comes last so that a copied recipe still finds the checkpoint it was written for.
+    # If `named` is an absolute path, joining it to a folder gives `named` itself, so that all three places
+    # are one. The packaged folder is searched for a recipe that was copied away from its checkpoint.
     folders = (loaded.path.parent, Path.cwd(), recipes_dir())
     places = list(dict.fromkeys((folder / named).absolute() for folder in folders))
     for place in places:

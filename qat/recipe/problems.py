@@ -1,30 +1,29 @@
-"""What is wrong with a recipe, in lines a reader can act on.
+"""Says what is wrong with a recipe, one line per problem, in the words of a recipe file.
 
-Explains pydantic's errors in the words of a recipe file, and finds the contradictions between its keys.
-The recipe's JSON schema and defaults come as arguments, because `qat.recipe.schema` imports this module.
+It explains pydantic's errors, and adds the contradictions between keys (:mod:`qat.recipe.contradictions`).
+The recipe's JSON schema and defaults are arguments, so that this module doesn't import
+:mod:`qat.recipe.schema`.
 """
 
 from __future__ import annotations
 
-import math
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from qat.errors import nearest
-from qat.recipe.files import KeyPath, Override, dotted
+from qat.recipe.contradictions import contradictions
+from qat.recipe.files import Override
+from qat.recipe.wording import KeyPath, dotted, found
 
-__all__ = ["contradictions", "found", "not_a_mapping", "problem_lines"]
-
-#: That of :mod:`qat.ops.binary`, which imports torch.
-_BINARY_TEMPERATURE: Final = 1e-7
+__all__ = ["not_a_mapping", "problem_lines"]
 
 Schema = dict[str, Any]  # a JSON schema, or one node of it
 
-# Keys that exist in a neighbouring group: "did you mean" would not say why they are absent here.
+# Keys that a neighbouring group has. For these the message says why this group doesn't have them, in place of
+# a "did you mean".
 _STEM_READS_PIXELS = (
     "only the stem's weights are quantized: its input is fixed 8-bit pixels, "
     "and its output belongs to quantization.trunk"
@@ -48,9 +47,15 @@ def problem_lines(
     schema: Schema,
     defaults: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """One line per problem of ``raw``; it opens with the override it comes from, else with ``source``.
+    """A line for each problem, which begins with the override that caused it, else with ``source``.
 
-    ``schema`` is the JSON schema of a recipe; ``defaults`` are those `contradictions` takes.
+    Args:
+        error: pydantic's errors about ``raw``.
+        raw: content of the recipe, after overrides.
+        source: name of the recipe for messages.
+        overrides: the overrides that were applied.
+        schema: JSON schema of a recipe.
+        defaults: see :func:`qat.recipe.contradictions.contradictions`.
     """
     details = error.errors(include_url=False)
     problems: list[tuple[KeyPath, str]] = []
@@ -59,7 +64,8 @@ def problem_lines(
             problems += detail["ctx"]["problems"]
         else:
             problems.append(_explain(detail, schema))
-    # pydantic compares keys only once each is valid by itself; a reader wants to hear of both at once.
+    # pydantic compares keys with each other only if each is valid by itself. Readers want all problems at
+    # once, so the comparison is done here in the other case.
     if not any(detail["type"] == "contradiction" for detail in details):
         reported = {path for path, _ in problems}
         problems += [(path, why) for path, why in contradictions(raw, defaults) if path not in reported]
@@ -72,162 +78,13 @@ def problem_lines(
     return list(dict.fromkeys(lines))
 
 
-def contradictions(
-    raw: Mapping[Any, object], defaults: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[KeyPath, str]]:
-    """Key path and message of each problem between keys of ``raw``.
-
-    Works on the plain mapping, so that these show beside problems within keys. ``defaults`` holds those of
-    the sections ``data``, ``schedule`` and ``distillation``.
-    """
-
-    def section(value: object) -> Mapping[Any, Any]:
-        return value if isinstance(value, Mapping) else {}
-
-    model, data, schedule = (section(raw.get(name)) for name in ("model", "data", "schedule"))
-    fixed, distillation = defaults["schedule"], section(raw.get("distillation"))
-    if raw.get("task") == "finetune":
-        if raw.get("quantization") is None:
-            yield (
-                ("quantization",),
-                "missing; task 'finetune' needs it (write 'quantization: {}' for 8 bits everywhere)",
-            )
-        if model.get("checkpoint") is None:
-            yield ("model", "checkpoint"), "missing; task 'finetune' starts from a trained network"
-        if raw.get("parallel") == "fsdp":
-            yield (
-                ("parallel",),
-                "found 'fsdp', allowed for task 'finetune': 'ddp' (quantized networks are trained whole)",
-            )
-        temperature = section(schedule.get("temperature"))
-        usual = fixed["temperature"]
-        for key in (key for key in usual if temperature.get(key, usual[key]) != usual[key]):
-            yield (
-                ("schedule", "temperature", key),
-                "only task 'pretrain' anneals the temperature; remove it, or set task: pretrain",
-            )
-    if raw.get("task") == "pretrain":
-        if raw.get("quantization") is not None:
-            yield (
-                ("quantization",),
-                "task 'pretrain' trains in float; remove the section, or set task: finetune",
-            )
-        if type(epochs := schedule.get("epochs")) is int and epochs == 0:
-            yield ("schedule", "epochs"), "found 0, allowed for task 'pretrain': an integer of at least 1"
-        for key in ("calibration_batches", "freeze_observers", "freeze_batch_norm", "freeze_binary"):
-            if schedule.get(key, fixed[key]) != fixed[key]:
-                yield ("schedule", key), "only task 'finetune' uses it; remove it, or set task: finetune"
-        yield from _never_binary(schedule, fixed)
-        if distillation.get("teacher") == "self":
-            yield (
-                ("distillation", "teacher"),
-                "found 'self', allowed for task 'pretrain': 'none' (no trained network to learn from; others "
-                "are named with distillation.teachers)",
-            )
-        if not distillation.get("teachers") and distillation.get("teacher") is None:
-            usual = defaults["distillation"]
-            for key in ("weight", "temperature"):
-                if distillation.get(key, usual[key]) != usual[key]:
-                    yield (
-                        ("distillation", key),
-                        "not used without a teacher; name some with distillation.teachers, or remove it",
-                    )
-    yield from _teachers(distillation)
-    yield from _of_another_data_set(data, defaults["data"])
-    side, resize = data.get("image_size", defaults["data"]["image_size"]), data.get("resize")
-    if type(side) is int and type(resize) is int and 0 < resize < side:
-        yield ("data", "resize"), f"found {resize}, allowed: at least data.image_size, which is {side}"
-
-
-def _teachers(distillation: Mapping[Any, Any]) -> Iterator[tuple[KeyPath, str]]:
-    teachers, weights = distillation.get("teachers", []), distillation.get("teacher_weights")
-    if teachers and (named := distillation.get("teacher")) is not None:
-        yield (
-            ("distillation", "teacher"),
-            f"found {found(named)}, allowed beside distillation.teachers: null",
-        )
-    if isinstance(teachers, list) and isinstance(weights, list) and len(teachers) != len(weights):
-        yield (
-            ("distillation", "teacher_weights"),
-            f"found {len(weights)} weights, allowed: one for each of distillation.teachers, which are "
-            f"{len(teachers)}",
-        )
-
-
-def _never_binary(schedule: Mapping[Any, Any], fixed: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What keeps a temperature that falls by a factor per epoch from making the weights exactly binary."""
-    temperature = schedule.get("temperature")
-    chosen = {**fixed["temperature"], **(temperature if isinstance(temperature, Mapping) else {})}
-    decay, start, epochs = chosen["decay"], chosen["start"], schedule.get("epochs", fixed["epochs"])
-    if decay is None:
-        return
-    if chosen["share"] != fixed["temperature"]["share"]:
-        yield (
-            ("schedule", "temperature", "share"),
-            "not used beside schedule.temperature.decay; remove one of both",
-        )
-    numbers = all(type(value) in (int, float) for value in (decay, start))
-    if not numbers or not 0 < decay < 1 or start <= 0 or type(epochs) is not int or epochs < 1:
-        return  # found by itself
-    # The steps are multiplied out as in training, where rounding decides about the last one.
-    if start * decay**epochs >= _BINARY_TEMPERATURE:
-        needed = math.ceil(math.log(_BINARY_TEMPERATURE / start) / math.log(decay))
-        needed += start * decay**needed >= _BINARY_TEMPERATURE
-        yield (
-            ("schedule", "epochs"),
-            f"found {epochs}, allowed: at least {needed}; a temperature that falls from {found(start)} by a "
-            f"factor of {found(decay)} per epoch makes the weights binary after {needed}",
-        )
-
-
-#: Keys of `data` that some data sets alone have.
-_DATA_SETS: dict[str, tuple[str, ...]] = {
-    "name": ("hub",),
-    "config": ("hub",),
-    "revision": ("hub",),
-    "image_column": ("parquet", "hub"),
-    "label_column": ("parquet", "hub"),
-    "streaming": ("parquet", "hub"),
-    "validation_share": ("imagefolder", "parquet"),
-    "final_split": ("imagefolder", "parquet", "cifar10", "hub"),
-}
-
-
-def _of_another_data_set(
-    data: Mapping[Any, Any], defaults: Mapping[str, Any]
-) -> Iterator[tuple[KeyPath, str]]:
-    """Keys of ``data`` that its data set doesn't have, and the one that the Hub needs."""
-    chosen = data.get("dataset", defaults["dataset"])
-    if chosen == "hub" and data.get("name") is None:
-        yield ("data", "name"), "missing; dataset 'hub' needs a repository, such as 'uoft-cs/cifar10'"
-    for key, names in _DATA_SETS.items():
-        if data.get(key, defaults[key]) != defaults[key] and chosen not in names:
-            listed = ", ".join(map(repr, names[:-1])) + (" and " if len(names) > 1 else "") + repr(names[-1])
-            yield ("data", key), f"found {found(data[key])}, but only data.dataset {listed} has it"
-    if data.get("validation_share") is not None and (split := data.get("test_split")) is not None:
-        yield (
-            ("data", "validation_share"),
-            f"found {found(data['validation_share'])}, allowed beside data.test_split, which is "
-            f"{found(split)}: null",
-        )
-    if data.get("streaming") is True:
-        for key, value in (("on_error", "skip"), ("validation_share", None)):
-            given = data.get(key)
-            if given is not None and (value is None or given == value):
-                yield (
-                    ("data", key),
-                    f"found {found(given)}, allowed where images are streamed: "
-                    f"{found(None if value is None else defaults[key])}",
-                )
-
-
 def _explain(detail: ErrorDetails, schema: Schema) -> tuple[KeyPath, str]:
     """Key path and message of one pydantic error."""
     path, kind, value = detail["loc"], detail["type"], detail["input"]
     if kind == "missing" and isinstance(path[-1], int):
-        path, kind = path[:-1], "too_short"  # a list with too few entries: speak of the list
+        path, kind = path[:-1], "too_short"  # a list with too few entries; the message is about the list
     if kind in ("extra_forbidden", "invalid_key"):
-        path = (*path[:-1], str(path[-1]))  # a bare number is a key here, not a position in a list
+        path = (*path[:-1], str(path[-1]))  # a number is a key here, not a position in a list
         if why := _ABSENT_ON_PURPOSE.get(path):
             return path, f"not a key of this group: {why}"
         keys = list(_plain(_schema_at(path[:-1], schema), schema).get("properties", {}))
@@ -249,7 +106,7 @@ def _explain(detail: ErrorDetails, schema: Schema) -> tuple[KeyPath, str]:
 
 
 def _plain(node: Schema, schema: Schema) -> Schema:
-    """``node`` without the `null` alternative and with its reference followed."""
+    """The schema that ``node`` refers to, without the alternative `null`."""
     for option in node.get("anyOf", []):
         if option.get("type") != "null":
             node = option
@@ -259,7 +116,7 @@ def _plain(node: Schema, schema: Schema) -> Schema:
 
 
 def _schema_at(path: KeyPath, schema: Schema) -> Schema:
-    """The JSON schema of the value at ``path``; empty for a key that is not in the schema."""
+    """The JSON schema of the value at ``path``. It is empty for a key that the schema doesn't have."""
     node = schema
     for key in path:
         node = _plain(node, schema)
@@ -272,7 +129,7 @@ def _schema_at(path: KeyPath, schema: Schema) -> Schema:
 
 
 def _allowed(node: Schema, schema: Schema) -> str:
-    """What a JSON schema node allows, in words: "an integer from 2 to 8, or null"."""
+    """What a node of a JSON schema allows, in words, such as "an integer from 2 to 8, or null"."""
     plain = _plain(node, schema)
     null = ", or null" if any(option.get("type") == "null" for option in node.get("anyOf", [])) else ""
     match plain.get("type"):
@@ -314,16 +171,7 @@ def _range(node: Schema) -> str:
     return f" {' and '.join(bounds)}" if bounds else ""
 
 
-def found(value: object) -> str:
-    """A value as a reader of YAML knows it; long ones are cut."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return reprlib.repr(list(value) if isinstance(value, tuple) else value)
-
-
 def not_a_mapping(value: object, source: str, schema: Schema) -> str:
-    """Message for a recipe that is a list, a number, a text or nothing."""
+    """The message for a recipe that is a list, a number, a text or empty."""
     what = "nothing" if value is None else found(value)
     return f"{source}: found {what} at the top level, allowed: {_allowed(schema, schema)}"

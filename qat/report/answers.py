@@ -1,4 +1,4 @@
-"""What two networks answer on the same images: which classes they confuse, and where they differ."""
+"""The classes that two networks put the same images into, which ones they confuse, and where they differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.evaluation import Predict, input_for
 from qat.gate.paired_statistics import Pairs
 from qat.recipe.schema import Data
 
-#: Images kept of each kind of change.
+#: Largest number of changed images that are kept of each kind of change.
 KEPT: Final = 48
 
 
@@ -23,9 +23,9 @@ class ChangedImage:
     """An image that the two networks put into different classes.
 
     Attributes:
-        index: its place in the split.
-        pixels: uint8 (3, H, W), as the networks are given it but for the normalization.
-        label, before, after: the true class, and the two answers.
+        index: index of the image in the split.
+        pixels: the image as the networks see it, but not normalized: uint8 (3, H, W).
+        label, before, after: the true class, and the answers of the first and the second network.
     """
 
     index: int
@@ -47,15 +47,15 @@ class ChangedImage:
 
 @dataclass(frozen=True)
 class Answers:
-    """The classes that a network, and the one it came from, put each image of a split into.
+    """The answers of a network, and of the network that its training started from, on the images of a split.
 
     Attributes:
-        class_names: by label.
+        class_names: names of the classes in the order of the labels.
         labels: true classes (N,), int64.
-        after: answers (N,) of the network.
-        before: answers (N,) of the network it came from; ``None`` where that isn't known.
-        changed: images with two answers, those that became wrong first, then those that became right, then
-            those that are wrong both times; at most :data:`KEPT` of each.
+        after: answers of the network, (N,) int64.
+        before: answers of the network that training started from, (N,) int64; ``None`` if it isn't known.
+        changed: images with different answers: first those that became wrong, then those that became right,
+            then those that are wrong both times; at most :data:`KEPT` of each.
     """
 
     class_names: Sequence[str]
@@ -71,34 +71,34 @@ class Answers:
 
     @property
     def correct(self) -> int:
-        """Images that the network has right."""
+        """Number of images that the network has right."""
         return int((self.after == self.labels).sum())
 
     @property
     def correct_before(self) -> int | None:
-        """Images that the network it came from has right."""
+        """Number of images that the first network has right; None if it isn't known."""
         return None if self.before is None else int((self.before == self.labels).sum())
 
     @property
     def changes(self) -> int | None:
-        """Images with two answers."""
+        """Number of images with different answers; None if the first network isn't known."""
         return None if self.before is None else int((self.before != self.after).sum())
 
     @property
     def pairs(self) -> Pairs | None:
-        """Images that became wrong, and that became right."""
+        """How many images became wrong and how many became right; None if the first network isn't known."""
         if self.before is None:
             return None
         was, now = self.before == self.labels, self.after == self.labels
         return Pairs(self.n, lost=int((was & ~now).sum()), gained=int((~was & now).sum()))
 
     def confusion(self) -> Tensor:
-        """Counts (classes, classes) int64: true class by the network's answer."""
+        """Confusion matrix of the network: counts (classes, classes) int64, a row for each true class."""
         classes = len(self.class_names)
         return torch.bincount(self.labels * classes + self.after, minlength=classes**2).view(classes, classes)
 
     def confused(self, most: int) -> list[tuple[int, int, int]]:
-        """The commonest errors: true class, answer, and how many images; ties in class order."""
+        """The ``most`` commonest errors: true class, answer, number of images; ties in class order."""
         counts = self.confusion().fill_diagonal_(0)
         found = [(row, column, int(counts[row, column])) for row, column in counts.nonzero().tolist()]
         return sorted(found, key=lambda item: (-item[2], item[0], item[1]))[:most]
@@ -107,14 +107,14 @@ class Answers:
 def compare(
     after: Predict, before: Predict | None, split: Split, data: Data, device: torch.device | str = "cpu"
 ) -> Answers:
-    """Ask both networks about every image of ``split``, reading each image once.
+    """Classify every image of ``split`` by both networks, reading each image once.
 
     Args:
-        after: a network.
-        before: the one it came from, if it is known.
-        split: labelled images.
-        data: how they are preprocessed, and how many at a time.
-        device: where both networks are.
+        after: the network.
+        before: the network that its training started from, if it is known.
+        split: images with labels.
+        data: preprocessing and batch size.
+        device: device of both networks.
 
     Raises:
         DataError: an image cannot be decoded.

@@ -1,7 +1,7 @@
-"""Charts as inline SVG that follow the page they stand in: its fonts, its light and its dark colours.
+"""Charts as inline SVG that take fonts and colours, light or dark, from the page around them.
 
-Each chart is 420 units wide with 14-unit text, so that it reads on a phone as it is. The same numbers give
-the same bytes.
+Each chart is 420 units wide with text of 14 units, so that it can be read on a phone without zooming. The
+same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qat.report.svg import MARKS, WIDTH, chart_style, clean, new_figure, shortened, tidy, to_svg
 
-#: Line charts mark each point up to this many.
+#: Largest number of points of a line that are marked by dots.
 _MARKED: Final = 40
-#: Classes up to which a heat map writes its numbers into the cells.
+#: Largest number of classes at which a heat map writes its counts into the cells.
 _WRITTEN: Final = 12
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line, or with ``dots`` one cloud of points, of a line chart.
+    """One line of a line chart, or a set of points.
 
     Attributes:
-        name: for the legend.
-        x: places.
-        y: values; None and what is not finite leave a gap.
-        dots: points that no line joins.
-        dashed: a second line of the same kind, such as the training set beside the test set.
-        plain: points are not marked, as of a level that lines are compared with.
+        name: name in the legend.
+        x: horizontal positions.
+        y: values; None, NaN and infinities leave a gap.
+        dots: whether to draw points without a line.
+        dashed: whether to draw a dashed line, such as for the training set beside the test set.
+        plain: whether to leave the points of a line unmarked, such as for a level to compare with.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Bar:
     """One bar.
 
     Attributes:
-        label: stands above the bar.
-        value: length; None and what is not finite draw none.
-        text: stands right of the label, such as the value with its unit.
+        label: text above the bar.
+        value: length of the bar; None, NaN and infinities draw no bar.
+        text: text to the right of the label, such as the value with its unit.
         colour: one of :data:`qat.report.svg.COLOURS`.
-        low, high: ends of a whisker, such as a confidence interval.
+        low, high: ends of an error bar, such as a confidence interval.
     """
 
     label: str
@@ -78,17 +78,17 @@ def line_chart(
     whole_x: bool = True,
     height: float = 250.0,
 ) -> Markup:
-    """Lines or clouds of points over one axis, a colour each.
+    """A chart of lines or sets of points, each in its own colour.
 
     Args:
-        title: what the chart shows, for readers who can't see it; the page writes the visible caption.
+        title: what the chart shows, for screen readers; the page writes the visible caption.
         series: at most six, drawn in order.
         x_label: name of the horizontal axis.
         y_label: name of the vertical axis, with its unit.
-        scale: of the vertical axis; logarithmic leaves out values that are not positive.
-        least: value that the vertical axis begins at, such as 0 for shares; None fits the values.
-        whole_x: ticks stand at whole numbers alone, as epochs do.
-        height: in SVG units.
+        scale: scale of the vertical axis; a logarithmic one leaves out values that are not positive.
+        least: value at which the vertical axis begins, such as 0 for shares; None fits the values.
+        whole_x: whether ticks are at whole numbers only, such as epochs.
+        height: height of the chart in SVG units.
     """
     if not 1 <= len(series) <= 6:
         raise ValueError(f"{len(series)} series, allowed are 1 to 6")
@@ -134,13 +134,13 @@ def bar_chart(
     start: float = 0.0,
     end: float | None = None,
 ) -> Markup:
-    """Horizontal bars below each other; labels stand above them, so that long names need no margin.
+    """A chart of horizontal bars. Labels are above the bars, so that long names need no margin.
 
     Args:
-        title: what the chart shows, for readers who can't see it.
+        title: what the chart shows, for screen readers.
         bars: from top to bottom; at least one.
         x_label: name of the values, with their unit.
-        start: value at which bars begin; those of lesser values point to the left.
+        start: value at which bars begin; bars of smaller values point to the left.
         end: value at the right border; None fits the longest bar.
     """
     if not bars:
@@ -158,7 +158,7 @@ def bar_chart(
         axes.set_xlim(left, right)
         axes.set_ylim(len(bars), 0)
         axes.set_yticks([])
-        # Numbers at the borders must not stand half outside.
+        # Numbers at the borders must not be cut off.
         ticks = [tick for tick in MaxNLocator(5).tick_values(left, right) if left <= tick <= right]
         axes.set_xticks(ticks)
         axes.ticklabel_format(axis="x", useOffset=False, style="plain")
@@ -202,17 +202,17 @@ def heat_map(
     x_label: str = "predicted",
     y_label: str = "true",
 ) -> Markup:
-    """A square table of counts as colours, such as a confusion matrix.
+    """A square matrix of counts drawn as colours, such as a confusion matrix.
 
-    A cell's strength is its share of its row. The diagonal, where both classes agree, has a colour of its
-    own. Up to 12 classes, the counts stand in the cells.
+    The strength of a cell's colour is its share of its row. The diagonal has a colour of its own. With at
+    most 12 classes, the counts are written into the cells.
 
     Args:
-        title: what the chart shows, for readers who can't see it.
-        counts: rows by columns, as many as ``labels``.
+        title: what the chart shows, for screen readers.
+        counts: rows of counts, as many rows and columns as ``labels``.
         labels: class names.
-        x_label: what columns are.
-        y_label: what rows are.
+        x_label: what the columns are.
+        y_label: what the rows are.
     """
     size = len(labels)
     if len(counts) != size or any(len(row) != size for row in counts):
@@ -226,7 +226,7 @@ def heat_map(
             for column, count in enumerate(values):
                 if not count:
                     continue
-                # The square root lets a single error of a hundred images be seen.
+                # The square root makes even one error in a hundred images visible.
                 level = math.ceil(10 * math.sqrt(count / total))
                 x, y = column, row
                 square = Path([(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1), (x, y)], closed=True)
@@ -288,7 +288,7 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
 
 
 def _number(value: float | None, *, positive: bool = False) -> float:
-    """The value as matplotlib wants it: NaN where there is nothing to draw."""
+    """``value`` for matplotlib: NaN if there is nothing to draw."""
     if value is None or not math.isfinite(value) or (positive and value <= 0):
         return math.nan
     return float(value)

@@ -1,4 +1,4 @@
-"""The report's page: key figures, and what its template is given."""
+"""The page of the report: its key figures, and the values that its template is filled in with."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Measured:
     """What was computed for a report.
 
     Attributes:
-        answers: of the network and the one it came from, on the test images.
-        layers: statistics of a quantized network's points.
-        images: how many images these are of.
+        answers: answers of the network, and of the one that training started from, on the test images.
+        layers: statistics of the layers of a quantized network.
+        images: number of images that these statistics were measured on.
         quantization: name of the network's quantization, from
             :func:`qat.quantize.naming.quantization_name`; ``None`` for a float-rest network.
         notes: sentences on what could not be measured.
-        device: where.
+        device: device that computed all this.
     """
 
     answers: Answers
@@ -65,7 +65,7 @@ class Measured:
 
 
 def report_page(files: RunFiles, recipe: Recipe, checkpoint: Checkpoint, measured: Measured) -> str:
-    """The report as HTML."""
+    """The report on a run, as HTML."""
     answers, quantization = measured.answers, measured.quantization
     counted = operations(checkpoint.architecture, recipe.data.image_size)
     costs = Costs(counted, weight_bits(counted, checkpoint.quantization_map))
@@ -121,7 +121,7 @@ def _headline(files: RunFiles, checkpoint: Checkpoint, recipe: Recipe) -> str:
 
 
 def _date(seconds: float | None) -> datetime | None:
-    """The moment so many seconds after 1970; None where no calendar has it."""
+    """The time ``seconds`` after 1970 began; None if that is beyond the calendar of Python."""
     try:
         return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
     except (OverflowError, OSError, ValueError):
@@ -139,7 +139,7 @@ def _tiles(answers: Answers, costs: Costs, quantization: str | None, files: RunF
     tiles.append(Tile("Top-1" if quantization is None else f"{quantization} top-1", top1, interval))
     if answers.pairs is not None:
         low, high = change_interval(answers.pairs)
-        # Coloured only where chance is unlikely.
+        # Coloured only if the 95 % confidence interval excludes 0.
         tone: Literal["", "good", "bad"] = "good" if low > 0 else "bad" if high < 0 else ""
         about = f"95 % confidence: {points(100 * low)} to {points(100 * high)}"
         tiles.append(Tile("Change in points", points(100 * answers.pairs.change), about, tone))
@@ -174,10 +174,14 @@ def _final_tile(files: RunFiles) -> Tile | None:
 
 
 def _origin(files: RunFiles, recipe: Recipe, measured: Measured) -> list[tuple[str, Any]]:
-    """Versions, fingerprints, and where the report's own numbers come from."""
+    """Names and values of the section on the run's origin: seed, files, fingerprints, versions, device."""
     facts: list[tuple[str, Any]] = [("Task", recipe.task), ("Seed", recipe.seed)]
     if recipe.model.checkpoint is not None:
         facts.append(("Started from", recipe.model.checkpoint))
+    if recipe.model.classifier == "new":
+        facts.append(("Classifier", f"new, for {recipe.model.num_classes} classes"))
+    if recipe.schedule.float_epochs:
+        facts.append(("Trained in float before quantization", f"{recipe.schedule.float_epochs} epochs"))
     if files.pretrained_sha256 is not None:
         facts.append(("SHA-256 of that file", files.pretrained_sha256))
     names = {"train": "Training images, SHA-256", "test": "Test images, SHA-256"}

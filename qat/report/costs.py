@@ -1,4 +1,4 @@
-"""Sections of the report on costs: parameters, bytes, operations, and measured time."""
+"""Sections of the report on costs: parameters, bytes, operations, and measured latency."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ _TITLES: Final = {
 
 @dataclass(frozen=True)
 class Costs:
-    """What the network costs with the weights it has.
+    """Operations and bytes of a network.
 
     Attributes:
-        operations: of its architecture.
-        bits: of each layer's weights, by name, from :func:`weight_bits`.
+        operations: operation counts of its architecture.
+        bits: bits of each layer's weights, by name, from :func:`weight_bits`.
     """
 
     operations: Operations
     bits: Mapping[str, int]
 
     def ops(self, layers: Sequence[LayerOperations] | None = None) -> float:
-        """OPs of some layers or all: a MAC of quantized weights counts as an eighth, one in float as one."""
+        """OPs of some layers, or of all, for one image, as the paper counts them.
+
+        A multiply-accumulate (MAC) counts 1/64 if binary, 1/8 if its weights are quantized, and 1 in float.
+        """
         return sum(
             layer.macs
             / (
@@ -47,13 +50,13 @@ class Costs:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the parameters: weights with their bits, all others as float32."""
+        """Bytes of the parameters: each weight takes its bits, all other parameters are float32."""
         weights = sum(self.bits[layer.name] * layer.weights for layer in self.operations.layers)
         return -(-(weights + 32 * self.operations.parameters.others) // 8)
 
 
 def weight_bits(operations: Operations, quantization_map: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Bits of each layer's weights by name: 1, those of its weight quantizer, or 32 without one."""
+    """Bits of each layer's weights, by name: 1 if binary, else those of its quantizer, or 32 without one."""
     bits = {}
     for layer in operations.layers:
         owner = "feature.0" if layer.kind == "stem" else layer.name
@@ -120,7 +123,7 @@ def operations_figure(costs: Costs, quantization: str | None) -> Figure:
 
 
 def size_table(costs: Costs, files: Sequence[Path], quantized: bool) -> Table:
-    """Bytes of the parameters as stored in several ways, and of the run's files."""
+    """Bytes of the parameters in several forms of storage, and of the run's files."""
     parameters = costs.operations.parameters
     full = parameters.float32_bytes
     rows = [
@@ -138,12 +141,12 @@ def size_table(costs: Costs, files: Sequence[Path], quantized: bool) -> Table:
 
 
 def megabytes(size: int) -> str:
-    """A size in MB, a small one in kB."""
+    """A number of bytes as text in MB, or in kB if it is small."""
     return f"{size / 1e6:.2f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 
 def millions(value: float) -> str:
-    """A large number in short: ``5.6 M``, ``1.72 G``."""
+    """A large number as short text, such as ``5.6 M`` or ``1.72 G``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -151,7 +154,11 @@ def millions(value: float) -> str:
 
 
 def latency(bench: Mapping[str, Any]) -> tuple[Table, Figure, str] | None:
-    """Table, chart and conditions of what ``qat bench --json`` printed; None where it is something else."""
+    """The section on latency, from the parsed JSON of ``qat bench --json``.
+
+    Returns:
+        A table, a chart, and a sentence on the conditions; None if ``bench`` is something else.
+    """
     settings, machine, results = (bench.get(key) for key in ("settings", "machine", "results"))
     if not isinstance(settings, Mapping) or not isinstance(machine, Mapping) or not isinstance(results, list):
         return None

@@ -1,4 +1,7 @@
-"""What a report reads from a run directory; a file that is missing or damaged costs its part alone."""
+"""The files of a run directory that a report reads.
+
+If one is missing or damaged, the report lacks only the part that needs it.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ from typing import Any, Final
 from qat.errors import QatError, first_line
 from qat.runs import RunDirectory
 
-#: What `qat bench --json` printed, if the user put it there.
+#: File with the output of `qat bench --json`, if the user put it there.
 BENCH: Final = "bench.json"
 MODEL: Final = "model.onnx"
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The texts of a run directory.
+    """The parsed text files of a run directory.
 
     Attributes:
         run: the directory.
-        summary: empty where the run has not finished.
-        metrics: one object per epoch.
-        bench: what was measured of its models; ``None`` without a file.
-        recipe: the text of ``recipe.yaml``.
+        summary: content of ``summary.json``; empty if the run has not finished.
+        metrics: content of ``metrics.jsonl``, one object per epoch.
+        bench: content of :data:`BENCH`; ``None`` if there is no such file.
+        recipe: text of ``recipe.yaml``.
         problems: sentences on what is missing or damaged.
     """
 
@@ -38,12 +41,12 @@ class RunFiles:
 
     @property
     def model(self) -> Path:
-        """Where `qat export --onnx` writes the model."""
+        """Path to which `qat export --onnx` writes the model."""
         return self.run.path / MODEL
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """Fingerprints by split."""
+        """What the summary says about the data: the fingerprint of each split."""
         return mapping(self.summary.get("data"))
 
     @property
@@ -60,7 +63,7 @@ class RunFiles:
 
 
 def read_run(run: RunDirectory) -> RunFiles:
-    """The texts of ``run``.
+    """Read the text files of ``run``.
 
     Raises:
         QatError: ``recipe.yaml`` cannot be read.
@@ -92,15 +95,18 @@ def read_run(run: RunDirectory) -> RunFiles:
 
 
 def mapping(value: object) -> Mapping[str, Any]:
-    """``value`` if it is a JSON object, else an empty one."""
+    """``value`` if it is a JSON object, else an empty object."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _lines(path: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """The objects of a JSON Lines file, and how many lines are none: a run may have ended while writing."""
+    """The objects of a JSON Lines file, and the number of lines that are not JSON objects.
+
+    The last line may be cut off, if the run was killed while it wrote.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no epoch was trained
+    except OSError:  # there is no file if no epoch was trained
         return [], 0
     rows: list[Mapping[str, Any]] = []
     damaged = 0

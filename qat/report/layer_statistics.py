@@ -1,12 +1,12 @@
 """What quantization does to each layer of a prepared network, measured on images.
 
-Measured on the float-valued path, the one that fine-tuning takes: every quantization point is given float
-values there and rounds them. In evaluation mode a prepared network computes integers itself and calls no
-quantizer, so it is put on the other path meanwhile: grids and batch statistics stay fixed, nothing is
-learned, and network, modes and hooks are afterwards what they were.
+A prepared network has two ways to compute. In training, every quantization point is given float values and
+rounds them. In evaluation, the network computes integers and calls no quantizer. The statistics need the
+values before rounding, so the network is put on the first way while it is measured. Grids and batch
+statistics stay fixed meanwhile, nothing is learned, and afterwards the network is unchanged.
 
-Values that are put on a grid chosen elsewhere (the result of a PReLU, BN2's offset) are not counted, only
-those that reach the point itself.
+A point's statistics count the values that the point itself is given. Values that only share its grid (the
+result of a PReLU, BN2's offset) are not counted.
 """
 
 from __future__ import annotations
@@ -25,15 +25,11 @@ from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions
 from qat.nn.layers import BinaryConv2d
 from qat.nn.sub_block import SubBlock
-from qat.quantize.quantizers import (
-    ActivationQuantizer,
-    FixedQuantizer,
-    Quantizer,
-    WeightQuantizer,
-    activation_quantizers,
-)
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer, activation_quantizers
+from qat.quantize.quantizer_base import Quantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
+from qat.quantize.weight_quantizers import WeightQuantizer
 
 Group = Literal["stem", "se", "classifier", "trunk", "binary"]
 
@@ -43,25 +39,26 @@ class LayerStatistics:
     """One quantization point, weight quantizer or binary convolution.
 
     Attributes:
-        name: module name; for all but binary convolutions the key of
+        name: module name; except for binary convolutions, it is a key of
             :func:`qat.quantize.preparation.quantization_map`.
         group: ``stem``, ``se``, ``classifier``, ``trunk`` or ``binary``.
-        weights: whether it quantizes weights (which no image changes) rather than activations; ``False`` for
-            a binary convolution, whose range and signs are those of its input.
-        type: such as ``int8``, ``uint8``, ``1 bit``.
-        bits: width of the integers.
-        scale_min, scale_max: step of the grid; they differ for weights, which have one per output channel.
-        low, high: smallest and largest value that reached the point; for a binary convolution, the values
-            whose sign it takes.
-        count: how many values, over all images.
-        clipped: share of values, 0 to 1, beyond the outermost integers even after rounding; ``None`` for a
+        weights: whether the values are weights, not activations. ``False`` for a binary convolution: its
+            ``low``, ``high``, ``count`` and ``positive`` describe its input.
+        type: type of the integers, such as ``int8``, ``uint8`` or ``1 bit``.
+        bits: bits of the integers.
+        scale_min, scale_max: smallest and largest scale. They differ only for weights, which have a scale per
+            output channel.
+        low, high: smallest and largest value before rounding; for a binary convolution, of the values whose
+            sign it takes.
+        count: number of values, over all images.
+        clipped: share of the values, 0 to 1, that round to an integer outside of the grid; ``None`` for a
             binary convolution.
-        sqnr: ``10 · log10(Σ x² / Σ (x − Q(x))²)`` in dB, ``inf`` where Q changes nothing, ``nan`` where a
-            value is not finite; ``None`` for a binary convolution.
-        exact: share of the weights in use that are exactly ±1. Binary convolutions only, as the next two.
-        flipped: share of sign bits that differ from the network that fine-tuning started from; ``None``
-            without one.
-        positive: share of input signs that are +1.
+        sqnr: signal-to-quantization-noise ratio ``10 · log10(Σ x² / Σ (x − Q(x))²)`` in dB; ``inf`` if Q
+            changes nothing, ``nan`` if a value is not finite, ``None`` for a binary convolution.
+        exact: share of the weights in use, 0 to 1, that are exactly ±1; binary convolutions only.
+        flipped: share of the weights, 0 to 1, whose sign differs from that in the network that fine-tuning
+            started from; binary convolutions only, ``None`` without that network.
+        positive: share of the input's signs, 0 to 1, that are +1; binary convolutions only.
     """
 
     name: str
@@ -84,20 +81,19 @@ class LayerStatistics:
 def measure(
     quantized: BNext, images: Iterable[Tensor], start: BNext | Mapping[str, Tensor] | None = None
 ) -> list[LayerStatistics]:
-    """Statistics of every quantization point and binary convolution, in definition order.
+    """Measure every quantization point and binary convolution, in the order of the network's modules.
 
     Memory does not grow with the number of batches.
 
     Args:
-        quantized: prepared and calibrated; where the recipe left a group in float, its points don't exist.
-            Unchanged afterwards, even if an exception passes.
+        quantized: prepared and calibrated network. It is unchanged afterwards, even after an exception.
         images: batches of normalized images (N, 3, H, W).
-        start: network that fine-tuning started from, or its state dict (float or prepared; other keys than
-            the binary convolutions' weights are ignored).
+        start: network that fine-tuning started from, or its state dict, of which only the weights of the
+            binary convolutions are used.
 
     Raises:
-        QuantizationError: a point is not calibrated, there are no images, or ``start`` lacks a binary
-            convolution of this shape.
+        QuantizationError: a point is not calibrated, there are no images, or ``start`` has no weight of the
+            same name and shape for a binary convolution.
     """
     _check_calibrated(quantized)
     flipped = {} if start is None else _flipped_shares(quantized, start)
@@ -121,7 +117,7 @@ def measure(
             hooks.callback(handle.remove)
         for batch in images:
             quantized(batch.to(device))
-            weights.close()  # they are the same in every batch
+            weights.close()  # remove the hooks of weights, which are the same in every batch
     if not all(sums.count for _, sums in points.values()):
         raise QuantizationError("no images to measure the layers on")
     return [_statistics(name, *point, flipped.get(name)) for name, point in points.items()]
@@ -129,7 +125,10 @@ def measure(
 
 @dataclass
 class _Sums:
-    """What one point has seen so far. Signal and noise are sums of squares; ``unrounded`` is under way."""
+    """Sums over the values that one point was given so far.
+
+    ``signal`` and ``noise`` are sums of squares. ``unrounded`` is the point's input while it computes.
+    """
 
     low: float = inf
     high: float = -inf
@@ -143,14 +142,20 @@ class _Sums:
     unrounded: Tensor | None = None
 
     def extend(self, x: Tensor) -> None:
-        """Widen the range to ``x`` and count its values."""
+        """Extend the range to hold ``x``, and count its values."""
         low, high = (float(end) for end in x.aminmax())
-        # What is not a number stays: `min` and `max` keep their first argument where nothing compares.
+        # Once NaN, the range stays NaN: `min` and `max` return their first argument if that is NaN.
         self.low, self.high = (nan, nan) if isnan(low) else (min(self.low, low), max(self.high, high))
         self.count += x.numel()
 
     def add(self, x: Tensor, q: Tensor, scale: Tensor, limits: tuple[int, int]) -> None:
-        """Values and what became of them, the grid's step and its outermost integers less the zero point."""
+        """Add values ``x`` with their rounded values ``q``.
+
+        Args:
+            x, q: tensors of one shape.
+            scale: scale of the grid, broadcasts against ``x``.
+            limits: smallest and largest integer of the grid, less the zero point.
+        """
         self.extend(x)
         self.scale_min = min(self.scale_min, float(scale.min()))
         self.scale_max = max(self.scale_max, float(scale.max()))
@@ -161,17 +166,17 @@ class _Sums:
         self.noise += float((exact - q.double()).square_().sum())
 
 
-#: Values that are looked at together. A whole batch in float64 would be large, and slower too.
+#: Number of values that are added to the sums at once. A whole batch in float64 takes more memory and time.
 _CHUNK: Final = 2**18
 
 
 def _keep_values(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Hook before a quantization point, whose result may take the memory of its input."""
+    """Hook before a quantization point: copy its input, which the point may overwrite with its result."""
     sums.unrounded = inputs[0].clone()
 
 
 def _see_values(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a quantization point."""
+    """Hook after a quantization point: add its input and its result to the sums."""
     assert isinstance(module, ActivationQuantizer | FixedQuantizer)
     zero = int(module.zero_point) if isinstance(module, FixedQuantizer) else 0
     limits = (module.quant_min - zero, module.quant_max - zero)
@@ -184,7 +189,7 @@ def _see_values(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output:
 
 
 def _see_weights(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a weight quantizer; that of a channel attention is called for both layers."""
+    """Hook after a weight quantizer. One quantizer serves both layers of a channel attention, in turn."""
     assert isinstance(module, WeightQuantizer)
     (weight,) = inputs
     scale = module.scale(weight).view(-1, *[1] * (weight.ndim - 1))
@@ -192,7 +197,10 @@ def _see_weights(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...], output
 
 
 def _see_signs(sums: _Sums, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Hook before a sub-block: what its sign is taken of is no module's result where steps are fused."""
+    """Hook before a sub-block: add the values whose sign it takes, its input plus the learned bias.
+
+    They are computed here, since no module inside the sub-block has them as its input or result.
+    """
     assert isinstance(module, SubBlock)
     moved = module.move(inputs[0])
     sums.extend(moved)
@@ -254,7 +262,7 @@ def _check_calibrated(model: nn.Module) -> None:
 
 
 def _flipped_shares(model: BNext, start: BNext | Mapping[str, Tensor]) -> dict[str, float]:
-    """Share of sign bits that differ from ``start``, by name of the binary convolution."""
+    """Share of the weights whose sign differs from that in ``start``, by name of the binary convolution."""
     state: Mapping[str, Tensor] = start.state_dict() if isinstance(start, BNext) else start
     shares = {}
     for name, conv in binary_convolutions(model).items():
@@ -273,9 +281,9 @@ def _flipped_shares(model: BNext, start: BNext | Mapping[str, Tensor]) -> dict[s
 
 @contextmanager
 def _float_path(model: BNext) -> Iterator[None]:
-    """Meanwhile ``model`` quantizes float values as in training, and neither observes nor updates."""
+    """Make ``model`` quantize float values as in training, without observing or updating, in the block."""
     modes = [(module, module.training) for module in model.modules()]
-    # Training mode clamps the mix scales in place.
+    # In training mode the mix scales are clamped in place: copy them, to restore them afterwards.
     kept = [
         (block.scale, block.scale.detach().clone())
         for block in model.modules()
@@ -284,8 +292,9 @@ def _float_path(model: BNext) -> Iterator[None]:
     try:
         model.eval()
         for module in model.modules():
-            if isinstance(module, _TWINS):
-                module.training = True  # of itself alone: quantizers and batch norms inside keep evaluating
+            if isinstance(module, _INTEGER_IN_EVALUATION):
+                # Not train(), which would also set the quantizers and batch normalizations inside.
+                module.training = True
         yield
     finally:
         for module, training in modes:
@@ -295,5 +304,11 @@ def _float_path(model: BNext) -> Iterator[None]:
                 scale.copy_(before)
 
 
-#: Modules that choose between float values and integers by their mode.
-_TWINS: Final = (FakeQuantStem, FakeQuantSubBlock, FakeQuantPReLU, FakeQuantPool, FakeQuantLinear)
+#: Modules that compute integers in evaluation mode, and round float values in training mode.
+_INTEGER_IN_EVALUATION: Final = (
+    FakeQuantStem,
+    FakeQuantSubBlock,
+    FakeQuantPReLU,
+    FakeQuantPool,
+    FakeQuantLinear,
+)

@@ -1,4 +1,4 @@
-"""Section of the report on the layers: charts by block, and tables."""
+"""The section of the report on layers: charts by block, and tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat.report.charts import Bar, Series, bar_chart, line_chart
 from qat.report.layer_statistics import LayerStatistics
 from qat.report.page import ABSENT, Figure, Table, number
 
-#: Kinds of quantization points in the order of the charts' colours.
+#: Kinds of quantization points, in the order in which charts give them colours.
 _KINDS: Final = ("stem", "trunk", "se activations", "se weights", "classifier")
 _TITLES: Final = {
     "stem": "stem",
@@ -22,27 +22,27 @@ _TITLES: Final = {
     "binary": "binary convolutions",
 }
 _WORST: Final = 6
-#: Height of the charts by block, in SVG units: that of the noisiest points beside them.
+#: Height of the charts by block in SVG units, equal to that of the chart of the noisiest points.
 _HEIGHT: Final = 284.0
-#: From here on, in dB, a point changes nothing but the last bits of float arithmetic.
+#: SQNR in dB from which a point counts as exact: its noise is the rounding of float arithmetic.
 _EXACT: Final = 100.0
 
 
 def kind_of(layer: LayerStatistics) -> str:
-    """The kind of a quantization point: its group, and in channel attention what is quantized."""
+    """The kind of a quantization point: its group, or ``se activations`` or ``se weights``."""
     if layer.group == "se":
         return "se weights" if layer.weights else "se activations"
     return layer.group
 
 
 def block_of(name: str, last: int) -> int:
-    """The block that a module is in: 0 is the stem, ``last`` the head."""
+    """Number of the block that a module is in: 0 is the stem, ``last`` is the head."""
     found = re.match(r"feature\.(\d+)\.", name)
     return int(found[1]) if found else last
 
 
 def layer_figures(layers: Sequence[LayerStatistics]) -> list[Figure]:
-    """Noise, clipping, scales, sign flips and input signs by block, and the noisiest points."""
+    """Charts of noise, clipping, scales, sign flips and input signs by block, and of the noisiest points."""
     points = [layer for layer in layers if layer.group != "binary"]
     binary = [layer for layer in layers if layer.group == "binary"]
     figures = []
@@ -108,7 +108,7 @@ def _clouds(
     scale: Literal["linear", "log"] = "linear",
     least: float | None = None,
 ) -> Figure:
-    """A dot for each layer above its block, a colour for each kind, kinds side by side."""
+    """A chart with a dot for each layer above its block; kinds have colours and are side by side."""
     last = 1 + max(block_of(layer.name, 0) for layer in layers)
     kinds = _KINDS if any(one.group != "binary" for one in layers) else ("binary",)
     series = []
@@ -130,7 +130,7 @@ def _clouds(
 
 
 def _noisy(layer: LayerStatistics) -> float | None:
-    """The signal-to-noise ratio in dB; None where there is no noise but that of float arithmetic."""
+    """The SQNR in dB; None if the only noise is the rounding of float arithmetic."""
     value = number(layer.sqnr)
     return value if value is not None and value < _EXACT else None
 
@@ -146,7 +146,7 @@ def _worst(points: Sequence[LayerStatistics]) -> Figure:
 
 
 def group_table(layers: Sequence[LayerStatistics]) -> Table:
-    """One row per kind of point: how many, bits, noise, clipping."""
+    """A table with a row per kind of point: number of points, bits, noise and clipping."""
     rows = []
     for kind in (*_KINDS, "binary"):
         some = [one for one in layers if kind_of(one) == kind]
@@ -179,7 +179,7 @@ def group_table(layers: Sequence[LayerStatistics]) -> Table:
 
 
 def layer_table(layers: Sequence[LayerStatistics]) -> Table:
-    """Every point, in the order of the network."""
+    """A table of every point, in the order of the network."""
     headings = (
         "layer",
         "type",
@@ -222,7 +222,7 @@ def _figure(value: float) -> str:
 
 
 def _share(share: float | None) -> str:
-    """A share as percent; a small one is not shown as none."""
+    """A share as percent. A share above 0 is never shown as 0 %."""
     if share is None:
         return ABSENT
     return "0 %" if share == 0 else "< 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"

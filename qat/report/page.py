@@ -1,7 +1,7 @@
-"""HTML pages that are one file each: no network, no script, readable on a phone, in the dark and on paper.
+"""HTML pages of one file each, without scripts or links, for screens of all sizes, dark mode and print.
 
-``templates/base.html`` has the frame and the colours, ``templates/parts.html`` the macros ``section``,
-``tiles``, ``figure``, ``grid``, ``table`` and ``fold``. A page extends the one and imports the others.
+``templates/base.html`` has the frame and the colours, and a page's template extends it. The macros
+``section``, ``tiles``, ``figure``, ``grid``, ``table`` and ``fold`` are in ``templates/parts.html``.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from markupsafe import Markup, escape
 
 from qat import __version__
 
-#: What stands for a number that is not there.
+#: Text in place of a missing number.
 ABSENT: Final = "–"
-#: No measurement comes near, and no axis has room for the digits of more.
+#: Largest number from a file that is shown: no measurement is as large, and axes lack room for more digits.
 _LARGEST: Final = 1e15
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure: what it is, its value, and a line below.
+    """A key figure at the top of a page.
 
     Attributes:
-        label: what it is.
+        label: name of the figure.
         value: the figure, with its unit.
-        note: what else belongs to it, such as its confidence interval.
-        tone: ``good`` and ``bad`` colour the value.
+        note: line below it, such as its confidence interval.
+        tone: colour of the value: ``good``, ``bad``, or none if empty.
     """
 
     label: str
@@ -42,13 +42,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the row and stays in sight when the others are scrolled.
+    """A table whose first column names the row, and stays in view when the others are scrolled.
 
     Attributes:
-        headings: of the columns.
-        rows: texts, as many as headings in each.
-        caption: heading above the table, where it is not empty.
-        text_columns: numbers of the columns that are text, flush left; the others are numbers.
+        headings: headings of the columns.
+        rows: texts of the cells, as many in each row as there are headings.
+        caption: heading above the table; none if empty.
+        text_columns: indices of the columns of text, aligned left; other columns hold numbers.
     """
 
     headings: Sequence[str]
@@ -67,22 +67,24 @@ class Figure:
 
 
 def number(value: object) -> float | None:
-    """A number from a file that is finite and below :data:`_LARGEST`, else None."""
+    """``value`` from a file if it is a finite number, below :data:`_LARGEST` in magnitude; else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
-    except OverflowError:  # JSON has whole numbers of any length
+    except OverflowError:  # an integer in JSON may be too large for a float
         return None
     return found if abs(found) < _LARGEST else None
 
 
 def render(template: str, **context: object) -> str:
-    """The page that ``templates/<template>`` makes of ``context``, as HTML.
+    """Render ``templates/<template>`` with the values in ``context``, as HTML.
 
-    Text is escaped; charts, which are :class:`markupsafe.Markup`, are not. A name that the template uses and
-    ``context`` lacks is a programming error (``jinja2.UndefinedError``). Half surrogates, as names of files
-    that are not UTF-8 have them, become question marks: the result can always be written as UTF-8.
+    Text is escaped; charts, which are :class:`markupsafe.Markup`, are not. Lone surrogates, which Python
+    makes of file names that are not UTF-8, become question marks, so that the page can be written as UTF-8.
+
+    Raises:
+        jinja2.UndefinedError: the template uses a name that ``context`` lacks.
     """
     text = environment().get_template(template).render(version=__version__, **context)
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -95,7 +97,7 @@ def breakable(text: str) -> Markup:
 
 @cache
 def environment() -> Environment:
-    """What templates are read and filled in with; made once."""
+    """The environment of jinja2 that reads and renders the templates; made once."""
     found = Environment(
         loader=PackageLoader("qat.report"),
         autoescape=True,

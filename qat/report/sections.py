@@ -1,4 +1,4 @@
-"""Sections of the report on a run's results: accuracy, training, classes, images."""
+"""The sections of the report on a run's results: accuracy, training, classes, changed images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qat.report.page import Figure, Table, number
 from qat.report.svg import shortened
 from qat.report.thumbnails import Thumbnail, thumbnails
 
-#: Classes up to which the confusion matrix is drawn.
+#: Largest number of classes at which the confusion matrix is drawn.
 _DRAWN: Final = 40
 _PAIRS: Final = 20
 _IMAGES: Final = 48
-#: Bytes of all pictures: half of what a report may have.
+#: Largest size of all pictures together in bytes: half of the largest size of a report.
 _PICTURES: Final = 1_000_000
-#: Letters of a class name, which is a folder's name, that are shown.
+#: Largest number of characters of a class name that are shown; it may be a folder's name of any length.
 _NAME: Final = 60
 
 
@@ -32,17 +32,17 @@ def interval_text(correct: int, n: int) -> str:
     return f"{100 * low:.2f}\u00a0–\u2060\u00a0{percent(100 * high)}".replace(" ", "\u00a0")
 
 
-@lru_cache(maxsize=8)  # seconds for many images, and asked for twice
+@lru_cache(maxsize=8)  # takes seconds for many images, and a report needs it twice
 def change_interval(pairs: Pairs) -> tuple[float, float]:
-    """The 95 % confidence interval of the change, a share: two one-sided bounds of 97.5 %."""
+    """The 95 % confidence interval of the change of top-1, as shares: two one-sided bounds of 97.5 %."""
     return lower_bound(pairs, 0.975), upper_bound(pairs, 0.975)
 
 
 def verdict(answers: Answers, quantization: str | None) -> str:
-    """The result in words.
+    """The result of a run in one or two sentences.
 
     Args:
-        answers: of the network and the one it came from.
+        answers: answers of the network, and of the one that training started from.
         quantization: name of the network's quantization, such as ``int8``; ``None`` for a float-rest network.
     """
     top1 = percent(100 * answers.correct / answers.n)
@@ -86,7 +86,7 @@ def _neither(count: int) -> str:
 
 
 def accuracy_figure(answers: Answers, summary: Mapping[str, Any], quantization: str | None) -> Figure:
-    """Top-1 of each stage with its confidence interval; ``quantization`` is as for :func:`verdict`."""
+    """A chart of top-1 at each stage with confidence intervals; ``quantization`` as for :func:`verdict`."""
     stages: list[tuple[str, int | None, str]] = []
     if quantization is not None:
         stages = [
@@ -101,7 +101,7 @@ def accuracy_figure(answers: Answers, summary: Mapping[str, Any], quantization: 
             low, high = accuracy_interval(correct, answers.n)
             top1 = 100 * correct / answers.n
             bars.append(Bar(name, top1, percent(top1), colour, 100 * low, 100 * high))
-    # A share of the scale that shows differences of points, said in the note.
+    # The scale doesn't begin at 0, so that small differences show; the figure's note says so.
     least = min(bar.low for bar in bars if bar.low is not None)
     start = max(math.floor((least - 0.25 * (100 - least)) / 5) * 5, 0) if least > 50 else 0
     chart = bar_chart("Top-1 accuracy by stage", bars, x_label="top-1 (%)", start=start, end=100)
@@ -110,9 +110,9 @@ def accuracy_figure(answers: Answers, summary: Mapping[str, Any], quantization: 
 
 
 def comparison_table(answers: Answers, quantization: str | None) -> Table | None:
-    """Images by whether each of the two networks classifies them correctly.
+    """A table of how many images both, one or none of the two networks have right.
 
-    ``None`` where the answers of the first network aren't known; ``quantization`` is as for :func:`verdict`.
+    ``None`` if the answers of the first network aren't known. ``quantization`` as for :func:`verdict`.
     """
     pairs = answers.pairs
     if pairs is None:
@@ -130,7 +130,7 @@ def comparison_table(answers: Answers, quantization: str | None) -> Table | None
 
 
 def _calibrated(answers: Answers, summary: Mapping[str, Any]) -> int | None:
-    """Images right before training, if the summary is of as many images."""
+    """Number of images right after calibration, before training; None if the summary is of other images."""
     found = summary.get("calibrated")
     if not isinstance(found, Mapping) or found.get("n") != answers.n:
         return None
@@ -139,7 +139,12 @@ def _calibrated(answers: Answers, summary: Mapping[str, Any]) -> int | None:
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], float_top1: float | None) -> list[Figure]:
-    """Loss, accuracy, learning rate and, where it changes, temperature by epoch; none without an epoch."""
+    """Charts of loss, accuracy, learning rate and (if it changes) temperature by epoch; none without epochs.
+
+    Args:
+        metrics: one object per epoch, from ``metrics.jsonl``.
+        float_top1: top-1 of the float-rest network in percent, drawn as a level; None draws none.
+    """
     rows = [row for row in metrics if number(row.get("epoch")) is not None]
     if not rows:
         return []
@@ -193,15 +198,15 @@ def curves(metrics: Sequence[Mapping[str, Any]], float_top1: float | None) -> li
 
 
 def confusion_figure(answers: Answers) -> Figure | None:
-    """The confusion matrix, for few enough classes."""
+    """A chart of the confusion matrix; None if there are too many classes to draw it."""
     if len(answers.class_names) > _DRAWN:
         return None
     chart = heat_map("Confusion matrix", answers.confusion().tolist(), answers.class_names)
-    return Figure("Confusion matrix", chart, "Rows: true class. Columns: what the network says.")
+    return Figure("Confusion matrix", chart, "Rows: true class. Columns: the network's answer.")
 
 
 def confused_table(answers: Answers) -> Table | None:
-    """The pairs of classes that are mistaken most often, with the share of the class; None without errors."""
+    """A table of the commonest errors, with their share of the images of the class; None without errors."""
     found = answers.confused(_PAIRS)
     totals = answers.labels.bincount(minlength=len(answers.class_names)).tolist()
     names = [shortened(name, _NAME) for name in answers.class_names]
@@ -215,7 +220,7 @@ def confused_table(answers: Answers) -> Table | None:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that changed its class, and the words below it."""
+    """An image that changed its class, and the texts below it."""
 
     image: Thumbnail
     outcome: str
@@ -227,7 +232,7 @@ class Picture:
 
 
 def gallery(answers: Answers) -> list[Picture]:
-    """The images that changed class, those that became wrong first."""
+    """Pictures of the images that changed class; those that became wrong come first."""
     shown = answers.changed[:_IMAGES]
     names = [shortened(name, _NAME) for name in answers.class_names]
 

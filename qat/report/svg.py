@@ -1,7 +1,7 @@
-"""From a matplotlib figure to an inline ``svg`` element that takes its colours and fonts from the page.
+"""Turn a matplotlib figure into an inline ``svg`` element that takes its colours and fonts from the page.
 
-Matplotlib is given colours that stand for CSS variables (:data:`MARKS`); they are replaced afterwards. What
-is written is deterministic, short, and safe to put several times into one page.
+Matplotlib draws with placeholder colours, one for each CSS variable (:data:`COLOURS`), which are replaced
+afterwards. The result is deterministic and short, and several can be put into one page.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-#: Width of a chart and size of its text, in SVG units; a phone shows the width in some 340 pixels.
+#: Width of a chart and size of its text, in SVG units. A phone shows a chart about 340 pixels wide.
 WIDTH: Final = 420.0
 TEXT: Final = 14.0
-#: CSS variables that can be drawn with, and the colours that stand for them while matplotlib draws.
+#: CSS variables that charts can use as colours.
 COLOURS: Final = (
     "ink",
     "muted",
@@ -37,6 +37,7 @@ COLOURS: Final = (
     "series-5",
     "series-6",
 )
+#: Colours that stand for these variables while matplotlib draws.
 MARKS: Final = {name: f"#fe01{index:02x}" for index, name in enumerate(COLOURS)}
 _VARIABLES: Final = {mark: f"var(--{name})" for name, mark in MARKS.items()}
 _NAMESPACE: Final = "{http://www.w3.org/2000/svg}"
@@ -47,23 +48,23 @@ _SETTINGS: Final = {
     "font.size": TEXT,
     "path.simplify": False,
     "axes.unicode_minus": True,
-    # Names of classes and layers are no formulas.
+    # A $ in the name of a class or layer must not start a formula.
     "text.parse_math": False,
 }
 
 
 def chart_style() -> AbstractContextManager[None]:
-    """Matplotlib's own defaults with :data:`_SETTINGS`, whatever the user's configuration says."""
+    """Context with matplotlib's defaults and :data:`_SETTINGS`, without the user's own configuration."""
     return style.context(_SETTINGS, after_reset=True)
 
 
 def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """A figure of the common width and of ``height`` SVG units, without a background."""
+    """A figure of the width of all charts and of ``height`` SVG units, without a background."""
     return Figure(figsize=(WIDTH / 72, height / 72), layout=layout, facecolor="none")
 
 
 def tidy(axes: Axes, grid: Literal["x", "y"] | None) -> None:
-    """Quiet axes: no frame, no tick marks, a fine grid."""
+    """Remove frame and tick marks of ``axes``, and draw fine grid lines along the axis ``grid``."""
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
     for spine in axes.spines.values():
@@ -78,12 +79,12 @@ def tidy(axes: Axes, grid: Literal["x", "y"] | None) -> None:
 
 
 def clean(text: str) -> str:
-    """Text without control characters and half surrogates, which no font has a place for."""
+    """``text`` without control characters and lone surrogates, which no font can show."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """Text of at most ``most`` letters; the middle gives way, ends of names say more."""
+    """``text`` in at most ``most`` characters. The middle is cut, since both ends of a name say more."""
     text = clean(text)
     if len(text) <= most:
         return text
@@ -92,17 +93,17 @@ def shortened(text: str, most: int) -> str:
 
 
 def to_svg(figure: Figure, title: str) -> Markup:
-    """The figure as an ``svg`` element with CSS colours, a title, and identifiers of its own."""
+    """The figure as an ``svg`` element with CSS colours, a title, and identifiers that no other chart has."""
     file = io.StringIO()
     with warnings.catch_warnings():
-        # Letters beyond matplotlib's font are drawn by the browser, which has others.
+        # Matplotlib warns of characters that its own font lacks, but the browser draws the text.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, format="svg", metadata={"Date": None})
     title = clean(title)
     content = file.getvalue()
-    # Several charts share a page: each has identifiers of its own.
+    # Several charts share a page, so the identifiers of each are made unique.
     key = "c" + hashlib.sha256(f"{title}\0{content}".encode()).hexdigest()[:10]
-    # Beside the drawing stand metadata, and a style that would change the whole page.
+    # Only the drawing is taken: matplotlib also writes metadata, and a style that would affect the page.
     drawing = ElementTree.fromstring(content).find(f"{_NAMESPACE}g")
     assert drawing is not None
     height = figure.get_figheight() * 72
@@ -117,9 +118,15 @@ def to_svg(figure: Figure, title: str) -> Markup:
 
 
 def _plain(element: ElementTree.Element, key: str, used: set[str]) -> list[ElementTree.Element]:
-    """An element of matplotlib's, and what is in it, as short as the same picture can be written."""
+    """``element`` and its children, rewritten in a short form that draws the same picture.
+
+    Args:
+        element: an element that matplotlib wrote.
+        key: prefix of identifiers, unique to the chart.
+        used: identifiers that the chart refers to; others are left out.
+    """
     style_of = element.get("style", "")
-    if element.tag == f"{_NAMESPACE}path" and style_of == "fill: none":  # a background that isn't there
+    if element.tag == f"{_NAMESPACE}path" and style_of == "fill: none":  # an invisible background
         return []
     children = [found for child in element for found in _plain(child, key, used)]
     plain = ElementTree.Element(element.tag.removeprefix(_NAMESPACE))
@@ -129,7 +136,7 @@ def _plain(element: ElementTree.Element, key: str, used: set[str]) -> list[Eleme
                 plain.set("id", key + value)
         elif name == _HREF:
             plain.set("href", value.replace("#", f"#{key}"))
-        elif name == "clip-path":  # to the axes, beyond which nothing is drawn here
+        elif name == "clip-path":  # not needed: charts draw nothing outside of their axes
             continue
         elif name == "style":
             value = re.sub(r" ?font-family:[^;]*;", "", value)

@@ -1,4 +1,4 @@
-"""Small pictures inside a page: PNG data URIs that together keep below a size."""
+"""Small pictures inside a page, as PNG data URIs whose total size is bounded."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-#: Sides that are tried, in pixels, until all pictures fit.
+#: Longest sides in pixels, tried from the largest on until all pictures fit.
 _SIDES: Final = (160, 128, 96, 64, 48, 32)
-#: Pictures with shorter sides are enlarged by the browser, pixel by pixel.
+#: Side in pixels below which the browser enlarges a picture, without smoothing.
 _TINY: Final = 64
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture: its data URI, width and height in pixels, and whether it has few of them."""
+    """A picture: its data URI, and its width and height in pixels."""
 
     uri: str
     width: int
@@ -28,15 +28,15 @@ class Thumbnail:
 
     @property
     def tiny(self) -> bool:
-        """Whether single pixels show."""
+        """Whether the picture is so small that the browser enlarges it."""
         return max(self.width, self.height) < _TINY
 
 
 def thumbnails(images: Sequence[Tensor], most_bytes: int) -> list[Thumbnail]:
-    """The uint8 images (3, H, W) as pictures of at most ``most_bytes`` together.
+    """Pictures of uint8 images (3, H, W) that take at most ``most_bytes`` together.
 
-    They are shrunk where they must be, all to the same longest side. Where even 32 pixels are too many, the
-    first ones that fit are returned.
+    If needed, all are shrunk to the same longest side. If they don't fit even at 32 pixels, only the first
+    ones that fit are returned.
     """
     found: list[Thumbnail] = []
     for side in _SIDES:
@@ -50,7 +50,7 @@ def thumbnails(images: Sequence[Tensor], most_bytes: int) -> list[Thumbnail]:
 
 def _thumbnail(image: Tensor, side: int) -> Thumbnail:
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    # Grey images come with three equal channels.
+    # A grey image has three equal channels; as one channel it takes less space.
     grey = bool((pixels == pixels[..., :1]).all())
     picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0]) if grey else pixels)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Fewer bits, setting by setting: what each costs, and the bytes that weights take."""
+"""What fewer bits cost, for one setting of a recipe at a time, and how many bytes the weights take."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from qat.models.bnext import Architecture
 from qat.models.operation_count import operations
+from qat.quantize.naming import group_of_point
 from qat.quantize.overrides import GroupName, group_of
 from qat.quantize.preparation import quantized_layers
 from qat.recipe.schema import Quantization
-from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference, grids_of
+from qat.sensitivity.variants import Measure, QuantizerState, Variants, Watcher, difference, quantizer_state
 
 Key = Literal["weight_bits", "activation_bits"]
 
@@ -26,22 +27,22 @@ class Setting:
     key: Key
 
     def __str__(self) -> str:
-        """As recipes have it."""
+        """The setting's key in a recipe, such as ``se.weight_bits``."""
         return f"{self.group}.{self.key}"
 
     @property
     def label(self) -> str:
-        """As readers have it, such as ``se weights``."""
+        """The setting's name in tables, such as ``se weights``."""
         return f"{self.group} {'weights' if self.key == 'weight_bits' else 'activations'}"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What fewer bits may cost, against the recipe's own bits and before fine-tuning.
+    """How much fewer bits may cost, compared with the recipe's own bits and without fine-tuning.
 
     Attributes:
-        tolerance: points of top-1.
-        noise_budget: dB of the logits' signal to noise.
+        tolerance: percentage points of top-1.
+        noise_budget: dB of the logits' SQNR.
     """
 
     tolerance: float
@@ -53,11 +54,11 @@ class Width:
     """One setting at fewer bits, everything else as in the recipe.
 
     Attributes:
-        setting, bits: what was changed.
-        measure: of the network with it.
-        loss: points of top-1 below the recipe's own network.
-        drop: dB of signal to noise below it.
-        within: whether both are within the limits.
+        setting, bits: the changed setting, and its number of bits.
+        measure: accuracy and noise of the network with it.
+        loss: percentage points of top-1 lost against the recipe's own bits.
+        drop: dB of SQNR lost against them.
+        within: whether both losses are within the limits.
     """
 
     setting: Setting
@@ -69,7 +70,7 @@ class Width:
 
 
 def settings_of(quantization: Quantization, groups: Sequence[GroupName]) -> dict[Setting, int]:
-    """Each number of bits that ``groups`` have in a recipe."""
+    """The settings that ``groups`` have in a recipe, each with its number of bits."""
     keys: tuple[Key, ...] = ("weight_bits", "activation_bits")
     return {
         Setting(group, key): getattr(section, key)
@@ -81,7 +82,7 @@ def settings_of(quantization: Quantization, groups: Sequence[GroupName]) -> dict
 
 
 def with_bits(quantization: Quantization, bits: dict[Setting, int]) -> Quantization:
-    """The same with other numbers of bits."""
+    """A copy of ``quantization`` with other numbers of bits for some settings."""
     update: dict[str, dict[str, int]] = {}
     for setting, width in bits.items():
         update.setdefault(setting.group, {})[setting.key] = width
@@ -96,26 +97,27 @@ def measure_widths(
     variants: Variants,
     recipe: Measure,
     quantization: Quantization,
-    grids: Grids,
+    state: QuantizerState,
     settings: dict[Setting, int],
     widths: Sequence[int],
     limits: Limits,
     watch: Watcher,
 ) -> list[Width]:
-    """Each setting at each lower width, everything else as in the recipe; widest first.
+    """Measure each setting at each lower number of bits, everything else as in the recipe; most bits first.
 
-    Activations of fewer bits need other grids: the whole network is calibrated once per width, and the group
-    in question takes its grids from there.
+    Activations with fewer bits need other grids. So the whole network is calibrated once per number of bits
+    (with every activation at that number, or at the recipe's if it is lower), and only the group in question
+    takes its quantizers' state from there.
 
     Args:
-        variants: of the float-rest network.
-        recipe: measure of the recipe's own network.
-        quantization: the recipe's.
-        grids: of the recipe's own network.
+        variants: makes and measures variants of the float-rest network.
+        recipe: measure of the network quantized by the recipe.
+        quantization: the recipe's section.
+        state: state of the quantizers of the network quantized by the recipe.
         settings: from :func:`settings_of`.
-        widths: to try; those that aren't lower than a setting's own are passed over.
-        limits: what is acceptable.
-        watch: told of each variant.
+        widths: numbers of bits to try; those that are not lower than a setting's own are skipped.
+        limits: how much fewer bits may cost.
+        watch: receives the progress, variant by variant.
     """
     tried = [
         (setting, width)
@@ -124,17 +126,17 @@ def measure_widths(
         if width < own
     ]
     watch.expect(len(tried))
-    by_width: dict[int, Grids] = {}
+    by_width: dict[int, QuantizerState] = {}
     found = []
     for setting, width in tried:
-        taken: Grids = grids
+        taken: QuantizerState = state
         if setting.key == "activation_bits":
             if width not in by_width:
                 lower = {s: min(width, own) for s, own in settings.items() if s.key == "activation_bits"}
-                by_width[width] = grids_of(
+                by_width[width] = quantizer_state(
                     variants.calibrated(with_bits(quantization, lower)), variants.model
                 )
-            taken = _replaced(grids, by_width[width], setting.group)
+            taken = _replaced(state, by_width[width], setting.group)
         model = variants.build(with_bits(quantization, {setting: width}), taken)
         measure = variants.measure(model)
         loss, drop = recipe.top1 - measure.top1, difference(recipe.sqnr, measure.sqnr)
@@ -144,22 +146,13 @@ def measure_widths(
     return found
 
 
-def _replaced(grids: Grids, others: Grids, group: GroupName) -> dict[str, Tensor]:
-    """``grids``, those of one group taken from ``others``."""
-    return {key: (others if _group_of_key(key) == group else grids)[key] for key in grids}
-
-
-def _group_of_key(key: str) -> GroupName:
-    """The group of a quantizer's state: that of the innermost layer around it."""
-    if key.startswith("fc."):
-        return "classifier"
-    if ".se." in key:
-        return "se"
-    return "trunk" if not key.startswith("feature.0.") or key.startswith("feature.0.trunk.") else "stem"
+def _replaced(state: QuantizerState, others: QuantizerState, group: GroupName) -> dict[str, Tensor]:
+    """``state`` with the quantizers of one group replaced by those of ``others``."""
+    return {key: (others if group_of_point(key) == group else state)[key] for key in state}
 
 
 def weight_bytes(variants: Variants, quantization: Quantization) -> int:
-    """Bytes of all weights packed at their bits: 1 in binary convolutions, 32 where left in float."""
+    """Bytes of all weights if each took only its bits: 1 if binary, 32 if float, else the recipe's."""
     architecture: Architecture = variants.model.architecture
     layers = quantized_layers(variants.model, quantization)
     bits = 0

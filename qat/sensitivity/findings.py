@@ -1,4 +1,4 @@
-"""What `qat sensitivity` is asked and what it finds, as data and in words."""
+"""The questions that `qat sensitivity` is asked, and its findings, as data and in words."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from qat.sensitivity.parts import Sensitivity, ranks_of
 from qat.sensitivity.suggestion import Candidate, Suggestion
 from qat.sensitivity.variants import Measure
 
-#: Images taken where no number is given, at most: for groups and widths, and for layers, of which there are
-#: many.
+#: Largest number of images if none is given: for groups and bits, and for layers, of which there are many.
 IMAGES: Final = 512
 LAYER_IMAGES: Final = 160
 
@@ -28,12 +27,12 @@ class Questions:
     """What to measure.
 
     Attributes:
-        by: groups, layers, or both.
-        groups: only these groups, and layers of these; all that the recipe quantizes where empty.
-        bits: widths to try, 2 to 8.
-        images: number of test images, evenly spaced; ``None`` takes at most :data:`IMAGES`, and at most
+        by: whether to measure groups, layers or both.
+        groups: groups to measure, also by their layers; empty means all that the recipe quantizes.
+        bits: numbers of bits to try, each from 2 to 8.
+        images: number of test images, evenly spaced; ``None`` means at most :data:`IMAGES`, and at most
             :data:`LAYER_IMAGES` for layers.
-        limits: what fewer bits may cost.
+        limits: how much fewer bits may cost.
     """
 
     by: Literal["group", "layer", "both"]
@@ -50,16 +49,16 @@ class Findings:
     Attributes:
         loaded: the recipe.
         questions: what was asked.
-        architecture: of the network, in words.
-        images, layer_images: how many, and how many for layers.
-        test_images: how many the test split has.
-        float_rest, recipe: the network in float, and quantized as the recipe says.
-        groups, layers: most sensitive first, see :class:`qat.sensitivity.parts.Ranks`.
+        architecture: description of the network, one line of text.
+        images, layer_images: number of images measured on: for all but layers, and for layers.
+        test_images: number of images in the test split.
+        float_rest, recipe: the float-rest network, and the network quantized by the recipe.
+        groups, layers: most sensitive first, by ``by_loss`` of :class:`qat.sensitivity.parts.Ranks`.
         layer_order: names of the layers from input to output.
-        widths: each setting at fewer bits.
+        widths: each setting at each lower number of bits.
         candidates: layers that may be worth leaving in float.
-        suggestion: a section with mixed bits.
-        seconds: how long it took.
+        suggestion: the suggested section with mixed bits.
+        seconds: duration of the measurement.
     """
 
     loaded: LoadedRecipe
@@ -83,7 +82,7 @@ class Findings:
         return write_yaml({"quantization": self.suggestion.quantization.model_dump(mode="json")})
 
     def to_json(self) -> str:
-        """One JSON object. A signal to noise that is infinite, of equal logits, is null."""
+        """One JSON object. An infinite SQNR, that of equal logits, is null."""
         limits, suggestion = self.questions.limits, self.suggestion
         content: dict[str, Any] = {
             "recipe": str(self.loaded.path),
@@ -108,7 +107,7 @@ class Findings:
         return json.dumps(_finite(content), indent=2)
 
     def notes(self) -> list[str]:
-        """What a reader must know to judge the figures, a sentence or two each."""
+        """What a reader must know to judge the figures: notes of a sentence or two."""
         suggestion, limits = self.suggestion, self.questions.limits
         count = self.layer_images if self.layers else self.images
         found = [
@@ -129,15 +128,15 @@ class Findings:
         if suggestion.excluded:
             found.append(
                 f"The recipe loses {lost:.2f} points, more than the tolerance of {limits.tolerance:g}; with "
-                f"{', '.join(suggestion.excluded)} in float it doesn't. So the suggestion excludes that."
+                f"{', '.join(suggestion.excluded)} in float it doesn't, so the suggestion excludes them."
             )
         elif lost > limits.tolerance:
             found.append(
                 f"The recipe itself loses {lost:.2f} points before fine-tuning, more than the tolerance of "
-                f"{limits.tolerance:g}; no candidates for exclude bring it within."
+                f"{limits.tolerance:g}; excluding layers does not bring it within."
             )
         if suggestion.quantization == self.loaded.recipe.quantization:
-            found.append("No setting can do with fewer bits: the suggestion is the recipe's own section.")
+            found.append("Fewer bits exceed the limits: the suggestion is the recipe's own section.")
             return found
         found.append(
             "The suggestion was chosen on these test images, which may flatter it: fine-tune it, then "
@@ -151,7 +150,7 @@ class Findings:
         return found
 
     def verdict(self) -> str:
-        """What the suggestion gains and costs, in a sentence."""
+        """One sentence on the bytes that the suggestion saves and the accuracy that it costs."""
         one = self.suggestion
         return (
             f"Suggested: {one.weight_bytes:,} bytes of weights instead of {one.recipe_weight_bytes:,}; "
@@ -161,7 +160,7 @@ class Findings:
 
 
 def decibels(value: float) -> str:
-    """A ratio in dB as text; equal logits have none."""
+    """A number of dB as text, with ∞ for an infinite one."""
     return f"{value:.1f}" if math.isfinite(value) else "∞" if value > 0 else "−∞"
 
 
@@ -171,7 +170,7 @@ def _ranked(found: Sequence[Sensitivity]) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what is not finite: JSON has no infinity."""
+    """``value`` with None for numbers that are not finite, which JSON can't write."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What quantization costs, part by part: one group or layer alone, and all but one."""
+"""What the quantization of one part costs, measured with that part quantized alone and left out alone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from qat.models.bnext import BNext
 from qat.quantize.overrides import GroupName
 from qat.quantize.preparation import quantized_layers
 from qat.recipe.schema import Quantization
-from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference
+from qat.sensitivity.variants import Measure, QuantizerState, Variants, Watcher, difference
 
 GROUPS: Final[tuple[GroupName, ...]] = ("stem", "se", "classifier", "trunk")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A group or a layer, and the two ways to ask what its quantization costs.
+    """A group or a layer, with the two sections that show what its quantization costs.
 
     Attributes:
-        name: of the group, or of the module as globs know it.
-        kind: which of them it is.
-        group: the group, or that of the layer.
-        alone: nothing but this part is quantized.
-        left_out: everything that the recipe quantizes but this part.
+        name: name of the group, or of the layer's module as a recipe's globs match it.
+        kind: whether it is a group or a layer.
+        group: the group itself, or the group of the layer.
+        alone: section that quantizes only this part.
+        left_out: section that quantizes what the recipe does, except this part.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Sensitivity:
 
     Attributes:
         name, kind, group: see :class:`Part`.
-        alone, left_out: both variants.
-        loss: points of top-1 lost by quantizing this part alone.
-        gain: points of top-1 gained by leaving it out of the fully quantized network.
-        gain_db: dB of signal to noise gained by leaving it out.
+        alone, left_out: measures of the networks with these sections.
+        loss: percentage points of top-1 lost by quantizing this part alone.
+        gain: percentage points of top-1 gained by leaving it out of the fully quantized network.
+        gain_db: dB of SQNR gained by leaving it out.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Places of one part among all of its kind; 1 costs most.
+    """Ranks of one part among all of its kind, in four orders; rank 1 is the part that costs most.
 
     Attributes:
-        by_loss: by accuracy loss alone, then by noise.
-        by_noise: by noise alone.
-        by_gain: by accuracy gained where left out, then by noise.
-        by_noise_gain: by noise where left out.
+        by_loss: by the accuracy lost with this part quantized alone; equal losses by noise.
+        by_noise: by the noise with this part quantized alone.
+        by_gain: by the accuracy gained with this part left out; equal gains by dB gained.
+        by_noise_gain: by the dB of SQNR gained with this part left out.
     """
 
     by_loss: int
@@ -80,10 +80,10 @@ def parts_of(
     """The groups or layers to measure, in forward order.
 
     Args:
-        model: float-rest.
-        quantization: the recipe's.
-        kind: groups or layers.
-        groups: only these, or layers of these; what the recipe leaves in float is passed over.
+        model: the float-rest network.
+        quantization: the recipe's section.
+        kind: whether to return groups or layers.
+        groups: groups to return, or to return the layers of; what the recipe leaves in float is skipped.
 
     Raises:
         QuantizationError: a glob of the recipe matches nothing.
@@ -109,27 +109,30 @@ def parts_of(
 
 
 def measure_parts(
-    variants: Variants, parts: Sequence[Part], full: Quantization, grids: Grids, watch: Watcher
+    variants: Variants, parts: Sequence[Part], full: Quantization, state: QuantizerState, watch: Watcher
 ) -> list[Sensitivity]:
-    """Measure each part alone and left out, in the order of ``parts``.
+    """Measure the network with each part quantized alone, and with each part left out.
 
     Args:
-        variants: of the float-rest network.
+        variants: makes and measures variants of the float-rest network.
         parts: from :func:`parts_of`.
-        full: what the recipe quantizes.
-        grids: of the network quantized so.
-        watch: told of each variant.
+        full: the recipe's section.
+        state: state of the quantizers of the network quantized by the recipe.
+        watch: receives the progress, variant by variant.
+
+    Returns:
+        One result for each part, in the order of ``parts``.
     """
     watch.expect(2 * len(parts) + 2)
     before = variants.measure(variants.model)
     watch.done("float rest")
-    whole = variants.measure(variants.build(full, grids))
+    whole = variants.measure(variants.build(full, state))
     watch.done("fully quantized")
     found = []
     for part in parts:
-        alone = variants.measure(variants.build(part.alone, grids))
+        alone = variants.measure(variants.build(part.alone, state))
         watch.done(f"{part.name} alone")
-        left_out = variants.measure(variants.build(part.left_out, grids))
+        left_out = variants.measure(variants.build(part.left_out, state))
         watch.done(f"all but {part.name}")
         loss, gain = before.top1 - alone.top1, left_out.top1 - whole.top1
         gain_db = difference(left_out.sqnr, whole.sqnr)
@@ -138,7 +141,7 @@ def measure_parts(
 
 
 def ranks_of(found: Sequence[Sensitivity]) -> dict[str, Ranks]:
-    """Ranks of each part by name. Equal figures keep the order of ``found``."""
+    """The ranks of each part, by its name. Parts with equal figures keep the order of ``found``."""
     orders = (
         sorted(found, key=lambda one: (-one.loss, one.alone.sqnr)),
         sorted(found, key=lambda one: one.alone.sqnr),
@@ -150,7 +153,7 @@ def ranks_of(found: Sequence[Sensitivity]) -> dict[str, Ranks]:
 
 
 def without(quantization: Quantization, layers: Sequence[str]) -> Quantization:
-    """The same with ``layers`` left in float."""
+    """A copy of ``quantization`` that leaves ``layers`` in float."""
     exclude = [*quantization.exclude, *(glob.escape(name) for name in layers)]
     return quantization.model_copy(update={"exclude": exclude})
 
@@ -160,7 +163,7 @@ def _only(quantization: Quantization, layer: str) -> Quantization:
 
 
 def _enabled(quantization: Quantization, groups: set[GroupName]) -> Quantization:
-    """The same with every group outside of ``groups`` in float."""
+    """A copy of ``quantization`` that leaves every group outside of ``groups`` in float."""
     off: dict[str, object] = {
         name: getattr(quantization, name).model_copy(update={"enabled": False})
         for name in GROUPS

@@ -1,4 +1,4 @@
-"""The mixed-bit ``quantization`` section with the fewest bits that stays within limits."""
+"""Search for a ``quantization`` section with few, mixed bits that stays within the limits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qat.quantize.overrides import GroupName, group_of
 from qat.recipe.schema import Quantization
 from qat.sensitivity.bitwidths import Limits, Setting, Width, settings_of, weight_bytes, with_bits
 from qat.sensitivity.parts import GROUPS, Sensitivity, without
-from qat.sensitivity.variants import Grids, Measure, Variants, Watcher, difference
+from qat.sensitivity.variants import Measure, QuantizerState, Variants, Watcher, difference
 
-#: At most so many layers are looked at as candidates for ``exclude``.
+#: Largest number of layers that are measured as candidates for ``exclude``.
 _CANDIDATES: Final = 5
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that may be worth leaving in float: points of top-1 gained, and its group."""
+    """A layer that may be worth leaving in float, its group, and the points of top-1 that this gains."""
 
     name: str
     group: GroupName
@@ -27,17 +27,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A ``quantization`` section with mixed bits.
+    """A suggested ``quantization`` section with mixed bits.
 
     Attributes:
         quantization: the section.
-        bits: of each setting.
-        excluded: layers left in float beyond the recipe's.
-        measure: of the network quantized so, calibrated anew, before fine-tuning.
-        loss, drop: points of top-1 and dB below the recipe's own network.
-        weight_bytes, recipe_weight_bytes: of all weights at their bits, with the suggestion and the recipe.
-        combinations: how many combinations of bits were measured.
-        exportable: whether an integer graph can be exported: not with trunk layers in float.
+        bits: number of bits of each setting.
+        excluded: layers left in float in addition to those of the recipe.
+        measure: measure of the network quantized so, calibrated anew, without fine-tuning.
+        loss, drop: percentage points of top-1, and dB of SQNR, lost against the recipe's own section.
+        weight_bytes, recipe_weight_bytes: bytes of all weights, each at its bits, with the suggestion and
+            with the recipe.
+        combinations: number of combinations of bits that were measured.
+        exportable: whether the suggestion adds no layer of the trunk to those in float: with one, no integer
+            graph can be exported.
     """
 
     quantization: Quantization
@@ -56,22 +58,31 @@ def find_candidates(
     variants: Variants,
     recipe: Measure,
     quantization: Quantization,
-    grids: Grids,
+    state: QuantizerState,
     layers: Sequence[Sensitivity],
     tolerance: float,
     watch: Watcher,
 ) -> list[Candidate]:
-    """Layers whose leaving out gains more than ``tolerance`` points and saves noise, most points first.
+    """Layers that gain more than ``tolerance`` points and lower the noise if left in float, best first.
 
-    A gain without less noise is luck. Layers may have been measured on fewer images, of which one counts for
-    much: the best are measured again.
+    A gain in accuracy without less noise is chance. The layers may have been measured on few images, of which
+    a single one changes top-1 much, so the best are measured again on all images of ``variants``.
+
+    Args:
+        variants: makes and measures variants of the float-rest network.
+        recipe: measure of the network quantized by the recipe.
+        quantization: the recipe's section.
+        state: state of the quantizers of the network quantized by the recipe.
+        layers: the measured layers.
+        tolerance: percentage points of top-1.
+        watch: receives the progress, variant by variant.
     """
     promising = [one for one in layers if one.gain > tolerance and one.gain_db > 0]
     promising = sorted(promising, key=lambda one: -one.gain)[:_CANDIDATES]
     watch.expect(len(promising))
     found = []
     for one in promising:
-        measure = variants.measure(variants.build(without(quantization, [one.name]), grids))
+        measure = variants.measure(variants.build(without(quantization, [one.name]), state))
         watch.done(f"all but {one.name}")
         found.append(Candidate(one.name, one.group, measure.top1 - recipe.top1))
     return sorted((one for one in found if one.gain > tolerance), key=lambda one: -one.gain)
@@ -87,27 +98,29 @@ def suggest(
     limits: Limits,
     watch: Watcher,
 ) -> Suggestion:
-    """The section with the fewest bits that stays within the limits, as a whole and measured as a whole.
+    """Search, greedily, for the section with the fewest bits that stays within the limits as a whole.
 
-    Each setting starts at the lowest width that is within the limits by itself. While their combination is
-    not, the setting with the worst noise takes the next larger width that is: at last the recipe's own bits.
-    Layers are excluded only where the recipe itself loses more than the tolerance against the float-rest
-    network, and only if that brings it within.
+    Each setting starts at the lowest number of bits that is within the limits if it alone is changed. The
+    combination is calibrated and measured. While it is not within the limits, the setting with the worst
+    noise takes its next larger number of bits that is, and in the end the recipe's own. Layers are excluded
+    only if the recipe itself loses more than the tolerance against the float-rest network, and only if the
+    exclusion brings it within the tolerance.
 
     Args:
-        variants: of the float-rest network.
-        float_rest, recipe: measures of the float-rest network and of the recipe's own.
-        quantization: the recipe's.
-        widths: from :func:`measure_widths`.
+        variants: makes and measures variants of the float-rest network.
+        float_rest, recipe: measures of the float-rest network and of the network quantized by the recipe.
+        quantization: the recipe's section.
+        widths: from :func:`qat.sensitivity.bitwidths.measure_widths`.
         candidates: from :func:`find_candidates`.
-        limits: what is acceptable.
-        watch: told of each variant.
+        limits: how much fewer bits may cost.
+        watch: receives the progress, variant by variant.
     """
     excluded = _needed(variants, float_rest, recipe, quantization, candidates, limits.tolerance, watch)
     base = without(quantization, excluded)
     own = settings_of(quantization, GROUPS)
     ladders = {setting: [one for one in widths if one.setting == setting and one.within] for setting in own}
-    # Index into the ladder, whose widest is first; -1 is the recipe's own width.
+    # Index of each setting's number of bits in its ladder, which begins with the largest number; -1 stands
+    # for the recipe's own.
     place = {setting: len(ladder) - 1 for setting, ladder in ladders.items()}
     combinations = 0
     while True:
@@ -123,7 +136,7 @@ def suggest(
         loss, drop = recipe.top1 - measure.top1, difference(recipe.sqnr, measure.sqnr)
         lowered = [setting for setting, index in place.items() if index >= 0]
         within = loss <= limits.tolerance and drop <= limits.noise_budget
-        if excluded:  # for the sake of the accuracy in float, which fewer bits must not cost again
+        if excluded:  # for the accuracy of the float-rest network, which fewer bits must not lose again
             within &= float_rest.top1 - measure.top1 <= limits.tolerance
         if within or not lowered:
             break
@@ -153,7 +166,11 @@ def _needed(
     tolerance: float,
     watch: Watcher,
 ) -> list[str]:
-    """The first candidates with which the recipe comes within ``tolerance`` of the float-rest network."""
+    """The fewest candidates, taken in order, that must stay in float for the recipe to keep the accuracy.
+
+    To keep it means a top-1 at most ``tolerance`` points below the float-rest network's. Empty if the recipe
+    keeps it anyway, or if not even all candidates are enough.
+    """
     if float_rest.top1 - recipe.top1 <= tolerance:
         return []
     watch.expect(len(candidates))

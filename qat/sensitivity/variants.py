@@ -1,7 +1,7 @@
-"""Quantized variants of a float-rest network, each compared with it on the same images.
+"""Quantized variants of a float-rest network, each compared with that network on the same images.
 
-A variant is the float-rest network, prepared with other groups or globs. Its grids are those of the fully
-quantized network, which is calibrated once: variants differ in what is quantized, and in nothing else.
+A variant is the float-rest network with other parts quantized. Its quantizers have the grids of the fully
+quantized network, which is calibrated once. So variants differ in what is quantized, and in nothing else.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from qat.data.split import Split
 from qat.errors import CheckpointError
 from qat.evaluation import accuracy_of, predictor
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization, Recipe
 from qat.train.setup import calibration_pass
 
-#: State of the quantizers of a calibrated network, by key of its state dict.
-Grids = Mapping[str, Tensor]
+#: State of the quantizers of a calibrated network: their part of its state dict.
+QuantizerState = Mapping[str, Tensor]
 
 
 class Watcher(Protocol):
-    """Whoever watches the measuring."""
+    """Receives the progress of a measurement, to show it."""
 
     def expect(self, steps: int) -> None:
-        """So many more variants will be measured."""
+        """Called before ``steps`` more variants are measured; negative if fewer are left than announced."""
 
     def done(self, what: str) -> None:
-        """One variant is measured."""
+        """Called after one variant, described by ``what``, was measured."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A variant against the float-rest network, on the same images.
+    """A variant compared with the float-rest network on the same images.
 
     Attributes:
-        top1: percent of the images.
-        changed: images whose answer is not the float-rest network's.
-        sqnr: signal to quantization noise of the logits in dB, see :func:`signal_to_noise`.
+        top1: percent of the images that the variant has right.
+        changed: number of images that the variant puts into another class than the float-rest network.
+        sqnr: signal-to-quantization-noise ratio of the logits in dB, see :func:`signal_to_noise`.
     """
 
     top1: float
@@ -57,16 +57,17 @@ class Measure:
 
 
 def signal_to_noise(reference: Tensor, logits: Tensor) -> float:
-    """``10 · log10(Σ z² / Σ (z − ẑ)²)`` in dB, of logits less their mean over the classes.
+    """Signal-to-quantization-noise ratio (SQNR) of logits: ``10 · log10(Σ z² / Σ (z − ẑ)²)`` in dB.
 
-    A shift of all logits of an image changes no answer, so it counts neither as signal nor as noise.
+    The mean over the classes is subtracted from the logits of each image first: adding a number to all logits
+    of an image changes no answer, so it counts neither as signal nor as noise.
 
     Args:
-        reference: z, (N, classes).
-        logits: ẑ, same shape.
+        reference: logits z of the float-rest network, (N, classes).
+        logits: logits ẑ of a quantized network, same shape.
 
     Returns:
-        Infinity where both are equal.
+        The ratio in dB; infinity if both are equal.
     """
     z, found = ((x - x.mean(dim=1, keepdim=True)) for x in (reference.double(), logits.double()))
     signal, noise = float(z.square().sum()), float((z - found).square().sum())
@@ -79,11 +80,11 @@ class Variants:
     """Makes quantized variants of one float-rest network and measures each on the same images.
 
     Args:
-        model: float-rest, on the device to work on; it is put into evaluation mode and not changed.
+        model: the float-rest network, on the device to work on; it is put into evaluation mode.
         recipe: says how images are normalized and batched, and how variants are calibrated.
         train: split to calibrate on.
-        images: uint8 (N, 3, H, W).
-        labels: (N,).
+        images: test images, uint8 (N, 3, H, W).
+        labels: their classes, (N,).
 
     Raises:
         CheckpointError: the float-rest network's logits are not finite.
@@ -96,22 +97,24 @@ class Variants:
         if not bool(self._reference.isfinite().all()):
             raise CheckpointError("the float-rest network answers with logits that are not finite")
 
-    def build(self, quantization: Quantization, grids: Grids | None = None) -> BNext:
-        """A variant, which shares the float-rest network's parameters.
+    def build(self, quantization: Quantization, state: QuantizerState | None = None) -> BNext:
+        """Make a variant, which shares the float-rest network's parameters.
 
-        Its points take their grids from ``grids``; without it they have none yet.
+        Args:
+            quantization: what is quantized, and how.
+            state: state for the variant's quantizers; without it they are not calibrated.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         variant = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
         data = self.recipe.data
         prepare(variant, quantization, image_grid(data.mean, data.std))
-        if grids is not None:
-            own = grids_of(variant, self.model)
-            variant.load_state_dict({key: grids[key] for key in own}, strict=False)
+        if state is not None:
+            own = quantizer_state(variant, self.model)
+            variant.load_state_dict({key: state[key] for key in own}, strict=False)
         return variant
 
     def calibrated(self, quantization: Quantization) -> BNext:
-        """A variant with grids of its own: what `qat finetune` starts its training with."""
+        """Make a variant and calibrate it, as `qat finetune` does before it trains."""
         variant = self.build(quantization)
         if any(True for _ in activation_quantizers(variant)):  # weights alone need no calibration
             device = next(variant.parameters()).device
@@ -126,7 +129,7 @@ class Variants:
         return Measure(top1, changed, signal_to_noise(self._reference, logits))
 
     def fewer(self, count: int) -> Variants:
-        """The same with ``count`` of the images, evenly spaced; itself where there are no more than that."""
+        """The same with ``count`` of the images, evenly spaced; with all of them if there are no more."""
         if count >= len(self.labels):
             return self
         chosen = torch.arange(count) * len(self.labels) // count
@@ -142,12 +145,12 @@ class Variants:
         return torch.cat(rows)
 
 
-def grids_of(model: BNext, float_rest: BNext) -> dict[str, Tensor]:
-    """What the state of a prepared network has beyond its float-rest network's: the state of quantizers."""
+def quantizer_state(model: BNext, float_rest: BNext) -> dict[str, Tensor]:
+    """State of the quantizers of a prepared network: what the float-rest network's state dict lacks."""
     known = float_rest.state_dict().keys()
     return {key: value for key, value in model.state_dict().items() if key not in known}
 
 
 def difference(decibels: float, reference: float) -> float:
-    """``decibels − reference``, 0 where both are the same infinity."""
+    """``decibels − reference``; 0 if both are the same infinity, where the subtraction would give NaN."""
     return 0.0 if decibels == reference else decibels - reference

@@ -1,5 +1,5 @@
-"""The machine around a run: files, processes, memory, signals.
+"""The operating system around a run: files, processes, memory, signals.
 
-Imports ``qat.errors`` alone. Begin with ``files``; ``launch`` and ``collectives`` are about several
-processes.
+It imports nothing of this project but ``qat.errors``. Begin with ``files``. ``launch`` and ``collectives``
+are about several processes that compute together.
 """

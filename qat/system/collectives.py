@@ -1,9 +1,9 @@
-"""Several processes that compute as one: each is sent here what the others know.
+"""Collective operations: each of several processes that compute together is sent what the others know.
 
-Alone, every function gives back what it was given, and no process group is made. Together, small things that
-decide what happens next (sums of counts, a request to stop) travel between processors by gloo; tensors of the
-network travel where they are, between GPUs by NCCL. Each function is to be called by all processes at the
-same point, as every collective operation.
+All processes must call such a function at the same point, or those that call it wait for the others. In a
+process that works alone, each function returns its argument, and no process group is made. In several
+processes, small values that decide what happens next (sums of counts, a request to stop) are sent by gloo
+between CPUs. Tensors of the network are sent from the device on which they lie: by NCCL between GPUs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch.distributed.rendezvous import rendezvous
 from qat.errors import QatError, first_line
 from qat.system.launch import World, launched
 
+#: Keys of the store that all processes share: the number of failed processes, and the first one's message.
 _FAILURES: Final = "qat/failures"
 _FAILED: Final = "qat/failed"
-#: How long a process that lost another one waits to hear why. To be changed by tests alone.
+#: How long a failing process waits for the message of the process that failed first. Only tests change it.
 PATIENCE = timedelta(seconds=5)
 
 _ALONE: Final = World()
@@ -32,18 +33,18 @@ _store: Any = None
 
 
 def world() -> World:
-    """This process and the number of all; of one alone outside of :func:`joined`."""
+    """This process's rank and the number of processes. Outside of :func:`joined` it is one process alone."""
     return _world
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is process 0, which alone writes files and prints."""
     return _world.rank == 0
 
 
 @contextmanager
 def as_one_of(found: World) -> Iterator[World]:
-    """While entered, :func:`world` is ``found``. This alone connects the process with no other."""
+    """Context in which :func:`world` returns ``found``. It doesn't connect this process with others."""
     global _world
     before, _world = _world, found
     try:
@@ -54,12 +55,13 @@ def as_one_of(found: World) -> Iterator[World]:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """While entered, this process is one of those that its launcher started; of one alone nothing changes.
+    """Context in which this process is connected with the others that its launcher started.
 
-    Where an error leaves, the processes stay connected, so that :func:`speaks` can say who tells of it.
+    A process that was started alone enters and leaves it without effect. If an exception leaves the context,
+    the processes stay connected, because :func:`failure_report` needs the connection.
 
     Raises:
-        QatError: the others can't be reached.
+        QatError: the other processes can't be reached.
     """
     global _store
     found = launched()
@@ -76,26 +78,32 @@ def joined() -> Iterator[World]:
         ) from error
     with as_one_of(found):
         yield found
-        total([0.0])  # nobody leaves before all are done
+        total([0.0])  # a barrier: no process disconnects before all have finished
     dist.destroy_process_group()
 
 
 def were_connected() -> bool:
-    """Whether this process has been connected with others, as it may still be."""
+    """Whether this process was ever connected with others by :func:`joined`."""
     return _store is not None
 
 
-def speaks(code: int, message: str, error: BaseException) -> tuple[int, str | None]:
-    """Exit code of a process that ends with ``error``, and what it says of it, if it does.
+def failure_report(code: int, message: str, error: BaseException) -> tuple[int, str | None]:
+    """What this process reports when it ends with ``error``: an exit code, and a message or ``None``.
 
-    The first to fail says why. One that fails for the same reason, or because the first is gone, is silent.
+    The process that fails first prints its message. A process that fails with the same message, or because it
+    lost the connection to the first one, prints nothing and takes over the first one's exit code.
+
+    Args:
+        code: exit code for ``error``.
+        message: text for ``error``.
+        error: the exception that ends this process.
     """
     if _store is None:
         return code, message if launched().rank == 0 else None
     lost = _is_lost(error)
     try:
         if lost:
-            with _expected():
+            with _ignoring_timeouts():
                 _store.wait([_FAILED], PATIENCE)
             code, message = 2, "another process of this training ended without a word; --resume goes on"
         if int(_store.add(_FAILURES, 1)) == 1:
@@ -103,21 +111,22 @@ def speaks(code: int, message: str, error: BaseException) -> tuple[int, str | No
             return code, message
         _store.wait([_FAILED], PATIENCE)
         their_code, _, theirs = bytes(_store.get(_FAILED)).decode().partition("\n")
-    except RuntimeError:  # the launcher is gone, too
+    except RuntimeError:  # the launcher, which holds the store, is gone, too
         return code, message
     return (int(their_code), None) if lost or theirs == message else (code, message)
 
 
 @contextmanager
-def _expected() -> Iterator[None]:
+def _ignoring_timeouts() -> Iterator[None]:
+    """Context that ends quietly where a wait for another process's message takes too long."""
     try:
         yield
-    except RuntimeError:  # nobody said anything in time
+    except RuntimeError:
         return
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether ``error`` says that another process can't be reached any more."""
+    """Whether ``error`` means that another process can't be reached any more."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "closed by peer"))
@@ -125,7 +134,11 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def total(values: Sequence[float]) -> list[float]:
-    """Sum of each number over all processes, in float64: exact for counts."""
+    """Sum of each number over all processes. It is computed in float64, and so is exact for counts.
+
+    Args:
+        values: equally many numbers in each process.
+    """
     if _world.size == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -133,13 +146,13 @@ def total(values: Sequence[float]) -> list[float]:
     return [float(value) for value in sums]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it is true in any process."""
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is true in at least one process."""
     return total([float(flag)])[0] > 0
 
 
 def from_main(text: str) -> str:
-    """The text as process 0 has it."""
+    """The ``text`` of process 0; what the other processes pass is ignored."""
     if _world.size == 1:
         return text
     texts = [text]
@@ -148,10 +161,14 @@ def from_main(text: str) -> str:
 
 
 def rows_of_all(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks.
+    """The rows of all processes, concatenated in the order of their ranks.
 
     Args:
-        rows: (n, ...) float32 on the CPU; n may differ, and may be 0 where (0, 0) will do.
+        rows: (n, ...) float32 on the CPU. The number of rows n may differ between processes. A process
+            without rows may pass the shape (0, 0) if it doesn't know the other dimensions.
+
+    Returns:
+        (sum of all n, ...) float32 on the CPU.
     """
     if _world.size == 1:
         return rows
@@ -168,7 +185,11 @@ def rows_of_all(rows: Tensor) -> Tensor:
 
 
 def summed(values: Tensor) -> Tensor:
-    """Sum over all processes, without a gradient; any shape, on its device."""
+    """Elementwise sum over all processes, without a gradient.
+
+    Args:
+        values: any shape, the same in each process.
+    """
     if _world.size == 1:
         return values
     values = values.detach().clone()
@@ -177,40 +198,53 @@ def summed(values: Tensor) -> Tensor:
 
 
 def extremes(values: Tensor) -> Tensor:
-    """The least and the largest of all processes' values, (2,); of values that are no numbers ±infinity.
+    """The minimum and the maximum of the values of all processes, as a tensor of shape (2,).
+
+    If a process has a NaN among its values, the result is −infinity and infinity.
 
     Args:
-        values: any shape, float; none at all where another process has some.
+        values: float, any shape, which may differ between processes and be empty in some of them.
     """
     ends = values.new_full((2,), -torch.inf)
     if values.numel():
         low, high = torch.aminmax(values.detach())
-        # Processes may disagree about the largest of NaN and a number.
+        # NaN becomes infinity: backends differ in which of NaN and a number is the maximum.
         ends = torch.stack([-low, high]).nan_to_num(torch.inf, torch.inf, -torch.inf)
     if _world.size > 1:
         dist.all_reduce(ends, dist.ReduceOp.MAX)
     return torch.stack([-ends[0], ends[1]])
 
 
-def greatest(values: Tensor) -> Tensor:
-    """Of each value the greatest that any process has, any shape, float; of no numbers infinity."""
+def elementwise_maximum(values: Tensor) -> Tensor:
+    """Elementwise maximum over all processes, as float32, without a gradient. A NaN counts as infinity.
+
+    Args:
+        values: float, any shape, the same in each process.
+    """
     if _world.size == 1:
         return values
-    # Processes may disagree about the greatest of NaN and a number.
+    # NaN becomes infinity: backends differ in which of NaN and a number is the maximum.
     values = values.detach().float().nan_to_num(torch.inf, torch.inf, -torch.inf)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
-def of_each(values: Tensor) -> Tensor:
-    """(processes, *shape): the values of each process, which have one shape; gradients flow back to each."""
+def gathered(values: Tensor) -> Tensor:
+    """The values of all processes, stacked in the order of their ranks; gradients flow back to each process.
+
+    Args:
+        values: any shape, the same in each process.
+
+    Returns:
+        (processes, *shape).
+    """
     if _world.size == 1:
         return values.unsqueeze(0)
-    gathered: Tensor = _OfEach.apply(values)  # type: ignore[no-untyped-call]  # torch leaves it without types
-    return gathered
+    stacked: Tensor = _AllGather.apply(values)  # type: ignore[no-untyped-call]  # torch has no types
+    return stacked
 
 
-class _OfEach(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         parts = [torch.empty_like(values) for _ in range(_world.size)]
@@ -219,23 +253,24 @@ class _OfEach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # Each process's loss depends on the values of all.
+        # The loss of each process depends on the values of all, so the gradients of all losses are added.
         grad = grads[0].contiguous().clone()
         dist.all_reduce(grad)
         return grad[_world.rank]
 
 
-def exchanged(rows: Tensor, order: Sequence[int]) -> Tensor:
-    """This process's share of the rows of all in another order.
+def permuted_rows(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Put the rows of all processes in another order, and return this process's share of the result.
 
-    Each process sends only what others ask for.
+    A process sends no row to another one that doesn't need it.
 
     Args:
-        rows: (n, ...), the same n in each process; together they are (n · processes, ...), by rank.
-        order: of all rows, the same in each process.
+        rows: (n, ...), with the same n in each process. Concatenated by rank, they are (n · processes, ...).
+        order: a permutation of the n · processes row numbers, the same in each process.
 
     Returns:
-        Rows ``order[rank · n : (rank + 1) · n]``, in the type and on the device of ``rows``.
+        Rows ``order[rank · n : (rank + 1) · n]`` of the concatenation, in the type and on the device of
+        ``rows``.
     """
     if _world.size == 1:
         return rows[torch.as_tensor(order, device=rows.device)]

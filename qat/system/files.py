@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writes files atomically, so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Final
 
 from qat.errors import OutputError
 
-#: What the file system says no with. RuntimeError: a loop of links, before Python 3.13.
+#: Exceptions that mean that the file system refused. RuntimeError is a loop of links before Python 3.13.
 _REFUSALS: Final = (OSError, RuntimeError, ValueError)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write ``data`` to ``path`` in one step, creating parent folders.
+    """Write ``data`` to ``path`` in one step. Its folder must be there: a misspelt one is not made.
 
-    The bytes go to a temporary file in the same folder, reach the disk, and then take the name: whoever
-    reads ``path`` finds the old content or the new one. A failed write leaves no file behind. A symbolic
-    link is followed, not replaced.
+    The bytes are written to a temporary file in the same folder and flushed to the disk. Then the temporary
+    file is renamed to ``path``, so that a reader of ``path`` finds either the old content or the new. A
+    failed write leaves no file behind. A symbolic link is followed, not replaced.
 
     Args:
         path: file to create or replace.
-        data: bytes, or text to be stored as UTF-8 with its line ends as they are.
+        data: bytes, or text, which is stored as UTF-8 with unchanged line ends.
 
     Raises:
-        OutputError: ``path`` or a parent folder cannot be written; the message has the reason.
+        OutputError: ``path`` cannot be written; the message has the reason.
     """
     payload = data.encode() if isinstance(data, str) else data
     with replacing(path) as temporary:
@@ -36,23 +36,27 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path in the folder of ``path``; what the block writes there takes the name ``path`` at its end.
+    """Context in which a temporary file is written that becomes ``path`` when the block ends.
 
-    For content too large to be held in memory a second time; else see :func:`write_atomically`, which this
-    is the whole of.
+    It does for content of any size what :func:`write_atomically` does for content that is in memory. If the
+    block raises an exception, the temporary file is removed and ``path`` stays as it was.
 
     Args:
         path: file to create or replace.
 
+    Yields:
+        The path of the temporary file, which exists already and is empty.
+
     Raises:
-        OutputError: ``path`` or a parent folder cannot be written, or the block raised ``OSError``.
+        OutputError: ``path`` cannot be written, or the block raised ``OSError``.
     """
     try:
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.exists():
+            raise OutputError(f"{path}: cannot be written: there is no folder {target.parent}")
         temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
         try:
-            # Exclusive creation, with the permissions that the user's umask gives any new file.
+            # Mode "x" refuses an existing file. Permissions are those that the umask gives any new file.
             temporary.open("xb").close()
             yield temporary
             with temporary.open("rb+") as file:
@@ -66,15 +70,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def require_writable(path: Path) -> None:
-    """Find out, before long work, that ``path`` can't be written after it; nothing is created.
+    """Check that ``path`` can be written, before long work whose result goes there. Nothing is created.
+
+    Writing may still fail later, for example because the disk is full by then.
 
     Raises:
-        OutputError: :func:`write_atomically` would refuse it now. It may still fail later: disks fill up.
+        OutputError: :func:`write_atomically` would refuse to write ``path`` now.
     """
     try:
         folder = _target(path).parent
-        while not folder.exists():
-            folder = folder.parent
+        if not folder.exists():
+            raise OutputError(f"{path}: cannot be written: there is no folder {folder}")
         if not folder.is_dir():
             raise OutputError(f"{path}: cannot be written: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -84,9 +90,13 @@ def require_writable(path: Path) -> None:
 
 
 def _target(path: Path) -> Path:
-    """The file to write, behind all links."""
+    """The file that ``path`` refers to after all symbolic links are followed.
+
+    Raises:
+        OutputError: it exists and is not a regular file.
+    """
     target = path.resolve()
-    # Replacing a device such as /dev/null by a file would be much worse than refusing.
+    # Renaming a file to the name of a device, such as /dev/null, would replace the device.
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "not a regular file"
         raise OutputError(f"{path}: cannot be written: it is {kind}")

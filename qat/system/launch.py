@@ -1,4 +1,7 @@
-"""Which process this is, and its share of the work: what launchers tell it, read without loading torch."""
+"""Which of several processes this is, and its share of each batch.
+
+Launchers such as torchrun say so in environment variables, which are read here without loading torch.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,31 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Share:
-    """One of ``size`` consecutive parts of a batch: number ``rank``, from 0. Parts differ by one at most."""
+    """Part number ``rank`` (from 0) of ``size`` consecutive parts of a batch.
+
+    The parts are equal, or differ by one image.
+    """
 
     rank: int = 0
     size: int = 1
 
     def of(self, count: int) -> slice:
-        """Where the part lies in a batch of ``count``; empty if there are more parts than that."""
+        """The positions of this part in a batch of ``count`` images; it can be empty if ``count < size``."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
+#: The share of a process that works alone: the whole batch.
 WHOLE: Final = Share()
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that compute together.
+    """This process's place among the processes that compute together.
 
     Attributes:
-        rank: its number, from 0; 0 alone writes and prints.
-        size: how many there are.
-        local_rank: its number among those of its machine.
+        rank: number of this process, from 0. Process 0 alone writes files and prints.
+        size: number of processes.
+        local_rank: number of this process among those on its machine, from 0.
     """
 
     rank: int = 0
@@ -38,19 +45,22 @@ class World:
 
     @property
     def share(self) -> Share:
-        """Its part of each batch."""
+        """This process's part of each batch."""
         return Share(self.rank, self.size)
 
 
 def is_set(name: str) -> bool:
-    """Whether an environment variable of a launcher says yes."""
+    """Whether the environment variable ``name`` is ``1``, ``true`` or ``yes``, in any case."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def launched() -> World:
-    """As `torchrun` and `accelerate launch` say it in the environment; one process alone where they don't."""
+    """This process's place according to the environment variables of `torchrun` and `accelerate launch`.
+
+    It is one process alone where ``RANK`` or ``WORLD_SIZE`` is missing or not an integer.
+    """
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
-    except (KeyError, ValueError):  # none of these launchers, which set all of them
+    except (KeyError, ValueError):  # started by none of these launchers, which set both variables
         return World()

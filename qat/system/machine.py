@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, memory, system and versions."""
+"""Describes the machine that a measurement ran on: processor, memory, operating system and versions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from qat import __version__
 
-#: Instruction sets that decide how fast integers and bits are computed, by their names in Linux (on ARM, dot
-#: products of bytes are ``asimddp``).
+#: Instruction sets that decide how fast integers and bits are computed, by Linux's names for them.
+#: (``asimddp`` is ARM's dot product of bytes.)
 INSTRUCTION_SETS: Final = (
     "avx2",
     "fma",
@@ -30,20 +30,24 @@ INSTRUCTION_SETS: Final = (
     "sve",
     "sve2",
 )
-#: Packages whose version can change a time or a number, beside this one.
+#: Packages other than this one whose version can change a measured time or number.
 PACKAGES: Final = ("onnxruntime", "onnx", "numpy", "torch")
-_CPUINFO: Final = Path("/proc/cpuinfo")
+#: Where Linux describes its processors.
+CPUINFO: Final = Path("/proc/cpuinfo")
 
 
-def machine() -> dict[str, Any]:
-    """The machine as a JSON object; what can't be found out is null.
+def machine(cpuinfo: Path = CPUINFO) -> dict[str, Any]:
+    """The machine as a JSON object. What can't be found out is null.
+
+    Args:
+        cpuinfo: file in the format of Linux's ``/proc/cpuinfo``; it may be missing.
 
     Returns:
-        ``processor`` (its name), ``architecture``, ``logical_cores``, ``usable_cores`` (those this process
-        may run on), ``instruction_sets`` (those of :data:`INSTRUCTION_SETS` it has), ``memory_bytes``,
-        ``system``, ``python``, and ``versions`` by package.
+        ``processor`` (its name), ``architecture``, ``logical_cores``, ``usable_cores`` (the cores that this
+        process may run on), ``instruction_sets`` (those of :data:`INSTRUCTION_SETS` that the processor has),
+        ``memory_bytes``, ``system``, ``python``, and ``versions`` by package.
     """
-    name, features = read_cpuinfo(_text(_CPUINFO))
+    name, features = read_cpuinfo(_text(cpuinfo))
     return {
         "processor": name or platform.processor() or None,
         "architecture": platform.machine() or None,
@@ -58,15 +62,16 @@ def machine() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """Number of logical cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has this function
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def read_cpuinfo(text: str) -> tuple[str | None, list[str] | None]:
     """Name and instruction sets of the first processor in the text of Linux's ``/proc/cpuinfo``.
 
-    ARM processors have no name there, but numbers of maker and part, which stand in for it.
+    ARM processors are listed without a name, but with the numbers of their maker and part. The name that is
+    returned is then made of these. Either result is ``None`` where the text doesn't say.
     """
     fields: dict[str, str] = {}
     for line in text.splitlines():

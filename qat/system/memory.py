@@ -1,4 +1,4 @@
-"""Memory that a training gives back and asks for anew, step after step, stays with the process."""
+"""Keeps freed memory with the process, because training frees it and asks for it again in every step."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ _TRIM_THRESHOLD: Final = -1
 _TOP_PAD: Final = -2
 _MMAP_THRESHOLD: Final = -3
 
-#: Blocks of fewer bytes come from the heap, where they are used again.
+#: Blocks of fewer bytes than this are taken from the heap, which reuses them after they are freed.
 LARGEST_BLOCK: Final = 2**30
+#: The same for glibc before 2.35, which refuses more than half of 64 MiB.
 OLD_LARGEST_BLOCK: Final = 2**25
-#: Bytes that the heap grows by beyond what is asked for.
+#: Bytes by which the heap grows beyond what was asked for.
 MARGIN: Final = 2**26
 
 
 def keep_pages() -> bool:
     """Let the C library keep freed memory instead of returning it to the system.
 
-    Each step frees its activations and gradients, and the next one asks for as much. Returned to the system
-    in between, every page of it costs a fault and is filled with zeros: a tenth of a step's time. The most
-    memory that the process holds hardly changes; what it holds between steps is that most.
+    Each step frees its activations and gradients, and the next step asks for as much memory. If the memory
+    went back to the system in between, each of its pages would cost a page fault and be filled with zeros,
+    which takes a tenth of a step's time. The process's peak memory hardly changes, but it holds that peak
+    between steps, too.
 
     Returns:
-        Whether the C library can: glibc can, others are left alone.
+        Whether freed memory is kept. It is with glibc; other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    # Before 2.35 glibc takes half of 64 MB at most, and the other two alone would fix that limit at 128 kB.
+    # glibc adapts this threshold by itself, until any of the three parameters is set. So if it can't be
+    # raised, the other two are not set either: the threshold would stay at 128 KiB.
     if not any(library.mallopt(_MMAP_THRESHOLD, size) == 1 for size in (LARGEST_BLOCK, OLD_LARGEST_BLOCK)):
         return False
     taken = [library.mallopt(_TRIM_THRESHOLD, 2**31 - 1), library.mallopt(_TOP_PAD, MARGIN)]

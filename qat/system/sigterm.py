@@ -1,4 +1,4 @@
-"""A request to stop, as batch systems and spot instances make it: SIGTERM, and time to save."""
+"""Notes SIGTERM, by which batch systems and spot instances ask a process to save its work and stop."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first SIGTERM is noted in ``requested``; a second one ends the process at once.
+    """Context in which the first SIGTERM sets ``requested``, and a second one ends the process at once.
 
-    Not so where it is one of several processes (``patient``): their launcher passes on what a batch system
-    may have sent to each of them already, and ends those that take too long by itself.
+    With ``patient``, further SIGTERMs are noted, too, and don't end the process. That is for one of several
+    processes under a launcher: a batch system may send the signal to each process, and the launcher passes it
+    on once more. The launcher itself ends processes that take too long.
 
-    Where no signal can be caught, that is outside of the main thread, or where SIGTERM is ignored already,
-    nothing changes.
+    Nothing changes outside of the main thread, where signals can't be caught, or if SIGTERM is handled or
+    ignored already.
+
+    Attributes:
+        requested: whether SIGTERM has come.
+        patient: whether a second SIGTERM is noted like the first.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -30,7 +35,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave SIGTERM to the system again."""
+        """Give SIGTERM its default effect again, which is to end the process."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._before = None

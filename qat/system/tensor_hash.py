@@ -1,4 +1,4 @@
-"""The hash by which files say which tensors they hold; it needs neither torch nor NumPy."""
+"""The hash over tensors that this project's files record. It needs neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 def tensors_sha256(tensors: Iterable[tuple[Sequence[object], bytes]]) -> str:
     """SHA-256 of tensors as 64 hexadecimal digits.
 
-    For each tensor in turn: the JSON text of its facts, a line feed, and its values.
+    The hash covers, for each tensor in turn, the JSON text of its facts, a line feed, and its values.
 
     Args:
-        tensors: for each, the facts to cover beside the values, such as name, type and shape, and the bytes
-            of the values in C order, little-endian.
+        tensors: a pair for each tensor: its facts, such as name, type and shape, and the bytes of its values
+            in C order, little-endian.
     """
     digest = hashlib.sha256()
     for facts, values in tensors:

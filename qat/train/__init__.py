@@ -1,10 +1,10 @@
-"""Pretraining and quantization-aware fine-tuning: a recipe becomes a run.
+"""Pretraining and quantization-aware fine-tuning of the network that a recipe describes.
 
-Begin to read at :func:`qat.train.pretraining.pretrain` or :func:`qat.train.finetuning.finetune`; then
-:mod:`qat.train.loop`, which both share, and :mod:`qat.train.job`, which the loop works on. ``capture``,
-``state_file`` and ``resume`` make an interrupted run end with the same bytes; ``parallel`` and ``sharding``
-let several processes train one network.
+Begin with :func:`qat.train.pretraining.pretrain` or :func:`qat.train.finetuning.finetune`. Then read
+:mod:`qat.train.loop`, which both share, and :mod:`qat.train.job`, on which the loop works. ``capture``,
+``state_file`` and ``resume`` save and resume interrupted runs, which end with the same bytes as others.
+``parallel`` and ``sharding`` let several processes train one network.
 
-It may import models, checkpoints, quantization, data, recipes and run directories, but neither reports, nor
-the exporter, nor commands.
+It may import models, checkpoints, quantization, data, recipes and run directories, but not reports, the
+exporter or commands.
 """

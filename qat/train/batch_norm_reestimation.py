@@ -1,7 +1,7 @@
-"""Batch-norm re-estimation: statistics averaged over training images once the weights are final.
+"""Batch-norm re-estimation: statistics are averaged over training images after the weights are final.
 
-Running statistics are a moving average over the last steps of a training, in which weights and grids still
-moved. :mod:`qat.quantize.folding` says how statistics are folded into the layers.
+The running statistics of a training are a moving average over its last steps, in which weights and grids
+still changed. :mod:`qat.quantize.folding` says how statistics are folded into the layers.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QuantizationError
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import activation_quantizers
 
 
 def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None:
-    """Replace all running statistics by their plain average over the batches that ``forward`` shows.
+    """Replace all running statistics by their mean over the batches that ``forward`` runs through ``model``.
 
-    As in training, each layer's input was normalized by the statistics of its own batch. Weights, grids and
-    the modes of all modules stay as they are; where ``forward`` fails, the statistics stay, too.
+    While ``forward`` runs, each layer normalizes by the statistics of its batch, as in training. Weights,
+    grids and the modes of all modules are the same afterwards. If ``forward`` raises an exception, the
+    statistics are unchanged, too.
 
     Args:
-        model: float-rest, or prepared and calibrated.
+        model: a network with a float rest, or a prepared and calibrated one.
         forward: runs some batches through ``model``.
 
     Raises:
-        QuantizationError: a grid is not calibrated, no batch reached a normalization, or its statistics are
-            not finite.
+        QuantizationError: a grid is not calibrated, no batch reached a batch normalization, or its statistics
+            are not finite.
     """
     points = dict(activation_quantizers(model))
     if unknown := [name for name, point in points.items() if not point.has_grid]:
@@ -36,11 +37,11 @@ def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None
     modes = {module: module.training for module in model.modules()}
     observing = {name: point.observing for name, point in points.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
-    # Training mode clamps latent weights and mix scales in place.
+    # In training mode, layers clamp latent weights and mix scales in place, so the values are restored below.
     before = [(parameter.data, parameter.detach().clone()) for parameter in model.parameters()]
-    before += [(_count(norm), _count(norm).clone()) for norm in norms.values()]
+    before += [(_batch_count(norm), _batch_count(norm).clone()) for norm in norms.values()]
     statistics = [(tensor, tensor.clone()) for norm in norms.values() for tensor in _statistics(norm)]
-    fine = False
+    succeeded = False
     try:
         model.train()
         for point in points.values():
@@ -52,10 +53,10 @@ def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None
             forward()
         for name, norm in norms.items():
             _check(norm, name)
-        fine = True
+        succeeded = True
     finally:
         with torch.no_grad():
-            for tensor, values in before if fine else before + statistics:
+            for tensor, values in before if succeeded else before + statistics:
                 tensor.copy_(values)
         for module, training in modes.items():
             module.training = training
@@ -65,7 +66,7 @@ def reestimate_batch_norm(model: nn.Module, forward: Callable[[], None]) -> None
             norm.momentum = momenta[name]
 
 
-def _count(norm: nn.BatchNorm2d) -> Tensor:
+def _batch_count(norm: nn.BatchNorm2d) -> Tensor:
     return norm.get_buffer("num_batches_tracked")
 
 
@@ -74,7 +75,8 @@ def _statistics(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 
 def _check(norm: nn.BatchNorm2d, name: str) -> None:
-    if not int(_count(norm)):
+    """Raise ``QuantizationError`` if ``norm`` saw no batch, or if its statistics are not finite."""
+    if not int(_batch_count(norm)):
         raise QuantizationError(f"{name}: no batch reached it: its statistics can't be averaged anew")
     for statistic in _statistics(norm):
         if not bool(statistic.isfinite().all()):

@@ -1,4 +1,4 @@
-"""What a saved state holds of a training: taken from its parts, and put back into them."""
+"""Captures the state of a training for a state file, and restores it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from qat.errors import CheckpointError
 from qat.models.bnext import BNext
-from qat.quantize.quantizers import activation_quantizers
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.recipe.schema import Recipe
 from qat.system.collectives import is_main, world
-from qat.train.sharding import part_like, shards, whole
+from qat.train.sharding import full_tensor, part_like, shards
 from qat.train.state_file import Record, State
 from qat.train.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a state is taken of and put back into."""
+    """The objects whose state is captured and restored."""
 
     model: BNext
     optimizer: torch.optim.Optimizer
@@ -33,19 +33,21 @@ class Parts:
 
     @cached_property
     def names(self) -> list[str]:
-        """Name of each parameter by the optimizer's index."""
+        """Name of each parameter, in the order in which the optimizer numbers them."""
         known = {id(parameter): name for name, parameter in self.model.named_parameters()}
         groups = self.optimizer.param_groups
         return [known[id(parameter)] for group in groups for parameter in group["params"]]
 
 
 def first_record(recipe: Recipe, provenance: Mapping[str, str], device: torch.device) -> Record:
-    """The record of a run that has done no step yet, computed as this process computes.
+    """The record of a run before its first step.
+
+    Threads and the number of processes are those of this process.
 
     Args:
-        recipe: as checkpoints repeat it.
+        recipe: the recipe as checkpoints store it, with paths as they were given.
         provenance: see :func:`qat.train.provenance.provenance_of`.
-        device: where the network lies.
+        device: device of the network.
     """
     return Record(
         recipe=recipe.model_dump(mode="json"),
@@ -58,10 +60,14 @@ def first_record(recipe: Recipe, provenance: Mapping[str, str], device: torch.de
 
 
 def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors that training depends on, on the CPU, and the fields of a record about the rest.
+    """Capture everything that the rest of the training depends on.
 
-    The tensors have to be written before training goes on, since they may be those in use rather than copies.
-    A network in parts is gathered: all processes call this, and the first one alone is given the tensors.
+    A sharded network is gathered, so that all processes must call this alike.
+
+    Returns:
+        Tensors on the CPU by key, and values for fields of :class:`qat.train.state_file.Record`. The tensors
+        may share memory with those in use, and so must be written before training goes on. Processes other
+        than the first get no tensors.
     """
     tensors = {f"model/{key}": value for key, value in parts.model.state_dict().items()}
     saved = parts.optimizer.state_dict()
@@ -76,11 +82,11 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     copies: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in tensors.items():
-        gathered = whole(value)
+        gathered = full_tensor(value)
         if not is_main():
             continue
         kept = gathered.cpu().contiguous()
-        # A safetensors file takes no two tensors that share a storage.
+        # safetensors refuses tensors that share a storage, so such tensors are copied.
         own = kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() not in storages
         copies[key] = kept if own else kept.clone()
         storages.add(kept.data_ptr())
@@ -94,10 +100,10 @@ def capture(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(parts: Parts, state: State) -> None:
-    """Put back what :func:`capture` took. It empties ``state.tensors``, to free their memory.
+    """Restore what :func:`capture` returned. It empties ``state.tensors`` to free their memory.
 
     Raises:
-        CheckpointError: it is of another network or optimizer.
+        CheckpointError: the state belongs to another network or optimizer.
     """
     record = state.record
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}, "random": {}}
@@ -106,7 +112,8 @@ def restore(parts: Parts, state: State) -> None:
         kind, _, name = key.partition("/")
         if kind != "random":
             of = name.partition("/")[2] if kind == "optimizer" else name
-            # To the device first: torch's observers take over loaded tensors as they are.
+            # Tensors are moved to the device here, because torch's observers keep a loaded tensor where it
+            # lies.
             value = part_like(value, parameters.get(of)).to(parts.device)
         kinds[kind][name] = value
     points = dict(activation_quantizers(parts.model))

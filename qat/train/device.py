@@ -1,4 +1,4 @@
-"""The seed, the threads and the device that a run computes with."""
+"""Sets the seed and the number of threads of a run, and chooses its device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qat.train.precision import check_precision
 
 
 def begin(recipe: Recipe) -> torch.device:
-    """Set the seed and the thread count of a run, let it keep freed memory, and choose its device.
+    """Set the seed and the number of threads, let the process keep freed memory, and choose the device.
 
     Raises:
-        RecipeError: the device isn't there, or can't compute with the recipe's precision.
+        RecipeError: the device doesn't exist, or doesn't support the recipe's precision.
     """
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
@@ -29,12 +29,12 @@ def begin(recipe: Recipe) -> torch.device:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
+    """The device called ``name``; ``auto`` means CUDA if there is a GPU, else the CPU.
 
-    Each of several processes gets a GPU of its own.
+    If several processes train together, each gets a GPU of its own.
 
     Raises:
-        RecipeError: the device isn't there.
+        RecipeError: the device doesn't exist, or there are fewer GPUs than processes.
     """
     if world().size > 1:
         return _own_device(name)
@@ -49,7 +49,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _own_device(name: str) -> torch.device:
-    """The device of this process, one of several. ``accelerate launch --cpu`` makes ``auto`` the CPU."""
+    """The device of this process among several. With ``accelerate launch --cpu``, ``auto`` means the CPU."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if name == "cpu" or (name == "auto" and (forced or not torch.cuda.is_available())):
         return torch.device("cpu")

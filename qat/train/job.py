@@ -1,4 +1,4 @@
-"""A training job: everything that the loop works on and that stays as it is."""
+"""A training job: everything that the training loop works on and that doesn't change meanwhile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.evaluation import Accuracy, evaluate, predictor
 from qat.models.bnext import BNext
 from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
-from qat.system.collectives import any_of
+from qat.system.collectives import any_process
 from qat.system.sigterm import StopRequest
 from qat.train.reporter import Reporter
 from qat.train.resume import resume_command
@@ -23,9 +23,12 @@ from qat.train.teachers import Teachers
 
 
 class Splits(NamedTuple):
-    """The images of a run: those it trains on, those epochs are chosen on, and those of the last figure.
+    """The images of a run.
 
-    ``final`` is ``None`` where there are no others.
+    Attributes:
+        train: those that it trains on.
+        test: those that it is evaluated on, and its best epoch chosen on.
+        final: those that the best epoch is measured on in the end; ``None`` where there are no others.
     """
 
     train: Split
@@ -35,18 +38,20 @@ class Splits(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """Sentences on what was held out, left out or left aside."""
-        return [note for split in self if split is not None for note in split.notes]
+        found = [split for split in self if split is not None]
+        left_out = [split.left_out for split in found if split.left_out is not None]
+        return [note for split in found for note in split.notes] + left_out
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a task adds to the loop. Each hook is called by all processes alike.
+    """Functions by which a task changes the training loop. All processes call each of them alike.
 
     Attributes:
-        before_step: called before each optimizer step, with the share of all steps that are done, and after
-            the last step of each epoch.
-        after_training: called after the last step and before the last evaluation with the network that is
-            going to be kept, whole.
+        before_step: called before each optimizer step and after the last step of each epoch, with the share
+            of all steps that are done, from 0 to 1.
+        after_training: called after the last step and before the last evaluation, with the network that is
+            going to be saved. A sharded network is gathered before.
     """
 
     before_step: Callable[[Job, float], None] = lambda job, share: None
@@ -55,20 +60,23 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything the loop works on. Each of several processes has a job, equal but for ``splits``' shares.
+    """Everything that the training loop works on.
+
+    Several processes that train together have equal jobs, except for the shares of ``splits``.
 
     Attributes:
-        recipe: as checkpoints repeat it.
-        model: the network that trains.
+        recipe: the recipe as checkpoints store it, with paths as they were given.
+        model: the network that is trained.
         splits: training and test images.
-        device: where the network lies.
+        device: device of the network.
         run: folder of the run.
-        reporter: told about progress.
-        provenance: what the results are made of; part of each checkpoint's metadata.
-        teachers: none, where the labels alone teach.
-        hooks: what the task adds.
-        state: where to go on; without tensors for a run that begins.
-        stop: whether SIGTERM has come.
+        reporter: is told about the progress.
+        provenance: see :func:`qat.train.provenance.provenance_of`; stored in the metadata of each checkpoint.
+        teachers: teachers of the distillation; there may be none.
+        hooks: functions of the task.
+        state: the saved state to resume from; it has no tensors if the run begins.
+        stop: notes SIGTERM.
+        head_epochs: number of epochs at the beginning in which the classifier alone is trained.
     """
 
     recipe: Recipe
@@ -82,18 +90,23 @@ class Job:
     hooks: Hooks = field(default_factory=Hooks)
     state: State = NOTHING_SAVED
     stop: StopRequest = field(default_factory=StopRequest)
+    head_epochs: int = 0
 
     def check_stop(self) -> None:
-        """Raise ``Stopped`` where SIGTERM reached any of the processes, which all call this alike."""
-        if any_of(self.stop.requested):
-            again = resume_command(self.recipe.task, self.run.path)
+        """Stop the training if SIGTERM has come to any of the processes, which must all call this alike.
+
+        Raises:
+            Stopped: SIGTERM has come.
+        """
+        if any_process(self.stop.requested):
+            again = resume_command(self.recipe.task, self.run.whole)
             raise Stopped(f"stopped by SIGTERM, everything is saved; go on with: {again}")
 
     def evaluate(self, model: BNext) -> Accuracy:
         """Accuracy of ``model`` on the test images.
 
         Raises:
-            Stopped: SIGTERM came; raised between two batches.
+            Stopped: SIGTERM has come; this is checked before each batch.
         """
         data, device = self.recipe.data, self.device
         return evaluate(predictor(model), self.splits.test, data, device, self.check_stop)

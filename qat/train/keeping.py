@@ -1,4 +1,4 @@
-"""What a run keeps while it trains: states to resume from, the last checkpoint, the best one."""
+"""Saves what a run keeps while it trains: states to resume from, the last checkpoint and the best one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qat.train.state_file import write_state
 
 
 def save_state(job: Job, progress: Progress, parts: Parts) -> None:
-    """Write a state that the run can be resumed from; the first of several processes does.
+    """Write a state from which the run can be resumed. All processes call this; the first one writes.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the state can't be written.
     """
     main = is_main()
-    if not (main or is_sharded(parts.model)):  # the others would write the same
+    if not (main or is_sharded(parts.model)):  # each process has the same state, which the first one writes
         return
     tensors, fields = capture(parts)
-    if not main:  # this process was needed for its part of each tensor
+    if not main:  # this process was only needed to send its parts of the tensors
         return
     record = first_record(job.recipe, job.provenance, job.device)
     record = record.model_copy(update={**progress.fields(), **fields})
@@ -32,19 +32,19 @@ def save_state(job: Job, progress: Progress, parts: Parts) -> None:
 
 
 def keep_checkpoints(job: Job, progress: Progress, kept: BNext) -> None:
-    """Write the checkpoint of the last whole epoch, also as the best one where ``progress`` says so.
+    """Write the checkpoint of the last whole epoch, also as the best one if its accuracy is the best so far.
 
     A network whose weights are not binary yet can't be the best. Within an epoch, and before the first
-    evaluation, there is nothing to write.
+    evaluation, nothing is written.
 
     Args:
-        job: says where to and how.
-        progress: its best epoch is brought up to date.
-        kept: the network that was evaluated; of one in parts, this process's.
+        job: says where the checkpoint is written and how.
+        progress: its best epoch is updated.
+        kept: the network that was evaluated. If it is sharded, this process's part of it.
 
     Raises:
-        TrainingError: a tensor holds values that the file can't.
-        OutputError: the run's directory can't be written.
+        TrainingError: a tensor holds NaN, or a value too large for the type in which it is stored.
+        OutputError: the run directory can't be written.
     """
     accuracy = progress.accuracy
     if accuracy is None or progress.running.step:
@@ -61,12 +61,12 @@ def keep_checkpoints(job: Job, progress: Progress, kept: BNext) -> None:
             save_checkpoint(
                 path, network, recipe=recipe, metadata=metadata, float_dtype=recipe.output.float_weights
             )
-        except CheckpointError as error:  # it is the training that went wrong, not what the user gave
+        except CheckpointError as error:  # the training went wrong, not the user's input
             raise TrainingError(f"epoch {progress.epoch}: {error}; {last_good(job.run)}") from error
 
 
 def last_good(run: RunDirectory) -> str:
-    """In words, which checkpoint of ``run`` is left where its training fails."""
+    """A message that names the last checkpoint of ``run``, for errors of its training."""
     if run.last.exists():
         return f"the last good checkpoint is {run.last}"
     return "no checkpoint was written yet"

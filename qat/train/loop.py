@@ -1,6 +1,7 @@
-"""The training loop: one epoch after another, each evaluated and kept.
+"""The training loop, which trains, evaluates and saves one epoch after another.
 
-It knows nothing of pretraining or fine-tuning, which give it a :class:`~qat.train.job.Job` each.
+It is the same for pretraining and fine-tuning, which differ in the :class:`~qat.train.job.Job` that they
+pass.
 """
 
 from __future__ import annotations
@@ -28,63 +29,74 @@ from qat.system.launch import Share
 from qat.train.capture import Parts, restore
 from qat.train.job import Job
 from qat.train.keeping import keep_checkpoints, last_good, save_state
-from qat.train.optimizer import learning_rate_factor, make_optimizer
+from qat.train.optimizer import learning_rate_factors, make_optimizer
 from qat.train.parallel import Parallel
 from qat.train.precision import autocast, gradient_scaler
 from qat.train.progress import Progress
 from qat.train.sharding import first_with_nan, shard, shards, whole_network
 from qat.train.state_file import Running
-from qat.train.weight_average import average_of
+from qat.train.weight_average import make_average
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """From a batch of a split to what is trained on: augmented, then mixed."""
+    """Turns a batch of a split into the input of a training step: augmentation, then mixup or cutmix."""
 
     augment: Augmenter
     mix: Mixer
     share: Share
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Pixels in 0 to 1 (N, 3, H, W) and targets: labels (N,), or shares of the classes (N, classes)."""
+        """Prepare one batch, or this process's share of it.
+
+        Args:
+            images: uint8 (N, 3, H, W).
+            labels: int64 (N,) on the same device.
+            epoch: number of the epoch, from 1.
+            batch: number of the batch within the epoch, from 0.
+
+        Returns:
+            Pixels in 0 to 1, float32 (N, 3, image_size, image_size), and the targets: labels, int64 (N,), or
+            with mixup or cutmix the share of each class, float32 (N, classes).
+        """
         return self.mix(self.augment(images, epoch, batch, self.share), labels, epoch, batch)
 
 
 def step_count(recipe: Recipe, train: Split) -> int:
-    """Optimizer steps of an epoch; the last batches are left out where they are too few for a step."""
+    """Number of optimizer steps in an epoch. Last batches that are too few for a step are left out."""
     return train.batch_count(recipe.data.batch_size, drop_last=True) // recipe.schedule.accumulate
 
 
 def fit(job: Job, progress: Progress) -> None:
-    """Train for those of the recipe's epochs that ``progress`` leaves; evaluate and keep each.
+    """Train for the recipe's epochs that are not done yet, and evaluate and save each.
 
-    A state is saved before metrics and checkpoints are written, so that these never tell of an epoch that a
-    resumed run doesn't know.
+    The state of an epoch is saved before its metrics and checkpoints are written. So these never include an
+    epoch that a resumed run has still to do.
 
     Args:
-        job: what to train; ``job.state`` is put back first, if it has tensors.
-        progress: brought up to date under way.
+        job: what to train. If ``job.state`` has tensors, it is restored first.
+        progress: how far the run is; it is updated after each step and epoch.
 
     Raises:
         Stopped: SIGTERM came; the state is saved.
-        TrainingError: a loss or a tensor is not finite any more.
-        CheckpointError: ``job.state`` is of another network.
-        OutputError: the run's directory can't be written.
+        TrainingError: a loss or a tensor became NaN or infinite.
+        CheckpointError: ``job.state`` belongs to another network.
+        OutputError: the run directory can't be written.
     """
     recipe, model = job.recipe, job.model
     epochs, steps = recipe.schedule.epochs, step_count(recipe, job.splits.train)
     if shards(recipe):
         shard(model, job.device)
-    optimizer = make_optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, recipe.optimizer, own_head=job.head_epochs > 0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(recipe.optimizer, step, epochs * steps)
+        optimizer, learning_rate_factors(optimizer, recipe.optimizer, epochs * steps, job.head_epochs * steps)
     )
     inputs = Inputs(
         Augmenter(recipe.data.augment, recipe.data.image_size, recipe.seed),
-        Mixer(recipe.data.augment, recipe.model.num_classes, recipe.seed),
+        Mixer(recipe.data.augment, model.architecture.num_classes, recipe.seed),
         world().share,
     )
-    average = average_of(model, recipe.schedule.ema)
+    average = make_average(model, recipe.schedule.ema)
     scaler = gradient_scaler(recipe.precision, job.device)
     parts = Parts(model, optimizer, scheduler, job.device, average, scaler)
     if job.state.tensors:
@@ -92,8 +104,10 @@ def fit(job: Job, progress: Progress) -> None:
     else:
         save_state(job, progress, parts)
     training = _Training(job, progress, parts, inputs, Parallel(model, job.device), steps)
-    job.run.rewrite_log(progress.rows)  # it may have lines of epochs after the state
-    keep_checkpoints(job, progress, average.network)  # a resumed run may have ended before it did this
+    # A resumed run may have been interrupted between saving a state and writing metrics and checkpoints. Or
+    # it was resumed from an older state, so that the metrics have lines of epochs after it.
+    job.run.rewrite_log(progress.rows)
+    keep_checkpoints(job, progress, average.network)
     job.reporter.start(epochs, steps, progress.epoch * steps + progress.running.step)
     try:
         for epoch in range(progress.epoch + 1, epochs + 1):
@@ -111,7 +125,7 @@ def fit(job: Job, progress: Progress) -> None:
             if epoch < epochs:
                 job.check_stop()
     except Stopped:
-        if progress.running.step:  # else a state was saved after the last step
+        if progress.running.step:  # otherwise the state was saved at the end of the epoch
             save_state(job, progress, parts)
         raise
     finally:
@@ -120,7 +134,7 @@ def fit(job: Job, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class _Training:
-    """A job under way, with ``steps`` optimizer steps in each epoch."""
+    """The training of a job, with ``steps`` optimizer steps in each epoch."""
 
     job: Job
     progress: Progress
@@ -130,7 +144,7 @@ class _Training:
     steps: int
 
     def epoch(self, epoch: int) -> dict[str, Any]:
-        """Do the steps that are left of an epoch; its metrics, but for those of the evaluation."""
+        """Do the remaining steps of an epoch, and return its metrics without those of the evaluation."""
         job, recipe, parts = self.job, self.job.recipe, self.parts
         sums, model = self.progress.running, parts.model
         save_steps, accumulate = recipe.schedule.save_steps, recipe.schedule.accumulate
@@ -151,7 +165,7 @@ class _Training:
                 with self.network.gathering(last=(number + 1) % accumulate == 0):
                     loss, correct = self._loss(*batch)
                     self._count(f"epoch {epoch}, step {step + 1}", float(loss.detach()), len(labels), correct)
-                    # All batches have one size, so the mean of their gradients is that of all their images.
+                    # All batches have the same size, so the mean over all images is the mean over batches.
                     loss = loss if accumulate == 1 else loss / accumulate
                     parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no types
             sums.learning_rate = float(parts.scheduler.get_last_lr()[-1])
@@ -164,13 +178,13 @@ class _Training:
             job.check_stop()
             if save_steps and (done + 1) % save_steps == 0:
                 save_state(job, self.progress, parts)
-        # Weights that the last step spoils show in no loss of this epoch, and a network with NaN can't be
-        # evaluated: its integers have no meaning.
-        spoilt = first_with_nan(model)
-        if spoilt is not None:
-            raise self._not_finite(f"epoch {epoch}, step {self.steps}", spoilt, math.nan)
-        # The network is evaluated and kept as the schedule has it now, not one step earlier: annealing that
-        # ends with the training would otherwise never reach its end.
+        # NaN that the last step causes shows in no loss of this epoch. A network with NaN can't be evaluated,
+        # because its integers would have no meaning.
+        nan_tensor = first_with_nan(model)
+        if nan_tensor is not None:
+            raise self._not_finite(f"epoch {epoch}, step {self.steps}", nan_tensor, math.nan)
+        # The hook is called once more, so that the network is evaluated at the schedule's values for the end
+        # of the epoch. An anneal that ends with the training would otherwise never reach its end.
         job.hooks.before_step(job, epoch / recipe.schedule.epochs)
         parts.average.follow(model)
         means = _means(sums)
@@ -184,7 +198,11 @@ class _Training:
         }
 
     def finish(self) -> None:
-        """Do what the task does with the network that is kept, after the last step."""
+        """Call the task's hook with the network that is kept, after the last step.
+
+        Raises:
+            TrainingError: batch-norm statistics became NaN or infinite.
+        """
         try:
             self.job.hooks.after_training(self.job, whole_network(self.parts.average.network))
         except QuantizationError as error:  # statistics that are not finite
@@ -192,10 +210,15 @@ class _Training:
             raise TrainingError(f"epoch {epoch}: {error}; {last_good(self.job.run)}") from error
 
     def evaluate(self, epoch: int) -> Accuracy:
-        """Accuracy on the test images of the network that is kept."""
+        """Accuracy on the test images of the network that is kept.
+
+        Raises:
+            TrainingError: the loss or a constant is NaN or infinite.
+        """
         job = self.job
         try:
-            # As stored: rounding to half precision may move an image or two, and the file is what is used.
+            # The network is evaluated with the values that its file will hold. Rounding them to half
+            # precision can change the answers to a few images.
             network = whole_network(self.parts.average.network)
             accuracy = job.evaluate(as_stored(network, job.recipe.output.float_weights))
         except QuantizationError as error:  # constants that are not finite
@@ -205,19 +228,23 @@ class _Training:
         return accuracy
 
     def _loss(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        """Loss of a batch from :class:`Inputs`, in float32, and how many of its images were recognized."""
+        """Loss of a batch from :class:`Inputs`, a float32 scalar, and the number of right answers."""
         job, recipe = self.job, self.job.recipe
         images = normalize(pixels, recipe.data.mean, recipe.data.std)
         with autocast(recipe.precision, job.device):
             logits = self.network(images).float()
             loss = F.cross_entropy(logits, targets, label_smoothing=recipe.loss.label_smoothing)
             loss = job.teachers.blend(loss, logits, pixels, images)
-        # Of a mixed image, what counts is the class that has the larger share.
+        # A mixed image counts as right if the answer is the class with the larger share.
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         return loss, correct_in_top(logits.detach(), labels, 1)
 
     def _count(self, when: str, loss: float, images: int, correct: int) -> None:
-        """Add a batch to the sums of the epoch, with all processes' shares of it."""
+        """Add a batch, with the shares of all processes, to the sums of the epoch.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite.
+        """
         sums = self.progress.running
         loss_sum, seen, recognized = total([loss * images, images, correct])
         if not math.isfinite(loss_sum):
@@ -227,19 +254,26 @@ class _Training:
         sums.correct += round(recognized)
 
     def _step(self) -> None:
-        """One step of optimizer and schedule with the gradients that were gathered."""
+        """Do one step of the optimizer and the learning-rate schedule with the accumulated gradients."""
         parts, clip_norm = self.parts, self.job.recipe.optimizer.clip_norm
         if clip_norm is not None:
             parts.scaler.unscale_(parts.optimizer)
             nn.utils.clip_grad_norm_(parts.model.parameters(), clip_norm)
-        parts.scaler.step(parts.optimizer)  # in float16 without effect where a gradient is too large
+        parts.scaler.step(parts.optimizer)  # with float16, the step is skipped if a gradient is infinite
         parts.scaler.update()
         parts.scheduler.step()
 
     def _not_finite(self, when: str, what: str, value: float) -> TrainingError:
+        settings = self.job.recipe.optimizer
+        if settings.clip_norm is None:
+            advice = f"a smaller optimizer.lr (it is {settings.lr:g}) or an optimizer.clip_norm"
+        else:
+            advice = (
+                f"a smaller optimizer.lr (it is {settings.lr:g}) or optimizer.clip_norm "
+                f"({settings.clip_norm:g})"
+            )
         return TrainingError(
-            f"{when}: the {what} is {value}, training stops; {last_good(self.job.run)}. "
-            "A smaller optimizer.lr or an optimizer.clip_norm may help"
+            f"{when}: the {what} is {value}, training stops; {last_good(self.job.run)}. May help: {advice}"
         )
 
 

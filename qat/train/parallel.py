@@ -1,6 +1,6 @@
-"""The network as several processes train it: wrapped, so that gradients are those of the whole batch.
+"""Wraps a network so that several processes train it with the gradients of the whole batch.
 
-A process that trains alone never imports accelerate, whose start takes seconds.
+A process that trains alone doesn't import accelerate, which would take seconds.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from qat.errors import RecipeError
 from qat.recipe.schema import Recipe
 from qat.system.collectives import world
 from qat.system.launch import is_set
-from qat.train.sharding import ACCELERATE_FSDP, asked_of_accelerate, bound_parts, is_sharded, shards
+from qat.train.sharding import ACCELERATE_FSDP, asked_of_accelerate, clamp_parts, is_sharded, shards
 
 
 class Parallel:
-    """A network whose parameters get the mean of all processes' gradients; alone it is the network itself.
+    """A network whose parameters get the mean of all processes' gradients.
 
-    Distributed data parallel: each process has all weights and its share of each batch. Buffers are not sent
-    around, because what they are made of is (:mod:`qat.ops.batch_norm`, :mod:`qat.quantize.observers`). A
-    network that :func:`qat.train.sharding.shard` has cut up gathers weights and scatters gradients by itself.
+    In a process alone it is the network itself. Otherwise it is wrapped as distributed data parallel: each
+    process has all weights and its share of each batch. Buffers needn't be sent, because all processes
+    compute them from statistics of the whole batch (:mod:`qat.ops.batch_norm`,
+    :mod:`qat.quantize.observers`). A network that :func:`qat.train.sharding.shard` has sharded isn't wrapped,
+    because it gathers weights and scatters gradients by itself.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -38,23 +40,26 @@ class Parallel:
             return
         from accelerate import DistributedDataParallelKwargs
 
-        # A stem's PReLU is in no forward pass, and scales leave it when they freeze.
+        # Some parameters get no gradient: the stem's PReLU, which no forward pass uses, and scales once they
+        # are frozen.
         options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
         prepared = accelerator(device, kwargs_handlers=[options])
         self._forward = prepared.prepare_model(model, device_placement=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalized images (N, 3, H, W), this process's, → logits (N, num_classes)."""
+        """Map this process's normalized images (N, 3, H, W) to logits (N, num_classes)."""
         if self._parts is not None:
-            bound_parts(self._parts)
+            clamp_parts(self._parts)
         logits: Tensor = self._forward(images)
         return logits
 
     @contextmanager
     def gathering(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a batch: gradients are averaged with the ``last`` one of a step.
+        """Context for the forward and backward pass of a batch.
 
-        Those of a network in parts with every one, or each process would hold all gradients until then.
+        Gradients are averaged over the processes in the backward pass of the ``last`` batch of an optimizer
+        step. Those of a sharded network are averaged in each backward pass, because otherwise each process
+        would hold the gradients of the whole network until then.
         """
         if self._wrapped and not last:
             with self._forward.no_sync():
@@ -64,16 +69,21 @@ class Parallel:
 
 
 def accelerator(device: torch.device, **options: Any) -> Any:
-    """accelerate's engine for ``device``, which leaves threads and precision as the recipe has them."""
+    """accelerate's ``Accelerator`` for ``device``. Threads and precision stay as the recipe has them.
+
+    Args:
+        device: device of the network.
+        **options: further arguments of ``Accelerator``.
+    """
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about threads
+        warnings.simplefilter("ignore")  # accelerate warns that it changes the number of threads
         from accelerate import Accelerator
 
-        # Parts are made by qat.train.sharding; accelerate's own FSDP refuses to start where there is no GPU.
+        # Networks are sharded by qat.train.sharding. accelerate's own FSDP refuses to start without a GPU.
         asked = os.environ.pop(ACCELERATE_FSDP, None)
         try:
-            # The loop applies the precision, as in a process alone.
+            # "no" because the training loop applies the precision, as it does in a process alone.
             made = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no", **options)
         finally:
             if asked is not None:
@@ -83,10 +93,11 @@ def accelerator(device: torch.device, **options: Any) -> Any:
 
 
 def check_parallel(recipe: Recipe) -> None:
-    """Refuse what several processes can't do together; alone, nothing is asked.
+    """Check that several processes can train together as the recipe and the launcher ask.
 
     Raises:
-        RecipeError: accelerate is configured for what this has not, or FSDP is asked to do what it can't.
+        RecipeError: accelerate is configured for something that isn't supported here, or FSDP is asked for
+            with fine-tuning, float16, or unsupported options.
     """
     if world().size == 1:
         return
@@ -102,7 +113,7 @@ def check_parallel(recipe: Recipe) -> None:
             )
     if not shards(recipe):
         return
-    if recipe.task == "finetune":  # of a recipe that says so itself it is said earlier
+    if recipe.task == "finetune":  # the launcher asks for FSDP; the schema refuses a recipe that does
         raise RecipeError(
             "accelerate is configured for FSDP, allowed for `qat finetune`: distributed data parallel; "
             "launch with `accelerate launch --multi_gpu` or torchrun"

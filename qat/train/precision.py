@@ -1,4 +1,4 @@
-"""Mixed precision: matrix products in 16 bits while training. Evaluation stays in float32."""
+"""Mixed precision: matrix products in 16 bits while training. Evaluation is always in float32."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Around forward and loss: matrix products are those of ``precision`` there.
+    """Context for the forward pass and the loss, in which matrix products have the given precision.
 
-    On a processor without instructions for them :mod:`qat.ops.bfloat16` computes those of bfloat16.
+    On a processor without instructions for bfloat16, :mod:`qat.ops.bfloat16` computes its products.
     """
     if precision == "float32":
         return nullcontext()
@@ -27,15 +27,15 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """Keeps small gradients from vanishing in float16; passes everything on as it is for other types."""
+    """A gradient scaler. It keeps small gradients from vanishing in float16, and is off for other types."""
     return torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
-    """Refuse what ``device`` can't compute.
+    """Check that ``device`` supports ``precision``.
 
     Raises:
-        RecipeError: float16 without CUDA, or bfloat16 on a GPU without it.
+        RecipeError: float16 is asked for without CUDA, or bfloat16 on a GPU that lacks it.
     """
     if precision == "float16" and device.type != "cuda":
         raise RecipeError(
@@ -47,7 +47,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def saves_no_time(precision: Precision, device: torch.device) -> str | None:
-    """A warning where ``device`` has no instructions for ``precision``, so that it saves no time."""
+    """A warning if ``device`` has no instructions for ``precision`` and so saves no time, or ``None``."""
     if precision == "float32" or not is_emulated(device, _TYPES[precision]):
         return None
     return (

@@ -1,4 +1,4 @@
-"""How far a training run is: what changes while the rest of a job stays as it is."""
+"""How far a training run is. In contrast to the job, it changes while the run trains."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from qat.train.state_file import Record, Running
 
 @dataclass
 class Progress:
-    """Epochs behind a run, and the best of them.
+    """The epochs that a run has done, and the best of them.
 
     Attributes:
-        epoch: whole epochs, each of them evaluated.
-        running: the epoch after these.
+        epoch: number of whole epochs, each of which was evaluated.
+        running: steps and sums of the epoch after these.
         rows: metrics of the whole epochs.
-        accuracy: after the last of these, or after calibration; ``None`` before there was an evaluation.
-        best, best_epoch: of the epochs so far, with 0 for the network before training.
-        accuracies: of evaluations before training, by name.
+        accuracy: accuracy after the last whole epoch, or after calibration; ``None`` before any evaluation.
+        best: best accuracy so far.
+        best_epoch: the epoch with the best accuracy; 0 is the network before training.
+        accuracies: accuracies of evaluations before training, by name.
         seconds_before: seconds that the run had taken before it was resumed.
-        started: when this process began with it, in seconds since 1970.
+        started: when this process began the run or resumed it, in seconds since 1970.
     """
 
     epoch: int = 0
@@ -37,7 +38,7 @@ class Progress:
 
     @classmethod
     def of(cls, record: Record) -> Progress:
-        """The progress that a saved state's ``record`` tells of."""
+        """The progress that the ``record`` of a saved state holds."""
         return cls(
             epoch=record.epoch,
             running=record.running.model_copy(),
@@ -51,11 +52,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """What the run took so far, without the time between a stop and a resumption."""
+        """Seconds that the run has taken so far, without the time for which it was interrupted."""
         return self.seconds_before + time.time() - self.started
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a :class:`~qat.train.state_file.Record` that :meth:`of` reads."""
+        """The values that :meth:`of` reads from a :class:`~qat.train.state_file.Record`, by field."""
         return {
             "epoch": self.epoch,
             "running": self.running,
@@ -68,6 +69,6 @@ class Progress:
         }
 
     def improves(self, accuracy: Accuracy) -> bool:
-        """Whether ``accuracy`` is better than the best: a higher top-1, or as high with a lower loss."""
+        """Whether ``accuracy`` is the best so far: it has a higher top-1, or the same with a lower loss."""
         best = self.best
         return best is None or (accuracy.top1, -accuracy.loss) > (best.top1, -best.loss)

@@ -1,4 +1,4 @@
-"""Provenance of a run: images, checkpoints and versions that its results are made of."""
+"""Provenance of a run: the images, checkpoints and versions of packages that its results depend on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from qat.train.teachers import Teachers
 
 
 def provenance_of(splits: Splits, start: Path | None, teachers: Teachers) -> dict[str, str]:
-    """What a run is made of, for the metadata of checkpoints and for the summary.
+    """The provenance of a run, for the metadata of checkpoints and for the summary.
 
     Args:
         splits: the images.
-        start: the checkpoint that training starts from, if it does.
-        teachers: those whose weights don't come with the run are told by their SHA-256.
+        start: the checkpoint that training starts from; ``None`` if it starts from random weights.
+        teachers: the teachers of the distillation.
+
+    Returns:
+        ``pretrained_sha256`` and ``teachers_sha256`` (hashes of the files, if there are any),
+        ``class_names``, ``train_fingerprint``, ``test_fingerprint``, and ``versions``, each as a text.
     """
     pretrained = {} if start is None else {"pretrained_sha256": file_hash(start)}
     if teachers.sha256:
@@ -44,17 +48,18 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def check_alike(provenance: Mapping[str, str], state: Path) -> None:
-    """Refuse processes that train together on different files, as several machines may have them.
+    """Check that processes which train together, maybe on several machines, read the same files.
 
     Args:
-        provenance: of the run as this process sees it.
-        state: file of the state that this process goes on from.
+        provenance: the run's provenance as this process sees it.
+        state: file of the state from which this process resumes.
 
     Raises:
         DataError: images, checkpoint or versions differ from those of the first process.
-        CheckpointError: the state does.
+        CheckpointError: the state differs from that of the first process.
     """
-    # All in one message: a process that refuses takes part in no further one.
+    # Everything is compared in one message, because a process that raises an error takes part in no further
+    # one.
     first, first_state = json.loads(from_main(json.dumps([dict(provenance), str(state)])))
     for key, value in provenance.items():
         if value != (other := first.get(key, "nothing")):

@@ -1,4 +1,4 @@
-"""What a training run tells whoever watches it."""
+"""The interface by which a training run reports its progress."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from typing import Any, Protocol
 
 
 class Reporter(Protocol):
-    """Is told how a training run goes: news, warnings, and its figures after each step and epoch."""
+    """Is told how a training run goes: messages, warnings, and metrics after each step and epoch."""
 
     def message(self, text: str) -> None:
-        """One line of news."""
+        """Take one line of news for the user."""
 
     def warning(self, text: str) -> None:
-        """Something the user should know and may want to change."""
+        """Take a warning about something that the user may want to change."""
 
     def start(self, epochs: int, steps: int, done: int = 0) -> None:
-        """The steps begin.
+        """Called before the first step.
 
         Args:
-            epochs: of the whole run.
+            epochs: number of epochs in the whole run.
             steps: optimizer steps of an epoch.
-            done: optimizer steps that lie behind a run that is resumed.
+            done: optimizer steps that a resumed run has done before.
         """
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """One optimizer step is done.
+        """Called after each optimizer step.
 
         Args:
-            epoch: its number, from 1.
-            metrics: ``loss``, ``top1`` (percent) and ``images_per_second``, means over the epoch so far;
-                ``learning_rate`` of this step, and ``step``, its number counted over all epochs.
+            epoch: number of the epoch, from 1.
+            metrics: ``loss``, ``top1`` (percent) and ``images_per_second``, each averaged over the epoch so
+                far; the ``learning_rate`` of this step; and ``step``, its number over all epochs, from 1.
         """
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """One epoch is done and evaluated; ``metrics`` is its line of ``metrics.jsonl``."""
+        """Called after an epoch is evaluated. ``metrics`` is its line of ``metrics.jsonl``."""
 
     def stop(self) -> None:
-        """The steps are over, whether they ended well or not."""
+        """Called after the last step, also if an exception ended the training."""
 
 
 class SilentReporter:
-    """A :class:`Reporter` that says nothing."""
+    """A :class:`Reporter` that ignores everything."""
 
     def message(self, text: str) -> None:
         """Ignored."""

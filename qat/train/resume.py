@@ -1,9 +1,10 @@
-"""Exact resume: which runs may be resumed, and from where.
+"""Exact resume: which runs may be resumed, and from which state.
 
-A resumed run ends with the same bytes as one that was never interrupted, on the CPU with the same number of
-threads. Its state (:mod:`qat.train.capture`) holds the latent weights, every buffer, the optimizer, the
-scheduler, and the sums of the epoch under way; with ``schedule.ema`` the averaged weights, in float16 the
-scale of the gradients. The order of the images and their augmentation depend on seed, epoch and step alone.
+On the CPU, with the same number of threads, a resumed run ends with the same bytes as one that was never
+interrupted. Its state (:mod:`qat.train.capture`) holds the latent weights, every buffer, the optimizer, the
+scheduler, and the sums of the epoch that was interrupted; with ``schedule.ema`` also the averaged weights,
+and with float16 the scale of the gradients. The order of the images and their augmentation needn't be saved,
+since they depend on nothing but seed, epoch and step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from qat.train.reporter import Reporter
 from qat.train.sharding import shards
 from qat.train.state_file import NOTHING_SAVED, State, newest_state
 
-#: Keys that may change when a run is resumed: results stay, or differ in their last bits, which is warned of.
+#: Keys that may change when a run is resumed. The results stay the same, or differ in their last bits, in
+#: which case there is a warning.
 NEUTRAL: Final = (
     "device",
     "threads",
@@ -40,7 +42,7 @@ NEUTRAL: Final = (
     "tracking.project",
     "tracking.every",
 )
-#: Keys that name files. Their text may change, since it is the files' content that is compared.
+#: Keys that name files. Their values may change, because the content of the files is compared instead.
 _PATHS: Final = ("model.checkpoint", "data.root", "distillation.teachers")
 
 
@@ -49,9 +51,9 @@ class NewRun:
 
     state: State = NOTHING_SAVED
 
-    def __init__(self, loaded: LoadedRecipe) -> None:
-        """Take the recipe; the folder is made by :meth:`open`."""
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedRecipe, folder: Path | None = None) -> None:
+        """Take the recipe, and the folder if it is not to be chosen; it is made by :meth:`open`."""
+        self._loaded, self._folder = loaded, folder
         self.recipe = loaded.recipe
 
     def open(self) -> RunDirectory:
@@ -60,11 +62,11 @@ class NewRun:
         Raises:
             QatError: see :meth:`qat.runs.RunDirectory.create`.
         """
-        return RunDirectory.create(self._loaded)
+        return RunDirectory.create(self._loaded, self._folder)
 
     @property
     def news(self) -> str:
-        """What a message about the run's folder ends with: nothing."""
+        """End of the message that names the run's folder: an empty string."""
         return ""
 
 
@@ -73,10 +75,10 @@ class Resumed:
     """A run that is resumed.
 
     Attributes:
-        run: its folder.
-        loaded: its recipe as ``recipe.yaml`` has it, with absolute paths.
-        recipe: the same with paths as they were first given, which checkpoints repeat.
-        state: where to go on; without tensors to begin again.
+        run: folder of the run.
+        loaded: the recipe in ``recipe.yaml``, which has absolute paths.
+        recipe: the same recipe with paths as they were given first, which checkpoints store.
+        state: the saved state to resume from; it has no tensors if the run begins again.
     """
 
     run: RunDirectory
@@ -90,7 +92,7 @@ class Resumed:
 
     @property
     def news(self) -> str:
-        """What a message about the run's folder ends with: from where the run goes on."""
+        """End of the message that names the run's folder: how much of the run is done."""
         if not self.state.tensors:
             return ": begins again, nothing was saved"
         epoch, step = self.state.record.epoch, self.state.record.running.step
@@ -104,23 +106,23 @@ def resume_command(task: str, run: Path) -> str:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run at ``run`` has its summary."""
+    """Whether the run in the folder ``run`` has a summary, which a run writes at its end."""
     return (run / SUMMARY).exists()
 
 
 def open_run(path: Path, overrides: Sequence[str], reporter: Reporter) -> Resumed:
-    """The unfinished run at ``path``, with the newest state that can be read.
+    """Open an unfinished run with the newest of its states that can be read.
 
     Args:
-        path: its folder.
-        overrides: ``key=value`` texts for keys of :data:`NEUTRAL`.
-        reporter: warned of damaged states.
+        path: folder of the run.
+        overrides: texts ``key=value`` for keys in :data:`NEUTRAL`.
+        reporter: is warned of damaged states.
 
     Raises:
-        RecipeError: the recipe can't be read, is not the one the run began with, or an override is not
-            allowed.
-        CheckpointError: a state is of a newer version.
-        QatError: no such run.
+        RecipeError: the recipe can't be read, is not the one that the run began with, or an override changes
+            a key that may not change.
+        CheckpointError: a state was written by a newer version of this package.
+        QatError: there is no run in that folder.
     """
     if not path.is_dir():
         raise QatError(f"{path}: no such run directory")
@@ -131,7 +133,8 @@ def open_run(path: Path, overrides: Sequence[str], reporter: Reporter) -> Resume
     loaded = load_recipe(written, overrides)
     if changed := _differences(before, loaded.recipe, NEUTRAL):
         raise RecipeError(
-            f"--set {changed[0]}: cannot change when a run goes on; allowed are {', '.join(NEUTRAL)}"
+            f"--set {changed[0]}: cannot change when a run goes on; allowed are {', '.join(NEUTRAL)}. With "
+            f"others a new run begins: qat {before.task} {shlex.quote(str(written))} --set {changed[0]}=…"
         )
     state = newest_state(path, reporter.warning)
     if state is None:
@@ -150,14 +153,15 @@ def open_run(path: Path, overrides: Sequence[str], reporter: Reporter) -> Resume
 def check_same(
     state: State, recipe: Recipe, provenance: Mapping[str, str], device: torch.device, reporter: Reporter
 ) -> None:
-    """Refuse to resume with other images or another checkpoint; warn of what can change the last bits.
+    """Check that a run is resumed with the same images and checkpoints, and warn of other differences.
 
     Args:
-        state: where the run goes on.
-        recipe: with which it goes on.
-        provenance: of the run as it would go on.
-        device: where the network lies.
-        reporter: warned of another machine, versions, or number of processes.
+        state: the saved state to resume from.
+        recipe: the recipe of the resumed run.
+        provenance: the provenance of the resumed run.
+        device: device of the network.
+        reporter: is warned if versions, device, threads or processes differ, which can change the last bits
+            of the result.
 
     Raises:
         CheckpointError: images, checkpoint or teachers are not those of ``state``.
@@ -192,6 +196,7 @@ def check_same(
 
 
 def _versions(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the name of each package with its version in both provenances."""
     before, after = (json.loads(provenance.get("versions", "{}")) for provenance in (then, now))
     for name in sorted({*before, *after}):
         yield name, str(before.get(name)), str(after.get(name))
@@ -202,11 +207,12 @@ def _sharing(sharded: bool) -> str:
 
 
 def _s(name: str) -> str:
+    """The ending of the verb after ``name``, of which the checkpoint alone is singular."""
     return "s" if name.startswith("the checkpoint") else ""
 
 
 def _differences(a: Recipe, b: Recipe, but: Sequence[str]) -> list[str]:
-    """Keys, other than ``but``, that the recipes have different values for."""
+    """Keys for which the recipes have different values, except those in ``but``."""
     one, other = flat_recipe(a), flat_recipe(b)
     keys = dict.fromkeys([*one, *other])
     return [key for key in keys if key not in but and one.get(key) != other.get(key)]

@@ -1,4 +1,4 @@
-"""One training at a time in a run's folder."""
+"""Locks a run's folder, so that no two trainings use it at the same time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from qat.train.state_file import FOLDER, LOCK, remove_leftovers
 
 
 @contextmanager
-def held(run: RunDirectory) -> Iterator[None]:
-    """While entered, no other training can use the same run; what a killed one left half written is removed.
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Context in which no other training can use the same run.
 
-    Of several processes that train together the first one does this.
+    On entering, half-written files of a training that was killed are removed. If several processes train
+    together, the first one holds the lock.
 
     Raises:
-        OutputError: another process holds the run, or its folder can't be written.
+        OutputError: another process trains in the run, or its folder can't be written.
     """
     if not is_main():
         yield
         return
     try:
         import fcntl
-    except ImportError:  # Windows, where users have to keep two trainings apart themselves
+    except ImportError:  # Windows has no such locks, so users must not start two trainings in one run
         yield
         return
     path = run.path / FOLDER / LOCK
@@ -37,11 +38,13 @@ def held(run: RunDirectory) -> Iterator[None]:
     with lock:
         try:
             # A POSIX record lock ends with this process. A lock of flock() would be inherited by the
-            # processes that load data, which can outlive it, and would keep the run from being resumed.
+            # processes that load data. These can outlive this process, and would then keep the run from being
+            # resumed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise OutputError(f"{run.path}: another process is training in this run") from error
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
-        remove_leftovers(run.path)
+        for stage in (run, run.float_stage):
+            remove_leftovers(stage.path)
         yield

@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share around the loop: images, the job, the run's folder and summary."""
+"""Steps around the training loop that pretraining and fine-tuning share: images, job, run folder, summary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from qat.train.progress import Progress
 from qat.train.provenance import check_alike, provenance_of
 from qat.train.reporter import Reporter
 from qat.train.resume import NewRun, Resumed, check_same, resume_command
-from qat.train.run_lock import held
+from qat.train.run_lock import locked
 from qat.train.sharding import shards
 from qat.train.state_file import remove_states, write_state
 from qat.train.teachers import Teachers
@@ -41,10 +41,15 @@ from qat.train.trackers import check_trackers, tracked
 
 
 def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Recipe:
-    """The recipe, if it is for ``task``; ``command`` is the one in use, ``task`` itself by default.
+    """The recipe, after a check that it is for ``task``.
+
+    Args:
+        loaded: the recipe.
+        task: ``pretrain`` or ``finetune``.
+        command: name of the `qat` command for the message; by default ``task``.
 
     Raises:
-        RecipeError: it is for the other task.
+        RecipeError: the recipe is for another task.
     """
     if loaded.recipe.task != task:
         raise RecipeError(
@@ -53,33 +58,50 @@ def for_task(loaded: LoadedRecipe, task: str, command: str | None = None) -> Rec
     return loaded.recipe
 
 
-def splits_of(recipe: Recipe) -> Splits:
-    """The training and the test images of a recipe.
+def splits_of(recipe: Recipe, given: Splits | None = None) -> Splits:
+    """The training and test images of a recipe, or those ``given``; each process gets its share.
 
     Raises:
-        DataError: they can't be read, do not fit the network, or are too few for a batch.
-        RecipeError: the processes can't share a batch evenly.
+        DataError: the images can't be read, or have another number of classes than the network.
+        RecipeError: the batch size is not a multiple of the number of processes.
     """
-    loaded = load_for_training(recipe.data)
-    train, test, final = loaded
-    for split in loaded.every:
-        check_fits(split, recipe.model.num_classes)
+    train, test, final = splits = given or Splits(*load_for_training(recipe.data))
+    classes = recipe.model.num_classes
+    if classes not in (None, train.num_classes):
+        raise DataError(
+            f"the data has {train.num_classes} classes, the network {classes}; without model.num_classes the "
+            "network has those of the data"
+        )
+    for split in filter(None, (test, final)):
+        check_fits(split, train.num_classes)
+    for split in filter(None, splits):
         split.share = world().share
     if recipe.data.batch_size % world().size:
         raise RecipeError(
             f"data.batch_size: found {recipe.data.batch_size}, allowed with {world().size} processes, which "
             f"share it: a multiple of {world().size}"
         )
-    if recipe.schedule.epochs and not train.batch_count(recipe.data.batch_size, drop_last=True):
+    return splits
+
+
+def check_steps(recipe: Recipe, train: Split) -> None:
+    """Refuse images that are too few for a single step of a run that trains.
+
+    Raises:
+        DataError: they are.
+    """
+    schedule = recipe.schedule
+    if not schedule.epochs and not schedule.float_epochs:
+        return
+    if not train.batch_count(recipe.data.batch_size, drop_last=True):
         raise DataError(
             f"data.batch_size: {recipe.data.batch_size} is more than the {len(train)} training images"
         )
-    if recipe.schedule.epochs and not step_count(recipe, train):
+    if not step_count(recipe, train):
         raise DataError(
-            f"schedule.accumulate: found {recipe.schedule.accumulate}, allowed: at most the "
+            f"schedule.accumulate: found {schedule.accumulate}, allowed: at most the "
             f"{train.batch_count(recipe.data.batch_size, drop_last=True)} batches of an epoch"
         )
-    return Splits(train, test, final)
 
 
 def begin_job(
@@ -91,20 +113,22 @@ def begin_job(
     hooks: Hooks,
     reporter: Reporter,
 ) -> tuple[Job, Progress]:
-    """The job of a run with its folder, and how far it is. The weights of ``model`` stay as they are.
+    """Make or open the folder of a run, and return its job and its progress.
+
+    The weights of ``model`` don't change: the training loop restores those of a resumed run.
 
     Args:
-        run: begins, or is resumed.
+        run: a new run, or one that is resumed.
         model: the network to train, on its device.
-        splits: its images.
-        start: the checkpoint that training starts from, if it does.
-        teachers: of the distillation.
-        hooks: of the task.
-        reporter: told where the run lies and what is unusual about it.
+        splits: training and test images.
+        start: the checkpoint that training starts from; ``None`` if it starts from random weights.
+        teachers: teachers of the distillation.
+        hooks: functions of the task.
+        reporter: is told where the run's folder is, and warned of unusual settings.
 
     Raises:
-        QatError: several processes see different files, the run can't be resumed with these images or this
-            checkpoint, a tracker is missing, or the folder can't be made.
+        QatError: several processes read different files, the run can't be resumed with these images or this
+            checkpoint, a tracker is not installed, or the folder can't be made.
     """
     device = next(model.parameters()).device
     provenance = provenance_of(splits, start, teachers)
@@ -141,13 +165,13 @@ def begin_job(
 
 @contextmanager
 def under_way(job: Job) -> Iterator[None]:
-    """While entered, SIGTERM is noted and no other process can train in the run's folder.
+    """Context for a training, in which SIGTERM is noted and no other training can use the run's folder.
 
-    A keyboard interrupt says how to resume. A training that ends well needs its states no more, and they are
-    removed.
+    A keyboard interrupt gets a message that says how to resume. After a training that finished, its states
+    are removed, because they are not needed any more.
     """
     path = job.run.path
-    with held(job.run):
+    with locked(job.run):
         try:
             with job.stop:
                 if not job.state.tensors and is_main():
@@ -161,7 +185,11 @@ def under_way(job: Job) -> Iterator[None]:
 
 
 def reestimate(job: Job, network: BNext) -> None:
-    """Estimate the batch-norm statistics of ``network`` anew where the recipe asks for it; a hook."""
+    """Re-estimate the batch-norm statistics of ``network`` if the recipe asks for it. This is a hook.
+
+    Raises:
+        QatError: see :func:`qat.train.batch_norm_reestimation.reestimate_batch_norm`.
+    """
     count = job.recipe.schedule.reestimate_batch_norm
     if count:
         reestimate_batch_norm(
@@ -173,8 +201,13 @@ def reestimate(job: Job, network: BNext) -> None:
 
 
 def summarize(job: Job, progress: Progress, name: str) -> Accuracy:
-    """Write the summary of a run that has ended, its best accuracy under ``name``, which is returned."""
-    # Weights are binary after calibration and, as the schema demands, when the annealing has ended.
+    """Write the summary of a finished run, with its best accuracy under the key ``name``.
+
+    Returns:
+        The best accuracy.
+    """
+    # There is a best epoch, which needs binary weights: fine-tuning starts with them, and the schema makes
+    # sure that the temperature of a pretraining falls far enough.
     assert progress.best is not None
     final = measure_final(job, progress)
     job.run.write_json(
@@ -188,7 +221,7 @@ def summarize(job: Job, progress: Progress, name: str) -> Accuracy:
             "measured_on": measured_on(job, [*progress.accuracies, name]),
             "best_epoch": progress.best_epoch,
             "checkpoint": job.run.best.name,
-            # Null where training started from random weights.
+            # Null if training started from random weights.
             "pretrained_sha256": job.provenance.get("pretrained_sha256"),
             "seconds": progress.seconds,
             "finished": time.time(),
@@ -210,27 +243,28 @@ def calibration_pass(
     before_batch: Callable[[], None] = lambda: None,
     count: int | None = None,
 ) -> None:
-    """Run some batches of training images, without augmentation, through ``model``.
+    """Run batches of training images through ``model`` without augmentation.
 
-    Their order depends on the seed alone.
+    The order of the images depends on nothing but the seed.
 
     Args:
-        model: in the mode in which the images should pass.
+        model: the network, in training or evaluation mode as the caller needs it.
         train: the training images.
-        recipe: says how many images are a batch, their size and normalization.
-        device: where the network lies.
+        recipe: says the batch size, the image size and the normalization.
+        device: device of the network.
         before_batch: called before each batch, by all processes alike.
-        count: number of batches; ``schedule.calibration_batches`` by default.
+        count: number of batches; by default ``schedule.calibration_batches``.
     """
     batches = train.batches(recipe.data.batch_size, shuffle_seed=recipe.seed)
     count = recipe.schedule.calibration_batches if count is None else count
     for _, (images, _) in zip(range(count), batches, strict=False):
         before_batch()
-        if images.shape[-1] != recipe.data.image_size:  # larger where training crops at random
+        if images.shape[-1] != recipe.data.image_size:  # larger images are loaded for a random crop
             images = _centre(images, recipe.data.image_size)
         model(normalize(images.to(device), recipe.data.mean, recipe.data.std))
 
 
 def _centre(images: Tensor, side: int) -> Tensor:
+    """The centre of images (N, 3, H, W), cropped to (N, 3, side, side)."""
     top, left = ((length - side) // 2 for length in images.shape[-2:])
     return images[..., top : top + side, left : left + side]

@@ -1,9 +1,10 @@
-"""One network in parts (FSDP): each of several processes keeps its part of every weight, gradient and moment.
+"""A sharded network (FSDP): each process has a part of every weight, gradient and moment of the optimizer.
 
-A parameter is then a DTensor, cut along its first axis. torch gathers the weights of a block before the
-block computes, and drops them afterwards. Code that looks at parameters outside of a forward pass uses the
-functions below: for its own part, for the whole, or for its part of a whole. One process alone has plain
-tensors, which these functions return unchanged, and doesn't load torch's FSDP.
+A parameter of a sharded network is a DTensor, which is cut along its first axis. torch gathers the weights of
+a block before the block computes, and frees them afterwards. Code that reads parameters outside of a forward
+pass uses the functions below to get this process's part of a tensor, the full tensor, or a part of a full
+tensor. A process that works alone has plain tensors, which these functions return unchanged. It doesn't
+import torch's FSDP.
 """
 
 from __future__ import annotations
@@ -18,28 +19,33 @@ from torch import Tensor, nn
 from qat.models.bnext import BNext
 from qat.nn.block import bounded
 from qat.recipe.schema import Recipe
-from qat.system.collectives import greatest, world
+from qat.system.collectives import elementwise_maximum, world
 from qat.system.launch import is_set
 
-#: What ``accelerate launch --use_fsdp`` sets.
+#: Environment variable that ``accelerate launch --use_fsdp`` sets.
 ACCELERATE_FSDP: Final = "ACCELERATE_USE_FSDP"
 
 
 def asked_of_accelerate() -> bool:
-    """Whether the launch is configured for FSDP: ``accelerate launch --use_fsdp``."""
+    """Whether this process was started by ``accelerate launch --use_fsdp``."""
     return is_set(ACCELERATE_FSDP)
 
 
 def shards(recipe: Recipe) -> bool:
-    """Whether processes share the network: where there are several, and recipe or launcher ask for it."""
+    """Whether the network is to be sharded: with several processes, if recipe or launcher ask for it."""
     return world().size > 1 and (recipe.parallel == "fsdp" or asked_of_accelerate())
 
 
 def shard(model: BNext, device: torch.device) -> None:
-    """Leave this process its part of ``model``, which is equal in all of them and lies on ``device``.
+    """Shard ``model`` in place, so that this process has only its part of each parameter.
 
-    Stem and blocks are gathered one by one as they compute, the head with the network itself. An optimizer,
-    and anything else that refers to the parameters, has to be made afterwards.
+    The stem and each block are gathered separately when they compute; the head's parameters are gathered for
+    the whole forward pass. The optimizer, and everything else that refers to parameters, must be made
+    afterwards.
+
+    Args:
+        model: the network, with the same weights in each process.
+        device: device of the network.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -50,12 +56,12 @@ def shard(model: BNext, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process has only parts of the parameters of ``model``."""
+    """Whether ``model`` is sharded, so that this process has only parts of its parameters."""
     return any(_is_part(parameter) for parameter in model.parameters())
 
 
-def own_part(value: Tensor) -> Tensor:
-    """What this process has of a tensor: its part, or all of it; in the same memory, without a gradient."""
+def local_part(value: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, or a plain tensor itself, detached, in the same memory."""
     value = value.detach()
     if not _is_part(value):
         return value
@@ -63,8 +69,11 @@ def own_part(value: Tensor) -> Tensor:
     return part
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor of which processes have parts, without a gradient; all of them call this alike."""
+def full_tensor(value: Tensor) -> Tensor:
+    """The full tensor, gathered from all processes if it is sharded, without a gradient.
+
+    All processes call this alike.
+    """
     value = value.detach()
     if not _is_part(value):
         return value
@@ -73,74 +82,77 @@ def whole(value: Tensor) -> Tensor:
 
 
 def part_like(value: Tensor, like: Tensor | None) -> Tensor:
-    """This process's part of a whole ``value``, cut as ``like`` is, on its device.
+    """This process's part of the full tensor ``value``, cut like ``like`` and on the same device.
 
-    ``value`` is returned unchanged where it has another shape than ``like``, or ``like`` is not in parts.
+    If ``like`` is not sharded or has another shape, ``value`` is returned unchanged.
     """
     if like is None or not _is_part(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     target = _distributed(like)
-    # Each process has the whole and takes its part of it: nothing is sent.
+    # Each process has the full tensor and takes its part, so that nothing is sent.
     part = distribute_tensor(value.to(like.device), target.device_mesh, target.placements, src_data_rank=None)
-    return part.clone()  # else the whole would stay with it
+    return part.clone()  # a view of the full tensor would keep that in memory
 
 
 @torch.no_grad()
-def bound_parts(model: nn.Module) -> None:
-    """Clamp parts to the bounds that layers clamp their parameters to at the start of a training pass.
+def clamp_parts(model: nn.Module) -> None:
+    """Clamp this process's parts of parameters to the bounds that layers have for them.
 
-    A layer of a network in parts clamps the gathered copy, which is dropped after the pass.
+    Layers clamp their parameters at the start of a forward pass in training mode. In a sharded network they
+    clamp only the gathered copy, which is freed after the pass.
     """
     for parameter, lowest, highest in bounded(model):
-        own_part(parameter).clamp_(lowest, highest)
+        local_part(parameter).clamp_(lowest, highest)
 
 
 def copy_of(model: BNext) -> BNext:
-    """A copy with tensors of its own; of a network in parts, this process's part."""
+    """A copy of ``model`` with its own tensors. If ``model`` is sharded, the copy is sharded alike."""
     if not is_sharded(model):
         return copy.deepcopy(model)
-    return _made_of(model, lambda value: value.detach().clone())
+    return _copy_with(model, lambda value: value.detach().clone())
 
 
 def whole_network(model: BNext) -> BNext:
-    """A whole copy of a network in parts; all processes call this alike. A whole network is returned itself.
+    """``model`` itself, or if it is sharded, a copy with full parameters. All processes call this alike.
 
-    The copy shares the buffers of ``model``: batch-norm statistics that are re-estimated in one change in the
-    other. Its parameters need no gradient.
+    The copy shares the buffers of ``model``, so that batch-norm statistics which are re-estimated in one
+    change in the other. Its parameters need no gradient.
     """
-    return _made_of(model, whole) if is_sharded(model) else model
+    return _copy_with(model, full_tensor) if is_sharded(model) else model
 
 
 def first_with_nan(model: nn.Module) -> str | None:
-    """Name of the first tensor of ``model`` that holds NaN; of one in parts, in whichever process.
+    """Name of the first tensor of ``model`` that holds NaN, or ``None``.
 
-    All processes call this alike.
+    All processes call this alike. In a sharded network, the parts of all processes are searched.
     """
     tensors = model.state_dict()
     first = next((place for place, value in enumerate(tensors.values()) if _has_nan(value)), len(tensors))
     if is_sharded(model):
-        first = -round(float(greatest(torch.tensor([-float(first)]))))
+        first = -round(float(elementwise_maximum(torch.tensor([-float(first)]))))
     return None if first == len(tensors) else list(tensors)[first]
 
 
 def _has_nan(value: Tensor) -> bool:
-    value = own_part(value)
+    value = local_part(value)
     return value.is_floating_point() and bool(value.isnan().any())
 
 
-def _made_of(model: BNext, of: Callable[[Tensor], Tensor]) -> BNext:
-    with torch.device("meta"):  # without memory, and without a random number
+def _copy_with(model: BNext, copied: Callable[[Tensor], Tensor]) -> BNext:
+    """``value`` itself, which is a DTensor, typed so that the type checker knows DTensor's methods."""
+    with torch.device("meta"):  # allocates no memory and draws no random numbers
         made = BNext.from_architecture(model.architecture)
-    made.load_state_dict({key: of(value) for key, value in model.state_dict().items()}, assign=True)
+    made.load_state_dict({key: copied(value) for key, value in model.state_dict().items()}, assign=True)
     return made.requires_grad_(False).train(model.training)
 
 
 def _is_part(value: Tensor) -> bool:
-    # isinstance() would need the class, whose import takes time.
+    # DTensor is recognized by a method, because its class takes long to import.
     return hasattr(value, "full_tensor")
 
 
 def _distributed(value: Tensor) -> Any:
+    """``value`` itself, which is a DTensor, typed so that the type checker allows DTensor's methods."""
     return value

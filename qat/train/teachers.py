@@ -1,4 +1,4 @@
-"""Teachers of a distillation: the network before quantization, other checkpoints, models of timm."""
+"""The teachers of a distillation: the network before quantization, other checkpoints, models of timm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEY: Final = "distillation.teachers"
 
 @dataclass(frozen=True)
 class Input:
-    """What a network expects: mean and standard deviation per channel, side of its images in pixels."""
+    """The preprocessing that a network expects: mean and std per channel, image side in pixels."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -37,13 +37,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Teacher:
-    """One network with the input it expects.
+    """One network that teaches, with the preprocessing that it expects.
 
     Attributes:
-        network: maps normalized images to logits; in evaluation mode, without gradients.
-        input: what it expects; ``None`` where that is what the run's network is given.
-        weight: of its answer in the mean of all teachers'.
-        sha256: of its weights; empty for the network before quantization, which the run has.
+        network: maps normalized images to logits. It is in evaluation mode and needs no gradients.
+        input: the preprocessing that it expects; ``None`` if that is the same as for the run's network.
+        weight: weight of its answers in the mean over all teachers.
+        sha256: hash of its weights; empty for the network before quantization, whose checkpoint the run's
+            provenance has already.
     """
 
     network: nn.Module
@@ -52,9 +53,11 @@ class Teacher:
     sha256: str = ""
 
     def logits(self, pixels: Tensor, images: Tensor) -> Tensor:
-        """Logits (N, classes), float32, of pixels in 0 to 1 (N, 3, H, W).
+        """The teacher's logits, float32 (N, classes).
 
-        ``images`` are the same pixels, normalized for the run's network.
+        Args:
+            pixels: images in 0 to 1, (N, 3, H, W).
+            images: the same images, normalized for the run's network.
         """
         if self.input is not None:
             size = (self.input.side, self.input.side)
@@ -66,7 +69,7 @@ class Teacher:
 
 
 class Teachers:
-    """Any number of teachers, answering as one; without any, the labels alone teach."""
+    """Any number of teachers whose answers are averaged. Without teachers there is no distillation."""
 
     def __init__(
         self, teachers: Sequence[Teacher] = (), temperature: float = 1.0, share: float = 0.0
@@ -74,21 +77,24 @@ class Teachers:
         """Take the teachers.
 
         Args:
-            teachers: in any order.
-            temperature: T, at which answers are averaged and compared.
-            share: of the distillation term in the loss, from 0 to 1.
+            teachers: the teachers.
+            temperature: T, by which logits are divided before they are averaged and compared.
+            share: share of the distillation term in the loss, from 0 to 1.
         """
         self.teachers = list(teachers)
         self.temperature = temperature
         self.share = share
 
     def blend(self, loss: Tensor, logits: Tensor, pixels: Tensor, images: Tensor) -> Tensor:
-        """``(1 − share) · loss + share · distillation``; without teachers ``loss`` as it is.
+        """``(1 − share) · loss + share · distillation_loss``, or without teachers ``loss`` itself.
 
         Args:
-            loss: against the labels, a scalar.
-            logits: the network's, (N, classes).
+            loss: loss against the labels, a scalar.
+            logits: logits of the network that is trained, (N, classes).
             pixels, images: see :meth:`__call__`.
+
+        Returns:
+            A scalar.
         """
         if not self.teachers:
             return loss
@@ -97,13 +103,14 @@ class Teachers:
         return torch.lerp(loss, distillation_loss(logits, target, self.temperature), self.share)
 
     def __call__(self, pixels: Tensor, images: Tensor) -> Tensor:
-        """Logits (N, classes) of one teacher, or of the mean of several teachers' probabilities.
+        """Logits (N, classes) whose softmax at temperature T is the mean of the teachers' probabilities.
 
-        ``T · log(Σ wᵢ · softmax(zᵢ / T) / Σ wᵢ)``: a softmax at the temperature ``T`` gives the mean back.
+        They are ``T · log(Σ wᵢ · softmax(zᵢ / T) / Σ wᵢ)`` for teachers with weights ``wᵢ`` and logits
+        ``zᵢ``. A single teacher's logits are returned unchanged.
 
         Args:
-            pixels: float32 in 0 to 1, (N, 3, H, W).
-            images: the same, normalized for the run.
+            pixels: float32 images in 0 to 1, (N, 3, H, W).
+            images: the same images, normalized for the run's network.
         """
         if len(self.teachers) == 1:
             return self.teachers[0].logits(pixels, images)
@@ -117,7 +124,7 @@ class Teachers:
 
     @property
     def sha256(self) -> str:
-        """Of all weights that don't come with the run; empty if there are none."""
+        """SHA-256 over the hashes of all teachers that have one, in hexadecimal digits; empty if none has."""
         known = [teacher.sha256 for teacher in self.teachers if teacher.sha256]
         return hashlib.sha256(" ".join(known).encode()).hexdigest() if known else ""
 
@@ -125,17 +132,17 @@ class Teachers:
 def load_teachers(
     loaded: LoadedRecipe, class_names: Sequence[str], device: torch.device, reporter: Reporter
 ) -> Teachers:
-    """The teachers that the recipe names in ``distillation.teachers``. The global random state stays.
+    """Load the teachers in ``distillation.teachers``. The global random state stays as it is.
 
     Args:
         loaded: the recipe.
-        class_names: of the images, in the order of their labels.
-        device: that they are put on.
-        reporter: warned where a teacher's classes have other names.
+        class_names: names of the images' classes in label order.
+        device: device for the teachers.
+        reporter: is warned if a teacher's classes have other names.
 
     Raises:
-        RecipeError: there is no such teacher, or it has another number of classes.
-        CheckpointError: its file can't be read.
+        RecipeError: a teacher doesn't exist, or has another number of classes.
+        CheckpointError: a teacher's file can't be read.
     """
     distillation = loaded.recipe.distillation
     names = resolve_teachers(loaded)
@@ -159,6 +166,8 @@ def _from_checkpoint(
 ) -> tuple[Teacher, int]:
     path = Path(name)
     checkpoint = load_checkpoint(path)
+    for note in checkpoint.notes:
+        reporter.message(f"{_KEY}: {name}: {note}")
     names = checkpoint.metadata.get("class_names")
     if names is not None and json.loads(names) != list(class_names):
         reporter.warning(f"{_KEY}: {name}: its classes have other names than those of the images")
@@ -180,13 +189,13 @@ def _from_timm(name: str, weight: float) -> tuple[Teacher, int]:
             f"{_KEY}: {name}: needs timm, which is not installed here; install it with: pip install timm"
         ) from error
     try:
-        # Weights are drawn at random before those of the file are put in their place.
+        # timm draws random weights before it loads those of the file, so the random state is forked.
         with torch.random.fork_rng(devices=[]):
             network: Any = timm.create_model(name.removeprefix(TIMM), pretrained=True)
         settings = dict(network.pretrained_cfg)
         mean, std, sides = settings["mean"], settings["std"], settings["input_size"]
         classes = int(network.num_classes)
-    # No such model, no connection, no weights for it: timm and its hub have an exception for each.
+    # timm and its hub raise different exceptions if the model, its weights or the connection is missing.
     except Exception as error:
         raise RecipeError(f"{_KEY}: {name}: timm cannot give it: {first_line(error)}") from error
     state = {key: value.detach() for key, value in network.state_dict().items()}

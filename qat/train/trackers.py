@@ -1,7 +1,7 @@
-"""Experiment trackers beside a run's own `metrics.jsonl`: whatever accelerate can send metrics to.
+"""Sends the metrics of a run to experiment trackers, in addition to its `metrics.jsonl`.
 
-What is written to disk lies below the run's folder, in ``tracking/``. Steps are optimizer steps counted over
-all epochs, so that a resumed run continues the same curves.
+All trackers that accelerate supports can be used. Those that write files write them to ``tracking/`` in the
+run's folder. Steps are optimizer steps counted over all epochs, so that a resumed run continues its curves.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qat.train.parallel import accelerator
 from qat.train.reporter import Reporter
 
 _FOLDER: Final = "tracking"
-#: Metrics of a step that are sent.
+#: Metrics of a step that are sent to trackers.
 _STEP: Final = ("loss", "top1", "learning_rate", "images_per_second")
-#: Packages whose name is not their tracker's.
+#: Names of packages that differ from the names of their trackers, by tracker.
 _PACKAGES: Final = {"comet_ml": "comet-ml"}
 
 
 def check_trackers(tracking: Tracking) -> None:
-    """Refuse trackers that accelerate doesn't know or that are not installed.
+    """Check that accelerate supports the recipe's trackers and that they are installed.
 
     Raises:
-        RecipeError: the first of them.
+        RecipeError: a tracker is unknown or not installed; the message names the first one.
     """
     if not tracking.trackers:
         return
@@ -53,15 +53,19 @@ def check_trackers(tracking: Tracking) -> None:
 
 
 def tracked(reporter: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> Reporter:
-    """A reporter that tells ``reporter`` and the recipe's trackers; of several processes, the first sends.
+    """A reporter that passes everything on to ``reporter``, and metrics to the recipe's trackers, too.
 
-    Without trackers it is ``reporter`` itself.
+    It is ``reporter`` itself if there are no trackers, and in all processes but the first, which alone sends
+    metrics.
     """
     return _Tracked(reporter, recipe, run, device) if recipe.tracking.trackers and is_main() else reporter
 
 
 class _Tracked:
-    """Passes everything on to a reporter, and metrics to trackers, too. One that fails is left out."""
+    """Passes everything on to a reporter, and metrics to trackers, too.
+
+    A tracker that raises an exception is not used any more, and the training goes on.
+    """
 
     def __init__(self, reporter: Reporter, recipe: Recipe, run: RunDirectory, device: torch.device) -> None:
         self._reporter, self._recipe, self._run, self._device = reporter, recipe, run, device
@@ -70,7 +74,11 @@ class _Tracked:
         self.message, self.warning = reporter.message, reporter.warning
 
     def start(self, epochs: int, steps: int, done: int = 0) -> None:
-        """Start the trackers; those of a resumed run drop the points that they have after step ``done``."""
+        """Start the trackers. In a resumed run they discard the points that they have after step ``done``.
+
+        Raises:
+            RecipeError: a tracker can't be started.
+        """
         self._steps = steps
         engine = accelerator(self._device, log_with=self._recipe.tracking.trackers, project_dir=self._folder)
         try:
@@ -81,7 +89,9 @@ class _Tracked:
                 init_kwargs=_options(self._run.path.name, done),
             )
             self._trackers = list(engine.trackers)
-        except Exception as error:  # no connection, no account, a full disk: each tracker has its own
+        except (
+            Exception
+        ) as error:  # trackers raise various exceptions: no connection, no account, a full disk
             raise RecipeError(
                 f"tracking.trackers: {', '.join(self._recipe.tracking.trackers)}: cannot be started: "
                 f"{first_line(error)}"
@@ -93,14 +103,14 @@ class _Tracked:
         return self._run.path / _FOLDER
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Send each ``tracking.every``-th step."""
+        """Send the metrics of every ``tracking.every``-th step."""
         self._reporter.step(epoch, metrics)
         number = int(metrics["step"])
         if number % self._recipe.tracking.every == 0:
             self._send({f"train/{key}": metrics[key] for key in _STEP}, number)
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Send the epoch's metrics, at its last step."""
+        """Send the epoch's metrics, as a point at its last step."""
         self._reporter.epoch(metrics)
         values = {
             key.replace("test_", "test/") if key.startswith("test_") else f"epoch/{key}": value
@@ -123,13 +133,13 @@ class _Tracked:
     def _guarded(self, tracker: Any, action: Any, *values: Any, **options: Any) -> None:
         try:
             action(*values, **options)
-        except Exception as error:  # each tracker has its own
+        except Exception as error:  # trackers raise various exceptions
             self._trackers = [one for one in self._trackers if one is not tracker]
             self.warning(f"tracking: {tracker.name} fails, training goes on without: {first_line(error)}")
 
 
 def _hyperparameters(recipe: Recipe) -> dict[str, str | int | float | bool]:
-    """Every key of the recipe, dotted; values that trackers have no type for as text."""
+    """Every value of the recipe by its dotted key. Values of types that trackers don't take become texts."""
     return {"version": __version__} | {
         key: value if isinstance(value, str | int | float | bool) else str(value)
         for key, value in flat_recipe(recipe).items()
@@ -137,7 +147,7 @@ def _hyperparameters(recipe: Recipe) -> dict[str, str | int | float | bool]:
 
 
 def _options(run: str, done: int) -> dict[str, dict[str, Any]]:
-    """Options of single trackers: the run's name, and how to resume after ``done`` steps."""
+    """Options for some trackers: the name of the run, and how to resume it after ``done`` steps."""
     return {
         "tensorboard": {"purge_step": done + 1} if done else {},
         "wandb": {"name": run, "id": run, "resume": "allow"},

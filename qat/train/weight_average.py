@@ -1,4 +1,4 @@
-"""The network that is evaluated and kept: an exponential moving average of the weights, or the weights."""
+"""The network that is evaluated and kept: with averaged weights (EMA), or the trained network itself."""
 
 from __future__ import annotations
 
@@ -9,45 +9,54 @@ import torch
 from torch import Tensor
 
 from qat.models.bnext import BNext
-from qat.quantize.quantizers import activation_quantizers
-from qat.train.sharding import copy_of, own_part
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.train.sharding import copy_of, local_part
 
 
 class WeightAverage(Protocol):
-    """Makes a network of the weights that another has while it trains.
+    """Averages the weights of a network while it trains.
 
     Attributes:
-        network: what is evaluated and kept. Of a network in parts, the same parts.
+        network: the network with averaged weights, which is evaluated and kept. If the trained network is
+            sharded, it is sharded alike.
     """
 
     network: BNext
 
     def update(self, model: BNext, step: int) -> None:
-        """Take in the weights of ``model`` after step number ``step``, counted from 1 over all epochs."""
+        """Include the weights of ``model`` after step number ``step``, counted from 1 over all epochs."""
 
     def follow(self, model: BNext) -> None:
-        """Copy all of ``model`` that is no parameter: buffers, and the state of its quantizers."""
+        """Copy everything of ``model`` but its parameters: buffers, and the state of its quantizers."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What a saved state has to hold beside the network that trains, by parameter name."""
+        """The averaged weights by parameter name, which a saved state must hold; empty without averaging."""
 
     def load(self, model: BNext, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state: ``state`` has the tensors of ``model``, overlaid by :meth:`weights`."""
+        """Restore the average from a saved state.
+
+        Args:
+            model: the network that is trained, restored already.
+            state: the tensors of ``model``, in which those of :meth:`weights` replace the ones of the same
+                name.
+        """
 
 
 class ExponentialMovingAverage:
-    """``a ← d · a + (1 − d) · w`` for every parameter after each step.
+    """An exponential moving average of the weights: ``a ← d · a + (1 − d) · w`` for each parameter and step.
 
-    ``d = min(decay, (1 + n) / (10 + n))`` after ``n`` steps, so that the random start is soon forgotten.
-    Latent weights are averaged and the average is binarized: a weight's sign is that of its recent mean.
-    Buffers are copied: temperatures, batch-norm statistics, quantization grids. See :class:`WeightAverage`.
+    ``d = min(decay, (1 + n) / (10 + n))`` after ``n`` steps, so that the first weights are soon forgotten.
+    Latent weights are averaged before they are binarized, so that the sign of a weight is that of its
+    average. Buffers are copied: temperatures, batch-norm statistics, quantization grids.
+
+    It has the interface of :class:`WeightAverage`.
 
     Attributes:
-        network: holds the averages; its parameters need no gradient.
+        network: the network with the averages. Its parameters need no gradient.
     """
 
     def __init__(self, model: BNext, decay: float) -> None:
-        """Start from the weights of ``model`` as they are; ``decay`` lies between 0 and 1."""
+        """Start from the present weights of ``model``. ``decay`` lies between 0 and 1."""
         self.network = copy_of(model).requires_grad_(False)
         self.decay = decay
 
@@ -55,14 +64,14 @@ class ExponentialMovingAverage:
     def update(self, model: BNext, step: int) -> None:
         """Average the weights of ``model`` into ``network``, and copy the rest."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages: list[Tensor] = [own_part(value) for value in self.network.parameters()]
-        weights: list[Tensor] = [own_part(value) for value in model.parameters()]
+        averages: list[Tensor] = [local_part(value) for value in self.network.parameters()]
+        weights: list[Tensor] = [local_part(value) for value in model.parameters()]
         torch._foreach_lerp_(averages, weights, 1.0 - decay)
         self.follow(model)
 
     @torch.no_grad()
     def follow(self, model: BNext) -> None:
-        """Copy the buffers of ``model``, and which of its quantizers are calibrated and observe."""
+        """Copy the buffers of ``model``, and whether each of its quantizers is calibrated and observes."""
         for mine, its in zip(self.network.buffers(), model.buffers(), strict=True):
             # An observer's buffers get their shape from the first batch that it sees.
             if mine.shape != its.shape:
@@ -73,21 +82,21 @@ class ExponentialMovingAverage:
             point.calibrated, point.observing = points[name].calibrated, points[name].observing
 
     def weights(self) -> dict[str, Tensor]:
-        """The averages; buffers are those of the network that trains."""
+        """The averaged weights by parameter name. Buffers are those of the trained network."""
         return dict(self.network.named_parameters())
 
     def load(self, model: BNext, state: Mapping[str, Tensor]) -> None:
         """Load ``state`` into ``network``.
 
         Raises:
-            RuntimeError: it is of another network.
+            RuntimeError: ``state`` belongs to another network.
         """
         self.network.load_state_dict(state, strict=True)
         self.follow(model)
 
 
 class LatestWeights:
-    """No average: the network that trains is evaluated and kept itself. See :class:`WeightAverage`."""
+    """No average: the trained network itself is kept. It has the interface of :class:`WeightAverage`."""
 
     def __init__(self, model: BNext) -> None:
         self.network = model
@@ -99,13 +108,13 @@ class LatestWeights:
         """Nothing to do."""
 
     def weights(self) -> dict[str, Tensor]:
-        """None."""
+        """Nothing, since the saved state has the weights of the trained network."""
         return {}
 
     def load(self, model: BNext, state: Mapping[str, Tensor]) -> None:
         """Nothing to do."""
 
 
-def average_of(model: BNext, decay: float | None) -> WeightAverage:
-    """The average that a recipe's ``schedule.ema`` asks for; ``None`` asks for none."""
+def make_average(model: BNext, decay: float | None) -> WeightAverage:
+    """The average for a recipe's ``schedule.ema``, which is ``decay``; ``None`` means no averaging."""
     return LatestWeights(model) if decay is None else ExponentialMovingAverage(model, decay)

@@ -1,4 +1,4 @@
-"""A checkpoint file of a toy network."""
+"""A fixture with the checkpoint file of a toy network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architecture of a network is read off the keys and shapes of its state."""
+"""The architecture of a network is inferred from the keys and shapes of its state dict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qat.checkpoints.format import infer_architecture
+from qat.checkpoints.architecture import infer_architecture
 from qat.errors import CheckpointError
 from qat.models.bnext import BNext
 from tests.helpers.checkpoints import CONV, WIDTHS, toy

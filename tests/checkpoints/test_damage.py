@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.checkpoints.format import FORMAT, as_stored, load_checkpoint, save_checkpoint, tensors_hash
+from qat.checkpoints.format import as_stored, load_checkpoint, save_checkpoint, tensors_hash
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.loading import build
 from qat.errors import CheckpointError
 from qat.models.bnext import binary_convolutions
@@ -143,7 +144,8 @@ def test_every_flipped_byte_of_the_tensors_is_found(tmp_path: Path, quant: bool)
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     load_checkpoint(path)
-    # Every 29th: over 8-byte integers and 4-byte floats, all positions of a byte in its value come up.
+    # Every 29th byte, since 29 has no common factor with 4 or 8: so every byte of a float or an integer is
+    # hit.
     for offset in [*range(start, len(content), 29), len(content) - 1]:
         damaged = bytearray(content)
         damaged[offset] ^= 1 << offset % 8
@@ -160,7 +162,7 @@ def test_metadata_that_is_no_json_object_is_refused(saved: Path, text: str) -> N
 
 
 def _loads(path: Path) -> bool:
-    """Whether the file loads; any other error than a refusal fails the test."""
+    """Whether the file loads. Any exception other than ``CheckpointError`` fails the test."""
     refusal = ""
     try:
         build(load_checkpoint(path))
@@ -192,7 +194,7 @@ def test_flipped_bytes_never_raise_anything_but_a_checkpoint_error(
 ) -> None:
     name, content = data.draw(st.sampled_from(samples), label="format")
     damaged = bytearray(content)
-    # Half of the flips hit the first 2 KiB, where the structure is.
+    # Half of the flipped bytes lie in the first 2 KiB, which hold the structure of the file.
     offsets = st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 2048) - 1)
     for offset in data.draw(st.lists(offsets, min_size=1, max_size=4), label="offsets"):
         damaged[offset] ^= data.draw(st.integers(1, 255), label="flip")

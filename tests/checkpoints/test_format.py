@@ -1,4 +1,4 @@
-"""Our checkpoint format: what is written comes back."""
+"""This package's checkpoint format: a network that is written and read again is the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from qat.checkpoints.format import FORMAT, file_hash, load_checkpoint, save_checkpoint
+from qat.checkpoints.format import file_hash, load_checkpoint, save_checkpoint
+from qat.checkpoints.header import FORMAT
 from qat.checkpoints.loading import build
 from qat.errors import CheckpointError
 from qat.models.bnext import binary_convolutions
@@ -76,7 +77,8 @@ def test_float16_stores_the_matrices_in_half_precision_and_nothing_else(tmp_path
     blocks = [f"feature.{i}.{name}" for i, name in [(1, "Attention"), (1, "FFN"), (2, "FFN_1"), (2, "FFN_2")]]
     assert {"feature.0.conv1.weight", "fc.weight"} < half
     assert {f"{block}.se.se.{i}.weight" for block in blocks for i in (1, 3)} < half
-    # Eight channels reduce to one: the SE matrix then has the shape of the vectors, which stay.
+    # Eight channels are reduced to one, so that a matrix of the attention has the shape of a vector. Matrices
+    # are stored as float16, vectors as float32.
     assert stored["feature.1.FFN.se.se.1.weight"].shape == stored["feature.1.FFN.scale"].shape == (1, 8, 1, 1)
     assert all(key.endswith(("conv1.weight", "se.1.weight", "se.3.weight", "fc.weight")) for key in half)
     state = load_checkpoint(tmp_path / "c").state
@@ -139,7 +141,7 @@ def test_equal_networks_give_equal_bytes_in_every_process(tmp_path: Path) -> Non
     save_checkpoint(tmp_path / "b", calibrated(), recipe=recipe(), metadata=metadata)
     assert file_hash(tmp_path / "a") == file_hash(tmp_path / "b")
     with safetensors.safe_open(tmp_path / "a", "pt") as file:
-        # With one entry there is no order that a hash seed could change.
+        # There is one entry, so that no order depends on the seed of Python's hashes.
         assert list(file.metadata()) == [FORMAT]
     again = (
         "import sys; from pathlib import Path;"

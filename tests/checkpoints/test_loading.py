@@ -1,4 +1,4 @@
-"""From checkpoints to networks: what does not fit is told in full, what fits computes the same."""
+"""Checkpoints become networks: all that doesn't fit is reported, and what fits computes the same."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ def test_every_mismatch_is_reported_at_once_and_nothing_is_loaded(saved: Path) -
     ]
     assert equal(before, model.state_dict())
     load_state(model, checkpoint)
+
+
+def test_a_negative_variance_is_refused(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    checkpoint.state["feature.1.FFN.norm2.running_var"][0] = -1e-3
+    with pytest.raises(CheckpointError, match=r"1 key with negative variances: feature\.1\.FFN\.norm2\.runn"):
+        load_state(toy(), checkpoint)
 
 
 def test_architectures_that_differ_are_told_in_words_and_long_lists_are_cut(saved: Path) -> None:
@@ -144,7 +151,7 @@ def test_scales_of_other_bits_are_refused_though_the_keys_are_equal(tmp_path: Pa
 
 @pytest.mark.parametrize("observer", ["moving_average", "minmax", "histogram"])
 def test_a_calibrated_network_computes_the_same_after_a_round_trip(tmp_path: Path, observer: str) -> None:
-    # One observer of that kind: the histogram takes a second each.
+    # Only one point gets a histogram, since each takes a second.
     model = calibrated(Quantization.model_validate({"classifier": {"observer": observer}}))
     save_checkpoint(tmp_path / "c", model, recipe=recipe())
     again = build(load_checkpoint(tmp_path / "c"))
@@ -154,7 +161,7 @@ def test_a_calibrated_network_computes_the_same_after_a_round_trip(tmp_path: Pat
 
 
 def test_an_uncalibrated_network_survives_a_round_trip(tmp_path: Path) -> None:
-    # Its observers hold infinities, the marks of having seen nothing.
+    # Its observers saw no values yet, so their minimum and maximum are infinite.
     save_checkpoint(tmp_path / "c", toy(quant=True), recipe=None)
     assert torch.equal(build(load_checkpoint(tmp_path / "c"))(images()), toy(quant=True)(images()))
 
@@ -173,8 +180,11 @@ def test_a_quantized_checkpoint_is_built_with_its_grids(tmp_path: Path) -> None:
 
 
 def test_the_architecture_of_a_recipe_is_that_of_its_network() -> None:
-    model = recipe().model
+    model = recipe().model.model_copy(update={"num_classes": 10})
     assert architecture_of(model) == toy().architecture
+    left_open = model.model_copy(update={"num_classes": None})
+    assert architecture_of(left_open, 10) == toy().architecture
+    assert architecture_of(left_open, 10, 2) == toy(stem_stride=2).architecture
     other = model.model_copy(update={"stem_stride": 2, "infor_recoupling": False})
     assert architecture_of(other) == toy(stem_stride=2, infor_recoupling=False).architecture
 

@@ -47,6 +47,27 @@ def test_published_weights_are_evaluated_with_the_stem_stride_of_the_recipe(
     assert "describes BNext custom [8, 8, 16], 10 classes, stem stride 2; evaluated is what" in result.stderr
 
 
+def test_which_weights_of_several_are_evaluated_is_said_and_can_be_changed(
+    toys: Path, tmp_path: Path
+) -> None:
+    state = load_checkpoint(toys / "float.safetensors").state
+    other = state | {"fc.weight": -state["fc.weight"]}
+    torch.save({"model": state, "model_ema": other}, tmp_path / "w.pth")
+    recipes = {}
+    for key in ("null", "model"):
+        recipe_yaml = succeed(
+            "recipe", "show", "tiny_digits_pretrain", *settings((*TOY, f"model.state_key={key}"))
+        )
+        recipes[key] = tmp_path / f"{key}.yaml"
+        recipes[key].write_text(recipe_yaml, encoding="utf-8")
+    result = qat("evaluate", tmp_path / "w.pth", "--recipe", recipes["null"], "--json")
+    assert result.exit_code == 0
+    assert "w.pth: its weights are those of model_ema, an average" in result.stderr
+    expected = succeed("evaluate", toys / "float.safetensors", "--json")
+    assert result.stdout != expected
+    assert succeed("evaluate", tmp_path / "w.pth", "--recipe", recipes["model"], "--json") == expected
+
+
 def test_a_recipe_of_another_network_lends_its_data_with_a_warning(toys: Path) -> None:
     path = toys / "float.safetensors"
     result = qat("evaluate", path, "--recipe", "tiny_int8", "--set", "data.image_size=8", "--json")

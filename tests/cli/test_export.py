@@ -74,6 +74,7 @@ def test_export_without_a_path_takes_the_newest_run_and_writes_beside_its_checkp
     assert text.splitlines()[-1].endswith("MB, verified")
     assert not (older / "model.onnx").exists()
     again = newer / "again" / "model.onnx"
+    again.parent.mkdir()
     succeed("export", "--onnx", again, "--run", newer)
     assert (newer / "model.onnx").read_bytes() == again.read_bytes()
 
@@ -175,6 +176,7 @@ def test_a_float_baseline_that_is_not_binary_yet_is_exported_with_a_warning(
 
 def test_the_integer_network_is_the_one_that_the_model_was_made_from(toys: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "n.safetensors"
+    path.parent.mkdir()
     arguments = ["export", "--onnx", tmp_path / "m.onnx", "--checkpoint", tuned(toys)]
     text = succeed(*arguments, "--integer-network", path)
     assert f"{path}: {path.stat().st_size / 1e6:.2f} MB, integer network" in text.splitlines()
@@ -300,7 +302,7 @@ def test_a_trunk_left_in_float_is_not_exported_and_the_group_is_named(toys: Path
         ("export --onnx --run {tmp}/nowhere", "no such run directory"),
         ("export --onnx --run {tmp}", "not a run directory"),
         ("export --onnx --run {tmp} --checkpoint {toys}/float.safetensors", "exclude each other"),
-        ("export --onnx --checkpoint {toys}/float.safetensors", "fine-tune it first"),
+        ("export --onnx --checkpoint {toys}/float.safetensors", "quantize it without training"),
         ("export --onnx --checkpoint {toys}/float.safetensors", "--float32"),
         ("export --onnx --checkpoint {toys}/model.onnx", "not a checkpoint"),
         ("export --onnx --checkpoint {tmp}", "is a folder"),

@@ -30,6 +30,7 @@ Changed = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _no_job_and_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
 
 
@@ -99,6 +100,7 @@ def test_a_recording_says_what_an_evaluation_says_and_twice_says_the_same(
     assert found.model.file == "best.safetensors"
     assert recorded.stat().st_size < 8000
     path = tmp_path / "new" / "b.json"
+    path.parent.mkdir()
     for _ in range(2):  # a new file, then over itself
         text = succeed("gate", "record", tuned(toys), "-o", path)
         assert text.startswith(f"{path}: top-1 {found.top1:.2f}%  top-5 {found.top5:.2f}%  of 360 images, ")
@@ -185,13 +187,64 @@ def test_too_few_images_pass_with_a_warning_or_fail_as_asked(toys: Path, changed
     result = qat(*arguments)
     assert result.exit_code == 0
     assert result.stderr == (
-        "warning: inconclusive passes, as --on-inconclusive says: a drop may have gone unseen\n"
+        "warning: inconclusive, measured drop within what is allowed: it passes, as --on-inconclusive "
+        "measured says; a larger drop may have gone unseen\n"
     )
     last = result.stdout.splitlines()[-1]
-    assert last.startswith(f"{tuned(toys)}: inconclusive: top-1 fell by 0.28 points; whether the real change")
-    assert " images would if it is as good as the baseline, here are 360" in last
+    within = "inconclusive, measured drop within what is allowed: top-1 fell by 0.28 points"
+    assert last.startswith(
+        f"{tuned(toys)}: {within} (5 of 360 images changed sides: 3 became wrong, 2 right)"
+    )
+    assert " images could, if the model is as good as the baseline" in last
     message = fail(1, *arguments, "--on-inconclusive", "fail")
-    assert message.startswith("error: inconclusive: top-1 fell by 0.28 points")
+    assert message.startswith(f"error: {within}")
+
+
+def test_a_measured_drop_above_the_limit_fails_unless_chance_is_asked_to_be_excluded(
+    toys: Path, changed: Changed
+) -> None:
+    arguments = ("gate", tuned(toys), "--baseline", changed(lost=5))
+    assert fail(1, *arguments).startswith(
+        "error: inconclusive, measured drop above what is allowed: top-1 fell by 1.39 points (5 of 360 images"
+    )
+    result = qat(*arguments, "--on-inconclusive", "pass")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(
+        "warning: inconclusive, measured drop above what is allowed: it passes, as "
+    )
+    assert result.stderr.endswith("; the drop may be real\n")
+    assert qat(*arguments, "--max-drop", 1.4).exit_code == 0
+    text = fail(1, *arguments, "--max-relative-drop", 0.2)
+    assert " (0.2 % of the baseline's " in text
+
+
+def test_equal_answers_of_another_file_pass_without_a_warning(toys: Path, changed: Changed) -> None:
+    result = qat("gate", tuned(toys), "--baseline", changed(), "--max-drop", 0, "--on-inconclusive", "fail")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "pass: the same images are right as the baseline's: 0 of 360 changed sides" in result.stdout
+
+
+def test_images_that_changed_sides_are_listed_with_their_direction(toys: Path, changed: Changed) -> None:
+    path = changed(lost=2, gained=1)
+    arguments = ("gate", tuned(toys), "--baseline", path, "--max-drop", 5, "--show-flips")
+    lines = qat(*arguments).stdout.splitlines()
+    start = lines.index("images that changed sides: 2 right → wrong, 1 wrong → right")
+    assert [line.split(":")[0] for line in lines[start + 1 : start + 4]] == ["right → wrong"] * 2 + [
+        "wrong → right"
+    ]
+    flips = gated(*arguments[1:])["flips"]
+    assert (flips["became_wrong"], flips["became_right"], len(flips["images"])) == (2, 1, 3)
+    before, labels = (
+        read_baseline(path).answers(),
+        load_split(load_recipe("tiny_int8").recipe.data, "test").labels,
+    )
+    for one in flips["images"]:
+        assert one["image"] is None
+        assert before[one["index"]] == (one["became"] == "wrong")
+        assert one["true_class"] == str(int(labels[one["index"]]))
+        assert one["baseline_answer"] == (one["true_class"] if one["became"] == "wrong" else None)
+        assert (one["answer"] == one["true_class"]) is (one["became"] == "right")
+    assert gated(*arguments[1:-1])["flips"] is None
 
 
 def test_a_broken_floor_fails_the_same_file_and_a_kept_one_does_not(toys: Path, recorded: Path) -> None:

@@ -15,6 +15,7 @@ from tests.helpers.toy_runs import fail, image_folder, qat, settings, succeed, t
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,20 @@ def test_files_for_ci_that_cannot_be_written_decide_nothing_but_are_told(
             "'--max-drop': -1 is not a drop in percentage points, 0 to 100",
         ),
         ("{model} --baseline {b} --floor 101", "'--floor': 101 is not an accuracy in percent, 0 to 100"),
-        ("{model} --baseline {b} --on-inconclusive maybe", "'maybe' is not one of 'pass', 'fail'"),
+        (
+            "{model} --baseline {b} --on-inconclusive maybe",
+            "'maybe' is not one of 'measured', 'pass', 'fail'",
+        ),
+        (
+            "{model} --baseline {b} --max-drop 1.0 --max-relative-drop 1",
+            "--max-drop and --max-relative-drop exclude each other; give one",
+        ),
+        (
+            "{model} --baseline {b} --max-relative-drop 101",
+            "'--max-relative-drop': 101 is not a drop in percent of the baseline's top-1, 0 to 100",
+        ),
+        ("{model} --baseline {b} --max-relative-drop 1%", "'1%' is not a valid float"),
+        ("{model} --baseline {b} --show-flips=5", "'--show-flips' does not take a value"),
         ("{model} --baseline {b} --junit {b}", "b.json' does not end in .xml"),
         (
             "{tmp}/m.xml --baseline {b} --junit {tmp}/../{tmp.name}/m.xml",

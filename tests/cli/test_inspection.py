@@ -17,14 +17,14 @@ import safetensors.numpy
 import torch
 
 from qat.checkpoints.format import load_checkpoint, save_checkpoint
-from qat.cli.inspection import _print_compact, _print_every_layer
+from qat.cli.inspection import print_compact, print_every_layer
 from qat.inspection.facts import InspectedLayer, Inspection, Total
 from qat.models.bnext import binary_convolutions, set_temperature
 from tests.helpers.checkpoints import prefixed, recipe, toy, training_checkpoint
 from tests.helpers.tiny_models import image_model
 from tests.helpers.toy_runs import fail, qat, succeed, tuned
 
-#: Of the toy network of tests/checkpoints.py, at temperature 1.
+#: The verdict on the toy network of tests/helpers/checkpoints.py at temperature 1.
 NOT_YET = (
     "binary: not yet: 0 of 7 layers; the temperature is 1, and weights in use are clamp(w / 1, -1, 1), "
     "of which 0 % are exactly ±1; they become ±1 when it falls below 1e-7 (their training multiplies it by "
@@ -168,7 +168,7 @@ def test_the_widest_names_and_numbers_fit_eighty_columns_with_nothing_folded_or_
     found = Inspection(
         "f", "a test", 9**9, "BNext large", (1024,) * 14, 10, (*binary, rest, rest), Total(0, 0), {}, False
     )
-    (_print_every_layer if every_layer else _print_compact)(found)
+    (print_every_layer if every_layer else print_compact)(found)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     # Every row begins with a whole name, and no cell is cut short.
@@ -222,6 +222,43 @@ def test_require_binary_accepts_signs_that_are_stored_as_float(toys: Path, tmp_p
     assert verdict_of(succeed("inspect", tmp_path / "w.pth", "--require-binary")).startswith(
         "binary: yes in use, but stored as float32: "
     )
+
+
+def test_notes_on_what_was_chosen_and_left_out_are_shown(toys: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(toys / "float.safetensors").state
+    inner = {f"net.{key}": value for key, value in state.items()} | {"criterion.weight": torch.ones(2)}
+    torch.save({"model": state, "ema": inner}, tmp_path / "w.pth")
+    notes = as_json(tmp_path / "w.pth")["facts"]["notes"]
+    assert notes == [
+        "its weights are those of ema, an average, as is usual for evaluation; it also holds model "
+        "(model.state_key takes another)",
+        "left out: 1 entry of other modules (criterion)",
+    ]
+    shown = succeed("inspect", tmp_path / "w.pth")
+    assert all(f"note: {note}\n" in shown for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {f"module.{key}" if key != "fc.bias" else key: state[key] for key in state},
+            "half wrapped",
+        ),
+        (lambda state: {key: state[key] for key in state if not key.startswith("fc.")}, "has no classifier"),
+        (lambda state: {"model": torch.nn.Linear(2, 2)}, "holds a whole model"),
+    ],
+    ids=["half wrapped", "backbone", "whole model"],
+)
+def test_files_that_hold_no_whole_state_dict_are_refused_in_one_line(
+    toys: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    torch.save(change(load_checkpoint(toys / "float.safetensors").state), tmp_path / "w.pth")
+    result = qat("inspect", tmp_path / "w.pth")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'w.pth'}: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_files_are_recognised_by_content_whatever_their_name(

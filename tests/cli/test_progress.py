@@ -35,8 +35,8 @@ def run(console: Console, epochs: int = 2, steps: int = 3) -> None:
     for number in range(1, epochs + 1):
         for _ in range(steps):
             reporter.step(number, {"loss": 0.75, "top1": 62.5, "images_per_second": 432.1})
-        if reporter._progress is not None:
-            reporter._progress.refresh()
+        if reporter.progress is not None:
+            reporter.progress.refresh()
         reporter.epoch(epoch(number))
     reporter.stop()
 
@@ -137,7 +137,7 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_goes_on() -> None:
     reporter = ConsoleReporter(terminal()[0])
     reporter.start(2, 10, 13)
     try:
-        assert reporter._progress is not None
-        assert [(task.completed, task.total) for task in reporter._progress.tasks] == [(13, 20)]
+        assert reporter.progress is not None
+        assert [(task.completed, task.total) for task in reporter.progress.tasks] == [(13, 20)]
     finally:
         reporter.stop()

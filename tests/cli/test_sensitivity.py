@@ -29,7 +29,7 @@ def quick(toys: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcome(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What a run with every output says as JSON, and the folder with what it wrote."""
+    """The JSON that a run with every output prints, and the folder with the files that it wrote."""
     folder = tmp_path_factory.mktemp("sensitivity")
     result = qat(*quick, "--json", "-o", folder / "page.html", "--recipe-out", folder / "mixed.yaml")
     assert result.exit_code == 0, result.output
@@ -104,6 +104,7 @@ def test_a_checkpoint_beside_the_recipe_is_found_from_where_the_new_recipe_lies(
     overrides = arguments(toys, tmp_path / "runs", "model.checkpoint=start.safetensors")
     given.write_text(succeed("recipe", "show", "tiny_int8", *overrides[1:]), encoding="utf-8")
     out = tmp_path / "there" / "mixed.yaml"
+    out.parent.mkdir()
     command = ["sensitivity", "--recipe", given, "--by", "group", "--bits", "4", "--images", "20"]
     succeed(*command, "--group", "stem", "--recipe-out", out)
     assert load_recipe(out).recipe.model.checkpoint == str(tmp_path / "here" / "start.safetensors")
@@ -152,7 +153,7 @@ def test_by_leaves_out_the_other_kind(toys: Path, tmp_path: Path, by: str, absen
 def test_where_no_width_is_lower_that_is_said(toys: Path, tmp_path: Path, by: str) -> None:
     command = [*arguments(toys, tmp_path), "--images", "8", "--bits", "8", "--group", "se", "--by", by]
     text = succeed(*command)
-    assert "No setting can do with fewer bits" in text
+    assert "Fewer bits exceed the limits" in text
     assert "chosen on these test images" not in text  # nothing was chosen
 
 

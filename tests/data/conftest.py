@@ -1,4 +1,4 @@
-"""Folders of images and of Parquet files, and caches that stay out of the home directory."""
+"""Fixtures for data sets: folders of images and Parquet files, and caches outside of the home directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random changes to whole batches; the older ones are tested beside the data sets."""
+"""Random changes to whole batches. Flips, crops and translations are tested in test_augmented_batches.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_process_of_its_own_makes_the_same_pixels() -> None:
 
 
 def test_a_shift_moves_whole_pixels_by_up_to_its_number_and_fills_with_black() -> None:
-    images = noise(400, 5).float() + 1  # no pixel is black by itself
+    images = noise(400, 5).float() + 1  # no pixel is black before the change
     torch.manual_seed(0)
     moved = shifted(images, 2)
     found = set()
@@ -68,14 +68,14 @@ def test_a_shift_moves_whole_pixels_by_up_to_its_number_and_fills_with_black() -
         ]
         assert len(places) == 1
         found |= set(places)
-    assert len(found) == 25  # every shift of both axes occurs
+    assert len(found) == 25  # every shift occurs along both axes
 
 
 def test_images_of_a_batch_get_different_changes() -> None:
     one = noise(1).expand(16, -1, -1, -1)
     result = Augmenter(Augment(randaugment=RandAugment()), 16, seed=0)(one, 0, 0)
     kinds = {tuple(image.flatten().tolist()) for image in result}
-    assert len(kinds) >= 8  # drawn anew for each eighth of the batch
+    assert len(kinds) >= 8  # each eighth of the batch has its own changes
 
 
 def test_erasing_makes_one_rectangle_black_and_spares_some_images() -> None:
@@ -101,7 +101,7 @@ PARTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("size", [2, 3, 12])
 @pytest.mark.parametrize("change", PARTS, ids=lambda change: "-".join(change))
 def test_a_part_of_a_batch_is_changed_as_beside_the_others(change: dict[str, Any], size: int) -> None:
-    """Twelve images: RandAugment draws for two at a time, so that parts end within its draws, too."""
+    """RandAugment changes two of the twelve images at a time, so that some parts split such a pair."""
     images = noise(12)
     augmenter = Augmenter(Augment(**change), 16, seed=1)
     for step in range(3):

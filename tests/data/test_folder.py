@@ -1,4 +1,4 @@
-"""Folders of images: what is read from them, and what is refused by its name."""
+"""Folders of images: which images and labels are read, and that errors name what is wrong."""
 
 import socket
 from pathlib import Path
@@ -21,6 +21,9 @@ def test_a_folder_gives_square_images_and_labels_in_a_fixed_order(tree: Path) ->
     assert labels.tolist() == [0, 0, 0, 1, 1]
     assert everything(test)[1].tolist() == [0, 1, 1]
     assert train.class_names == test.class_names == ["cat", "dog"]
+    names = [train.image_name(index) for index in range(5)]
+    assert [str(name).split("/")[0] for name in names] == ["cat"] * 3 + ["dog"] * 2
+    assert all((tree / "train" / str(name)).is_file() for name in names)
 
 
 def test_worker_processes_give_the_same_batches(tree: Path) -> None:

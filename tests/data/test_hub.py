@@ -1,4 +1,4 @@
-"""Data sets of the Hub, with local Parquet files in its place: no test here reaches the network."""
+"""Data sets of the Hub, which local Parquet files stand in for: no test here uses the network."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_being_offline_is_put_back(hub: Hub) -> None:
 
 
 def test_a_fresh_process_without_a_network_says_so(tmp_path: Path) -> None:
-    """Here the real libraries answer, from an empty cache and told to ask nobody."""
+    """This runs the real libraries, offline and with an empty cache."""
     code = "from qat.data.loading import load_split as load, Data; load(Data(dataset='cifar10'), 'test')"
     environment = {key: value for key, value in os.environ.items() if key != "QAT_DATA"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The digits, and networks that do not fit the data."""
+"""Loading scikit-learn's digits, and refusing networks that don't fit the data."""
 
 from typing import Any
 

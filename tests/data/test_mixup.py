@@ -1,4 +1,4 @@
-"""Mixup and cutmix: what is mixed with what, in which shares."""
+"""Mixup and cutmix: which images are mixed, and in which shares."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_one_partner_and_one_share_explain_pixels_and_label_of_each_image(kind: 
                 for share in [float((image.mean() - partner) / (value - partner))]
                 if torch.allclose(target, share * own + (1 - share) * other, atol=1e-5)
             ]
-        # A share of the whole batch: there is one among them that explains each image with a partner.
+        # The share is the same for the whole batch, so one share must explain all images with their partners.
         shares.append(max(found, key=lambda share: sum(abs(share - one) < 1e-4 for one in found)))
         assert -1e-5 <= shares[-1] <= 1 + 1e-5
     assert min(shares) < 0.4

@@ -38,9 +38,9 @@ def test_the_image_grid_covers_every_pixel_value_and_zero(mean: Any, std: Any) -
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     values = normalize(pixels, mean, std)
     steps = values / scale + zero_point
-    assert steps.min() >= -0.001  # float32 rounding alone: no value saturates
+    assert steps.min() >= -0.001  # only rounding in float32: no value saturates
     assert steps.max() <= 255.001
-    # Every one of the 256 integers is needed but for the step by which the grid was widened.
+    # Nearly all of the 256 integers are used: the grid is wider than the pixels by one step at most.
     low, high = min(0.0, values.min().item()), max(0.0, values.max().item())
     assert high - low <= 255 * scale * (1 + 1e-6) <= high - low + scale * (1 + 1e-3)
 

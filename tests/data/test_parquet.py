@@ -1,4 +1,4 @@
-"""Parquet folders, from files to batches; each valid case stands beside a broken one."""
+"""Parquet folders, from files to batches. Each valid case is followed by a broken one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def test_a_split_has_the_labels_classes_and_size_asked_for(root: Path) -> None:
     assert (images.shape, images.dtype) == ((7, 3, 16, 16), torch.uint8)
     assert labels.tolist() == split.labels.tolist() == LABELS
     assert (split.class_names, split.resize) == (CLASSES, 18)
+    assert split.image_name(3) == "train.parquet: row 3"
 
 
 @pytest.mark.parametrize(("in_memory", "workers"), [(True, 0), (False, 0), (False, 1), (True, 1)])
@@ -115,7 +116,7 @@ def test_a_fingerprint_changes_with_an_image_a_label_and_the_order(tmp_path: Pat
 def test_the_fingerprint_of_large_sets_is_over_sizes_and_labels(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qat.data.table._SMALL", 100)
+    monkeypatch.setattr("qat.data.table.IN_MEMORY_BYTES", 100)
     split = load_split(settings(root), "train")
     assert split.fingerprint() != split.content_fingerprint()
     shutil.copy(root / "train.parquet", root / "again.parquet")

@@ -1,4 +1,4 @@
-"""Where data sets are looked for: the root given, here, and the folder of the environment variable."""
+"""Where data sets are looked for: ``data.root`` in the working directory, and the folder of ``QAT_DATA``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Working ahead changes when items are made, not which, and leaves nothing behind."""
+"""Prefetching changes when items are made, but not which, and leaves no thread behind."""
 
 from __future__ import annotations
 

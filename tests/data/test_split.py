@@ -1,4 +1,4 @@
-"""Batches: their order, their number, and the fingerprint of what they come from."""
+"""Splits in memory: the order and number of their batches, and their fingerprint."""
 
 import pytest
 import torch
@@ -11,6 +11,10 @@ def test_the_order_without_a_seed_is_the_splits_own() -> None:
     images, labels = everything(small_split())
     assert images[:, 0, 0, 0].tolist() == list(range(10))
     assert labels.tolist() == [0, 1] * 5
+
+
+def test_images_in_memory_have_no_names() -> None:
+    assert small_split().image_name(0) is None
 
 
 def test_a_seed_alone_decides_the_order() -> None:
@@ -47,13 +51,13 @@ def test_batch_count_is_the_number_of_batches(count: int, drop_last: bool) -> No
 
 def test_a_fingerprint_changes_with_a_pixel_a_label_and_the_order() -> None:
     split = small_split()
-    pixel = split._images.clone()
+    pixel = split.images.clone()
     pixel[4] += 1
     variants = [
         split,
         MemorySplit(split.class_names, pixel, split.labels),
-        MemorySplit(split.class_names, split._images, 1 - split.labels),
-        MemorySplit(split.class_names, split._images.flip(0), split.labels.flip(0)),
+        MemorySplit(split.class_names, split.images, 1 - split.labels),
+        MemorySplit(split.class_names, split.images.flip(0), split.labels.flip(0)),
     ]
     assert len({variant.fingerprint() for variant in variants}) == 4
     assert small_split().fingerprint() == split.fingerprint() == split.content_fingerprint()

@@ -67,7 +67,7 @@ def test_a_stream_gone_on_with_equals_one_that_was_not_interrupted(tmp_path: Pat
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("size", [2, 6])
 def test_shares_are_parts_of_the_same_batches(tmp_path: Path, streaming: bool, size: int) -> None:
-    """Six processes share batches of 5: one of them has none of each."""
+    """Six processes share batches of 5 images, so that one of them has no image of any batch."""
     data = sharded(tmp_path).model_copy(update={"streaming": streaming, "in_memory": False})
     split = load_split(data, "train")
     every = list(split.batches(5, shuffle_seed=2, skip=1))

@@ -33,6 +33,7 @@ def test_a_baseline_comes_back_as_it_was_written(tmp_path: Path) -> None:
         baseline(256, class_names=[f"Größe {i}" for i in range(10)], processor={"name": None}),
     ):
         path = tmp_path / "folder" / "b.json"
+        path.parent.mkdir(exist_ok=True)
         write_baseline(path, one)
         assert read_baseline(path) == one
 
@@ -159,8 +160,11 @@ def test_an_edited_file_is_refused_in_one_line_that_names_file_and_key(
     [
         (b"", "not a baseline, or a damaged one"),
         (b"hello", "not a baseline, or a damaged one"),
-        (b"\xff\xfe{}", "can't decode byte 0xff"),
-        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"\xff\xff{}", "can't decode byte 0xff"),
+        (b"\xff\xfe{\x00", "a damaged one: Expecting property name"),
+        (b"\xff\xfe{", "a damaged one: 'utf-16-le' codec can't decode"),
+        (b"\xef\xbb\xbf{}", "not a baseline: its 'format'"),
+        (b"{}\xef\xbb\xbf", "not a baseline, or a damaged one"),
         (b"null", "not a baseline: its 'format'"),
         (b"[" * 100_000, "not a baseline, or a damaged one"),
         (b'{"format": "bnext-qat baseline 1", "top1": NaN}', "NaN is not JSON"),
@@ -179,6 +183,16 @@ def test_a_file_that_is_no_json_object_of_ours_is_refused_in_one_line(
     assert str(caught.value).startswith(f"{path}: ")
     assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_with_a_byte_order_mark_is_read_and_may_be_replaced(tmp_path: Path, encoding: str) -> None:
+    path, one = tmp_path / "b.json", baseline(class_names=[f"Größe {i}" for i in range(10)])
+    write_baseline(path, one)
+    path.write_text(path.read_text(encoding="utf-8"), encoding=encoding, newline="\r\n")
+    assert read_baseline(path) == one
+    write_baseline(path, one)
+    assert path.read_bytes().startswith(b'{\n  "format"')
 
 
 def test_an_absent_file_says_how_to_record_one_and_a_folder_is_none(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from qat.errors import BaselineError, GateError
 from qat.evaluation import points
 from qat.gate import decision as gate
-from qat.gate.decision import Decision, Rules, judge
+from qat.gate.decision import Decision, judge
 from qat.gate.paired_statistics import (
     Pairs,
     detectable_drop,
@@ -22,6 +22,7 @@ from qat.gate.paired_statistics import (
     mcnemar_p,
     upper_bound,
 )
+from qat.gate.rules import Rules
 from tests.helpers.recorded_baselines import baseline
 
 
@@ -61,7 +62,8 @@ def test_a_model_that_surely_lost_no_more_than_is_allowed_passes() -> None:
     assert (found.verdict, found.passes) == ("pass", True)
     assert -2.5 <= found.lower < 0
     assert found.reason == (
-        "top-1 fell by 0.28 points; with 95 % confidence, it did not fall by more than "
+        "top-1 fell by 0.28 points (5 of 360 images changed sides: 3 became wrong, 2 right); with 95 % "
+        "confidence, it did not fall by more than "
         f"{-found.lower:.2f}, and 2.5 is allowed"
     )
     found.require()
@@ -72,7 +74,8 @@ def test_a_model_that_surely_lost_more_fails() -> None:
     assert (found.verdict, found.passes) == ("fail", False)
     assert found.upper < -1
     assert found.reason == (
-        f"top-1 fell by 16.11 points; with 95 % confidence, by at least {-found.upper:.2f}, and 1 is allowed"
+        "top-1 fell by 16.11 points (62 of 360 images changed sides: 60 became wrong, 2 right); with 95 % "
+        f"confidence, by at least {-found.upper:.2f}, and 1 is allowed"
     )
     with pytest.raises(GateError, match=r"^fail: top-1 fell by 16\.11 points"):
         found.require()
@@ -83,10 +86,13 @@ def test_a_model_that_surely_gained_is_improved_and_passes() -> None:
     found = decide(360, 1, 20)
     assert (found.verdict, found.passes) == ("improved", True)
     assert found.lower > 0
-    assert found.reason == "top-1 rose by 5.28 points; with 95 % confidence, it is better than the baseline's"
+    assert found.reason == (
+        "top-1 rose by 5.28 points (21 of 360 images changed sides: 1 became wrong, 20 right); with 95 % "
+        "confidence, it is better than the baseline's"
+    )
 
 
-@pytest.mark.parametrize(("rule", "passes"), [("pass", True), ("fail", False)])
+@pytest.mark.parametrize(("rule", "passes"), [("measured", True), ("pass", True), ("fail", False)])
 def test_too_few_images_are_inconclusive_and_say_how_many_would_tell(rule: str, passes: bool) -> None:
     found = decide(360, 3, 2, on_inconclusive=rule)
     assert (found.verdict, found.passes) == ("inconclusive", passes)
@@ -97,11 +103,75 @@ def test_too_few_images_are_inconclusive_and_say_how_many_would_tell(rule: str, 
     assert needed > 360
     assert (found.needed, found.detectable) == (needed, 100 * drop)
     assert found.reason == (
-        f"top-1 fell by 0.28 points; whether the real change, from {points(found.lower)} to "
-        f"{points(found.upper)} (each bound with 95 % confidence), is a drop of more than 1, the data can't "
-        f"tell; about {needed:,} images would if it is as good as the baseline, here are 360"
+        "top-1 fell by 0.28 points (5 of 360 images changed sides: 3 became wrong, 2 right), and 1 is "
+        f"allowed, but a larger drop may hide: the real change is from {points(found.lower)} to "
+        f"{points(found.upper)} (each bound with 95 % confidence), and the data can't tell; about "
+        f"{needed:,} images could, if the model is as good as the baseline"
     )
-    assert ("real drop that fails, 80% of the time", f"{100 * drop:.2f}", "") in found.rows()
+    assert found.headline == "inconclusive, measured drop within what is allowed"
+    assert ("drop that surely fails, 80% of the time", f"{100 * drop:.2f}", "") in found.rows()
+
+
+@pytest.mark.parametrize(("rule", "passes"), [("measured", False), ("pass", True), ("fail", False)])
+def test_a_measured_drop_above_the_limit_fails_though_it_may_be_chance_and_says_so(
+    rule: str, passes: bool
+) -> None:
+    found = decide(360, 5, 0, on_inconclusive=rule)
+    assert (found.verdict, found.exceeds, found.passes) == ("inconclusive", True, passes)
+    assert found.upper >= -1
+    assert found.headline == "inconclusive, measured drop above what is allowed"
+    assert found.reason.startswith(
+        "top-1 fell by 1.39 points (5 of 360 images changed sides: 5 became wrong, 0 right), and 1 is "
+        f"allowed, which may be chance: the real change is from {points(found.lower)} to "
+        f"{points(found.upper)} (each bound with 95 % confidence), and the data can't tell; about "
+    )
+    assert json.loads(found.to_json())["measured_drop_exceeds"] is True
+    if not passes:
+        with pytest.raises(
+            GateError, match=r"^inconclusive, measured drop above what is allowed: top-1 fell"
+        ):
+            found.require()
+
+
+@pytest.mark.parametrize(
+    ("images", "lost", "max_drop", "exceeds"),
+    [
+        (100, 1, 1.0, False),
+        (100, 2, 1.99, True),
+        (1000, 3, 0.3, False),
+        (1000, 3, 0.2999999999999, True),
+        (360, 3, 1.0, False),
+        (360, 4, 1.0, True),
+        (360, 2, 0.0, True),
+        (300, 1, 0.3333333333333333, True),
+    ],
+)
+def test_a_measured_drop_of_just_what_is_allowed_does_not_exceed_it(
+    images: int, lost: int, max_drop: float, exceeds: bool
+) -> None:
+    assert decide(images, lost, 0, max_drop=max_drop).exceeds is exceeds
+
+
+@pytest.mark.parametrize(
+    ("right", "percent", "lost", "exceeds"),
+    [(500, 1.0, 5, False), (500, 1.0, 6, True), (700, 0.7, 4, False), (700, 0.7, 5, True), (0, 50, 0, False)],
+)
+def test_a_relative_drop_is_a_share_of_what_the_baseline_has_right(
+    right: int, percent: float, lost: int, exceeds: bool
+) -> None:
+    images = 1000
+    before = baseline(images, range(right, images))
+    now = baseline(images, [*range(lost), *range(right, images)], sha="b")
+    found = judge(before, now, Rules(max_relative_drop=percent))
+    assert (found.exceeds, float(found.limit)) == (exceeds, pytest.approx(percent * right / images))
+    assert found.passes is not exceeds
+    shown = json.loads(found.to_json())
+    assert (shown["max_relative_drop"], shown["max_drop"]) == (percent, float(found.limit))
+    if lost:
+        text = f"and {float(found.limit):.4g} ({percent:g} % of the baseline's {right / 10:.2f} %) is allowed"
+        assert text in found.reason
+        rows = {what: bound for what, _, bound in found.rows()}
+        assert rows["change of top-1, points"] == f"≥ {points(-float(found.limit))}"
 
 
 def test_images_that_would_pass_an_equal_model_are_not_said_to_be_too_few() -> None:
@@ -110,16 +180,16 @@ def test_images_that_would_pass_an_equal_model_are_not_said_to_be_too_few() -> N
     assert found.needed is not None
     assert found.needed < 5000
     assert found.reason.endswith(
-        f"the data can't tell; about {found.needed:,} images usually pass a model as good as the baseline, "
-        "here are 5,000, so it is likely worse, but near what is allowed"
+        f"a model as good as the baseline usually passes with about {found.needed:,} images, so this one is "
+        "likely worse, but near what is allowed"
     )
 
 
 def test_where_no_number_of_images_would_tell_it_says_so() -> None:
-    found = decide(360, 0, 0, max_drop=0)
+    found = decide(360, 1, 1, max_drop=0)
     assert found.verdict == "inconclusive"
     assert found.needed is None
-    assert found.reason.endswith("the data can't tell; no number of images would")
+    assert found.reason.endswith("; no number of images could")
     assert json.loads(found.to_json())["images_needed"] is None
 
 
@@ -151,11 +221,14 @@ def test_the_floor_is_compared_with_the_exact_accuracy_and_may_be_reached() -> N
     assert judge(baseline(100), baseline(100, [0]), anything()).floor_reason == ""
 
 
-def test_the_same_file_with_the_same_answers_passes_however_few_images_there_are() -> None:
+def test_equal_answers_pass_whatever_the_file_and_however_few_images_there_are() -> None:
     found = decide(5, 0, 0, sha="a")
     assert (found.verdict, found.lower < -1) == ("pass", True)
     assert found.reason == "the same file as the baseline's, with the same answers"
-    assert decide(5, 0, 0, sha="b").verdict == "inconclusive"
+    for rule in ("measured", "pass", "fail"):
+        other = decide(5, 0, 0, sha="b", max_drop=0, on_inconclusive=rule)
+        assert (other.verdict, other.passes) == ("pass", True)
+        assert other.reason == "the same images are right as the baseline's: 0 of 5 changed sides"
     assert decide(5, 1, 0, sha="a").verdict == "inconclusive"  # the same file, on another machine
 
 
@@ -182,6 +255,10 @@ def test_other_data_is_refused_not_compared() -> None:
         ({"max_drop": -0.1}, "-0.1 is not a drop in percentage points, 0 to 100"),
         ({"max_drop": 100.5}, "100.5 is not a drop"),
         ({"max_drop": math.nan}, "nan is not a drop"),
+        ({"max_relative_drop": -1}, "-1 is not a drop in percent of the baseline's top-1, 0 to 100"),
+        ({"max_relative_drop": math.nan}, "nan is not a drop in percent of"),
+        ({"max_drop": 1, "max_relative_drop": 1}, "exclude each other: give one"),
+        ({"on_inconclusive": "maybe"}, "'maybe' is not one of measured, pass, fail"),
         ({"confidence": 95}, "95 is not a share between 0.5 and 1, both excluded: write 0.95"),
         ({"confidence": 99.9}, "write 0.999"),
         ({"confidence": 0.5}, "0.5 is not a share between 0.5 and 1, both excluded, such as 0.95"),
@@ -211,14 +288,16 @@ def test_the_table_has_a_row_for_each_figure_and_the_bounds_that_decide() -> Non
     assert rows["top-1, this model"] == ("99.75 %", "≥ 98.5 %")
     assert rows["images that only the baseline has right"] == ("3", "")
     assert rows["images that only this model has right"] == ("2", "")
-    assert rows["change of top-1, points"] == ("−0.08", "")
+    assert rows["images that changed sides"] == ("5", "")
+    assert rows["change of top-1, points"] == ("−0.08", "≥ −2.50")
     assert rows["change, at least (95 % sure)"] == (points(found.lower), "≥ −2.50 passes")
     assert rows["change, at most (95 % sure)"] == (points(found.upper), "< −2.50 fails")
 
 
 def test_neither_a_confidence_nor_a_change_is_rounded_to_one_that_it_is_not() -> None:
     found = decide(21_000, 1, 0, confidence=0.9999999)
-    assert found.reason.startswith("top-1 fell by less than 0.01 points; with 99.99999 % confidence, ")
+    assert found.reason.startswith("top-1 fell by less than 0.01 points (1 of 21,000 images changed sides: ")
+    assert "; with 99.99999 % confidence, " in found.reason
     assert "change, at least (99.99999 % sure)" in [row[0] for row in found.rows()]
     assert decide(360, 3, 2, confidence=0.57, max_drop=5).reason.count("with 57 % confidence") == 1
 
@@ -227,7 +306,10 @@ def test_json_has_figures_rules_and_both_models() -> None:
     found = json.loads(decide(360, 3, 2, floor=90.0, confidence=0.9).to_json())
     assert found["verdict"] == "inconclusive"
     assert found["passes"] is True
-    assert (found["images"], found["lost"], found["gained"]) == (360, 3, 2)
+    assert (found["images"], found["pairs"], found["lost"], found["gained"]) == (360, 5, 3, 2)
+    assert found["flips"] is None
+    assert (found["max_relative_drop"], found["measured_drop_exceeds"]) == (None, False)
+    assert found["on_inconclusive"] == "measured"
     assert (found["top1"], found["baseline_top1"]) == (99.1667, 99.4444)
     assert found["change"] == pytest.approx(-1 / 3.6)
     assert found["change_at_least"] < found["change"] < found["change_at_most"]

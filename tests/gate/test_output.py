@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from qat.gate.decision import Decision, Rules, Verdict
-from qat.gate.output import append_summary, junit, junit_of_error, markdown, markdown_of_error
+from qat.gate.decision import Decision, Verdict
+from qat.gate.flips import Flip, Flips
+from qat.gate.output import (
+    append_outputs,
+    append_summary,
+    junit,
+    junit_of_error,
+    markdown,
+    markdown_of_error,
+)
 from qat.gate.paired_statistics import Pairs
+from qat.gate.rules import OnInconclusive, Rules
 from tests.helpers.recorded_baselines import baseline
 
 #: Control characters, half of a surrogate pair, markup, and a line end.
 HOSTILE = "a\x00b\x1b[31m \ud800 </failure>]]>&\"'|`_*\nnext \ufffe 😀"
+
+#: What a comparison of 100 images with 2 that became wrong is called where it can't tell.
+ABOVE = "inconclusive, measured drop above what is allowed"
+FLIPS = Flips(
+    1,
+    1,
+    (
+        Flip(7, "cat/`<7>`.png", "wrong", "cat", "cat", "dog"),
+        Flip(9, None, "right", "dog", None, "dog"),
+    ),
+)
 
 
 def decision(
@@ -22,7 +42,7 @@ def decision(
     *,
     floor: float | None = None,
     floor_broken: bool = False,
-    on_inconclusive: Literal["pass", "fail"] = "pass",
+    on_inconclusive: OnInconclusive = "pass",
     warnings: tuple[str, ...] = (),
     **changes: Any,
 ) -> Decision:
@@ -79,17 +99,17 @@ def outcome(case: ET.Element) -> str:
         ("fail", "pass", "failure"),
         ("inconclusive", "pass", "skipped"),
         ("inconclusive", "fail", "failure"),
+        ("inconclusive", "measured", "failure"),
+        ("pass", "measured", ""),
     ],
 )
-def test_each_verdict_has_its_outcome(
-    comparison: Verdict, on_inconclusive: Literal["pass", "fail"], tag: str
-) -> None:
+def test_each_verdict_has_its_outcome(comparison: Verdict, on_inconclusive: OnInconclusive, tag: str) -> None:
     made = decision(comparison, on_inconclusive=on_inconclusive)
     suite, (case,) = parsed(junit(made, 1.25))
     assert outcome(case) == tag
     assert suite.get("time") == case.get("time") == "1.250"
     if tag:
-        assert case.find(tag).get("message") == f"{comparison}: {made.reason}"  # type: ignore[union-attr]
+        assert case.find(tag).get("message") == f"{made.headline}: {made.reason}"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("broken", "tag"), [(True, "failure"), (False, "")])
@@ -111,6 +131,41 @@ def test_what_was_printed_and_warned_of_is_among_the_output() -> None:
     assert lines[:3] == [f"pass: {made.reason}", "warning: another processor", "warning: other versions"]
     assert "images: 100" in lines
     assert "change, at least (95 % sure): −6.00 (≥ −1.00 passes)" in lines
+
+
+def test_every_format_names_verdict_measured_drop_bounds_and_pairs() -> None:
+    made = decision("inconclusive", on_inconclusive="measured")
+    for text in (junit(made, 1.0), markdown(made, "m.onnx", "record"), made.to_json()):
+        plain = text.replace("\\", "")
+        for part in (
+            "inconclusive",
+            "fell by 2.00 points",
+            "(2 of 100 images changed sides: 2 became wrong, 0 r",
+        ):
+            assert part in plain
+        for bound in (made.lower, made.upper):
+            assert f"{abs(bound):.2f}" in plain
+
+
+def test_images_that_changed_sides_are_listed_where_they_were_asked_for() -> None:
+    made = decision("pass", flips=FLIPS)
+    _, (case,) = parsed(junit(made, 1.0))
+    lines = [
+        "images that changed sides: 1 right → wrong, 1 wrong → right",
+        "right → wrong: image 7 (cat/`<7>`.png) of class cat, now dog",
+        "wrong → right: image 9 of class dog",
+    ]
+    assert (case.findtext("system-out") or "").splitlines()[-3:] == lines
+    assert "\n".join(["```", *lines, "```"]) in markdown(made, "m", "record")
+    assert "right → wrong" not in markdown(decision("pass"), "m", "record") + junit(decision("pass"), 1.0)
+
+
+def test_a_floor_that_breaks_leaves_the_comparison_its_own_outcome() -> None:
+    made = decision(
+        "inconclusive", on_inconclusive="measured", pairs=Pairs(100, 1, 0), floor=99, floor_broken=True
+    )
+    _, (comparison, floor) = parsed(junit(made, 1.0))
+    assert (outcome(comparison), outcome(floor)) == ("skipped", "failure")
 
 
 def test_a_refusal_is_an_error() -> None:
@@ -137,12 +192,13 @@ def test_no_text_breaks_the_xml() -> None:
         ("pass", "pass", "### ✅ Accuracy gate: pass"),
         ("improved", "pass", "### ✅ Accuracy gate: improved"),
         ("fail", "pass", "### ❌ Accuracy gate: fail"),
-        ("inconclusive", "pass", "### ⚠️ Accuracy gate: inconclusive"),
-        ("inconclusive", "fail", "### ❌ Accuracy gate: inconclusive"),
+        ("inconclusive", "pass", f"### ⚠️ Accuracy gate: {ABOVE}"),
+        ("inconclusive", "fail", f"### ❌ Accuracy gate: {ABOVE}"),
+        ("inconclusive", "measured", f"### ❌ Accuracy gate: {ABOVE}"),
     ],
 )
 def test_a_summary_has_verdict_reason_table_warnings_and_command(
-    comparison: Verdict, on_inconclusive: Literal["pass", "fail"], heading: str
+    comparison: Verdict, on_inconclusive: OnInconclusive, heading: str
 ) -> None:
     made = decision(comparison, on_inconclusive=on_inconclusive, warnings=("another processor",))
     text = markdown(made, "m.onnx", "qat gate record m.onnx -o b.json")
@@ -184,6 +240,19 @@ def test_a_summary_is_appended_where_a_file_is_named_and_nowhere_else(tmp_path: 
     assert append_summary("x", {}) is None
     assert append_summary("x", {"GITHUB_STEP_SUMMARY": ""}) is None
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_outputs_of_a_step_are_the_figures_of_the_json_object(tmp_path: Path) -> None:
+    path = tmp_path / "outputs"
+    environment = {"GITHUB_OUTPUT": str(path)}
+    assert append_outputs(decision("improved"), environment) is None
+    lines = ["verdict=improved", "passes=true", "change=-2.0", "change_at_least=-6.0", "change_at_most=0.5"]
+    lines += ["pairs=2", "images=100"]
+    assert path.read_text(encoding="utf-8").splitlines() == lines
+    assert append_outputs(None, environment) is None
+    assert path.read_text(encoding="utf-8").splitlines() == [*lines, "verdict=refused", "passes=false"]
+    assert append_outputs(None, {}) is None
+    assert "the file that GITHUB_OUTPUT names cannot be" in str(append_outputs(None, {"GITHUB_OUTPUT": "/"}))
 
 
 @pytest.mark.parametrize("name", ["{tmp}", "{tmp}/no/such/folder.md", "a\0b", "x" * 300])

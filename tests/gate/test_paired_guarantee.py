@@ -1,4 +1,4 @@
-"""Rates that hold wherever the truth lies: every outcome of few images, and simulated models."""
+"""Error rates that hold for all true shares: by all outcomes of few images, and by simulated models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def probabilities(n: int, p_lost: Shares, p_gained: Shares) -> Shares:
 
 
 def line(change: float, points: int = 97) -> tuple[Shares, Shares]:
-    """Shares with that true change; at both ends dense, and off the points that the search visits."""
+    """Shares with that true change, dense at both ends, and not at the points that the search visits."""
     smaller = (1 - abs(change)) / 2 * np.sin(np.linspace(0, math.pi / 2, points)) ** 2.3
     return smaller + max(-change, 0), smaller + max(change, 0)
 
@@ -105,7 +105,7 @@ def all_limits(n: int, confidence: float) -> dict[tuple[int, int], float]:
     def limit(lost: float, gained: float) -> float:
         if gained == n:
             return -1.0
-        score = functools.partial(qat.gate.paired_statistics._score, n, lost, gained)
+        score = functools.partial(qat.gate.paired_statistics.tango_score, n, lost, gained)
         return float(brentq(lambda drop: score(drop) - quantile, -1 + 1e-12, 1 - 1e-12, xtol=1e-13))
 
     return {(int(a), int(b)): limit(float(a), float(b)) for a, b in zip(*outcomes(n), strict=True)}
@@ -113,13 +113,15 @@ def all_limits(n: int, confidence: float) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("n", [1, 3, 20, 45])
 def test_the_score_is_monotone_in_both_counts_and_the_drop(n: int) -> None:
-    """What makes regions thresholds, nested, and their probability largest on the boundary."""
+    """So regions are given by thresholds and are nested, and their probability is largest at the boundary."""
     lost, gained = np.meshgrid(np.arange(n + 1.0), np.arange(n + 1.0), indexing="ij")
     possible = lost + gained <= n
     before = np.full(lost.shape, np.inf)
     for drop in np.linspace(-0.9999, 0.9999, 801):
         score = np.where(
-            possible, qat.gate.paired_statistics._score(n, lost, np.minimum(gained, n - lost), drop), np.nan
+            possible,
+            qat.gate.paired_statistics.tango_score(n, lost, np.minimum(gained, n - lost), drop),
+            np.nan,
         )
         with np.errstate(invalid="ignore"):
             assert not (np.diff(score, axis=0)[score[:-1] > 0.1] < 0).any()
@@ -135,8 +137,8 @@ def test_the_probability_of_a_region_is_the_sum_over_its_outcomes(
     n: int, limit: float, drop: float, where: float
 ) -> None:
     lost, gained = outcomes(n)
-    region = qat.gate.paired_statistics._Region(n, limit, 0.95)
-    score = qat.gate.paired_statistics._score(n, lost.astype(float), gained.astype(float), limit)
+    region = qat.gate.paired_statistics.Region(n, limit, 0.95)
+    score = qat.gate.paired_statistics.tango_score(n, lost.astype(float), gained.astype(float), limit)
     smaller = (1 - abs(drop)) / 2 * where
     p_lost, p_gained = smaller + max(drop, 0), smaller + max(-drop, 0)
     chance = probabilities(n, np.array([p_lost]), np.array([p_gained]))[0]
@@ -155,20 +157,20 @@ def test_the_probability_of_a_region_is_the_sum_over_its_outcomes(
 def test_on_a_far_finer_grid_too_the_region_keeps_the_error_rate_and_a_larger_one_does_not(
     n: int, drop: float
 ) -> None:
-    region = qat.gate.paired_statistics._critical_region(n, drop, 0.95)
-    one_more = qat.gate.paired_statistics._Region(n, region.limit - 1e-9, 0.95)
+    region = qat.gate.paired_statistics.critical_region(n, drop, 0.95)
+    one_more = qat.gate.paired_statistics.Region(n, region.limit - 1e-9, 0.95)
     p_lost, p_gained = line(-drop, 900 if n < 20_000 else 200)
     assert region.probability(p_lost, p_gained).max() <= 0.05
     assert one_more.probability(p_lost, p_gained).max() > 0.05 * (1 - 1e-3)
 
 
 def fails(n: int, lost: Counts, gained: Counts, max_drop: float, confidence: float) -> NDArray[np.bool_]:
-    region = qat.gate.paired_statistics._critical_region(n, max_drop, confidence)
+    region = qat.gate.paired_statistics.critical_region(n, max_drop, confidence)
     return gained <= region.thresholds(lost.astype(np.float64))
 
 
 def passes(n: int, lost: Counts, gained: Counts, max_drop: float, confidence: float) -> NDArray[np.bool_]:
-    region = qat.gate.paired_statistics._critical_region(n, -max_drop, confidence)
+    region = qat.gate.paired_statistics.critical_region(n, -max_drop, confidence)
     return lost <= region.thresholds(gained.astype(np.float64))
 
 

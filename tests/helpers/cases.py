@@ -11,12 +11,12 @@ import pytest
 
 #: Runs at each landing (`make test-all`), not in `make test`.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-#: Runs in `make test-nightly` alone.
+#: Runs only in `make test-nightly`.
 exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 def fast_where(fast: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """All values, of which those that are not among ``fast`` are slow."""
+    """Parameters for all ``values``; those that are not among ``fast`` are marked slow."""
     return [value if value in fast else slow(value) for value in values]
 
 

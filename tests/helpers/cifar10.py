@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import pytest
-from torch import Tensor
 
 from qat.data.loading import load_split
 from qat.data.split import MemorySplit
@@ -18,10 +17,6 @@ COUNT = 8000
 
 class Photographs(MemorySplit):
     """RGB images in memory, uint8 (N, 3, 32, 32)."""
-
-    @property
-    def images(self) -> Tensor:
-        return self._images
 
 
 @functools.cache

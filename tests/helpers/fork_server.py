@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from typing import Final
 
-# A process has one such server, whoever asks for it.
+# All tests of a process use the same server.
 PROCESSES: Final = multiprocessing.get_context("forkserver")
 # torch's optimizers and parallel networks load the last two, which takes seconds.
 PROCESSES.set_forkserver_preload(

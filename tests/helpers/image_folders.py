@@ -1,4 +1,4 @@
-"""Small data sets as recipes name them: the digits, and folders of images."""
+"""Small data sets for recipes: the digits, and folders of images."""
 
 import zlib
 from pathlib import Path
@@ -58,3 +58,26 @@ def everything(split: Split, **options: Any) -> tuple[torch.Tensor, torch.Tensor
 def small_split(count: int = 10) -> MemorySplit:
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
     return MemorySplit(["even", "odd"], images, torch.arange(count) % 2)
+
+
+def photographs(root: Path, train: int = 24, test: int = 8) -> Path:
+    """``root/{train,validation}/CLASS/*.jpg``: JPEG files of many sizes, three classes.
+
+    Each shows a disc in the colour of its class, somewhere before a background of smooth light, with noise.
+    """
+    colours = {"apple": (190, 40, 40), "leaf": (50, 150, 50), "sky": (60, 90, 200)}
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("validation", test)):
+        for name, colour in colours.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                width, height = random.integers(60, 110, 2)
+                light = Image.fromarray(random.integers(60, 200, (4, 4, 3), dtype=np.uint8))
+                pixels = np.asarray(light.resize((int(width), int(height)), Image.Resampling.BICUBIC)).copy()
+                x, y = random.uniform(0.4, 0.6, 2) * (width, height)
+                rows, columns = np.mgrid[:height, :width]
+                disc = np.hypot(columns - x, rows - y) < 0.36 * min(width, height)
+                pixels[disc] = pixels[disc] // 4 + np.array(colour) * 3 // 4
+                noisy = (pixels + random.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(root / split / name / f"IMG_{number:04}.jpg", quality=85)
+    return root

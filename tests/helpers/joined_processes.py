@@ -1,4 +1,4 @@
-"""Processes that work together as `torchrun` starts them, but quickly: forked from one that has torch."""
+"""Starts processes that train together, as `torchrun` does, but quickly: by forking one that loaded torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat.cli.group import main
 from tests.helpers.fork_server import PROCESSES
 from tests.helpers.toy_runs import TOY, settings
 
-#: Seconds after which a process that says nothing hangs.
+#: Seconds without output after which a process counts as hanging.
 _PATIENCE: Final = 120.0
 
 
@@ -45,10 +45,13 @@ LONG = (
 def by_launcher(
     launcher: Sequence[str], words: Sequence[str], out: Path, at: str | None = None
 ) -> tuple[int, str, str]:
-    """Run `qat WORDS` by a real launcher, a module and its arguments; its exit code, output and errors.
+    """Run `qat WORDS` by a real launcher, given as a module and its arguments.
 
-    Once ``at`` is printed, the launcher is sent SIGTERM. It is forked with torch in memory, but starts
-    interpreters of their own. What they say lies below ``out`` meanwhile.
+    The launcher is forked with torch in memory, but starts new interpreters, whose output goes to files below
+    ``out``. Once ``at`` is printed, the launcher is sent SIGTERM.
+
+    Returns:
+        Exit code, standard output and standard error.
     """
     output, errors = out / "output", out / "errors"
     output.touch()
@@ -78,7 +81,7 @@ def _launch(launcher: list[str], words: list[str], output: Path, errors: Path) -
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which no process listens."""
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return int(opened.getsockname()[1])
@@ -87,12 +90,15 @@ def free_port() -> int:
 def together(
     arguments: Sequence[str], prepare: Callable[[int], None] | None = None, size: int = 2
 ) -> list[Ended]:
-    """Run `qat ARGUMENTS` in processes that share the work; ``prepare`` is given the rank of each first."""
+    """Run `qat ARGUMENTS` in processes that share the work. Each first calls ``prepare`` with its rank."""
     return _run(_command, (list(arguments), prepare), size)
 
 
 def call(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
-    """What ``function`` of ``arguments`` returns in each of the processes, joined; it must be of a module."""
+    """Call ``function(*arguments)`` in connected processes, and return each one's result.
+
+    The function must be defined at the top of a module.
+    """
     ended = _run(_function, (function, arguments), size)
     assert [one.code for one in ended] == [0] * size, [one.errors for one in ended]
     return [one.result for one in ended]
@@ -172,10 +178,10 @@ def _command(arguments: list[str], prepare: Callable[[int], None] | None) -> Non
     import qat.train.setup
 
     qat.cli.training.report_on = lambda run: None  # type: ignore[assignment]
-    qat.train.setup.remove_states = lambda path: None  # what a finished run ends with is compared
+    qat.train.setup.remove_states = lambda path: None  # states of finished runs are compared
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
-    sys.argv = ["qat", *arguments]  # of a worker that tests run in, it is another name
+    sys.argv = ["qat", *arguments]  # otherwise it would be the command line of pytest
     main(arguments)
 
 
@@ -217,7 +223,7 @@ def send(number: int, to: int, at: int, rank: int) -> None:
 
     from qat.system import collectives
 
-    # A killed process never says why it ended: the others need not wait long to hear it.
+    # A killed process never reports why it ended, so the others needn't wait long for its message.
     collectives.PATIENCE = timedelta(seconds=1)
     steps = []
 

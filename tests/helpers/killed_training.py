@@ -1,4 +1,4 @@
-"""Training in a process of its own that a signal reaches at a given moment, and what it leaves."""
+"""Runs a training in its own process, sends it a signal at a given moment, and compares what it leaves."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ def train(
 ) -> Ended:
     """Run `qat ARGUMENTS` in a process that gets a signal ``times`` times at moment ``at``, a number or name.
 
-    Moments are ``half NAME``, a file being half written; ``before NAME``, all of it written under another
-    name; ``NAME``, the file in place; ``step``, of the optimizer; ``metrics``, a line of them. Unless
-    ``tidy``, the states of a finished run stay. No report is written.
+    These are the moments: ``half NAME``, when half of a file is written; ``before NAME``, when the file is
+    complete under its temporary name; ``NAME``, when it has its name; ``step``, after an optimizer step; and
+    ``metrics``, after a line of metrics. Unless ``tidy``, the states of a finished run are not removed. No
+    report is written.
     """
     receive, reply = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=_child, args=(arguments, at, send, times, tidy, reply))
@@ -166,8 +167,10 @@ def timeless(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a finished run leaves: bytes of its files, its metrics and summary apart from times, and the
-    tensors of its newest state, which has the latent weights, too.
+    """What a finished run leaves, without times.
+
+    That is the bytes of its files, its metrics and summary, and the tensors of its newest state, which has
+    the latent weights, too.
     """
     from qat.train.state_file import newest_state
 
@@ -190,5 +193,5 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What of two outcomes is not equal; how many states lie about at a kill doesn't count."""
+    """The parts in which two outcomes differ. The number of states that are left is ignored."""
     return [key for key in {**a, **b} if key != "states" and a.get(key) != b.get(key)]

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.layers import LearnableBias, SqueezeExcitation
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.calibration import calibrate
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 
 MEAN, STD = (0.45, 0.48, 0.4), (0.25, 0.22, 0.3)
@@ -44,7 +44,7 @@ def quantization(
     stem_weight: int = 8,
     fc_weight: int = 8,
 ) -> Quantization:
-    """Every group enabled, with these bits, and ranges that go on moving in training."""
+    """A section with every group enabled, these bits, and ranges that are updated in training."""
     return Quantization(
         stem=StemGroup(weight_bits=stem_weight),
         se=Group(weight_bits=se_weight, activation_bits=se),
@@ -80,13 +80,13 @@ def toy(seed: int = 0, bits: Quantization | None = None, *, size: int = 16, **op
 
 
 def lowered(model: BNext, size: int = 16, **options: Any) -> IntegerNetwork:
-    """``lower`` with the normalization of these tests."""
+    """Lower ``model`` with the normalization of these tests."""
     return lower(model, image_size=size, mean=MEAN, std=STD, **options)
 
 
 @functools.cache
 def ordinary(seed: int = 0) -> tuple[BNext, IntegerNetwork, onnx.ModelProto]:
-    """A shared network with all kinds of sub-blocks, lowered and emitted: not to be changed."""
+    """A network with all kinds of sub-blocks, lowered and emitted. Tests share it and must not change it."""
     model = toy(seed)
     network = lowered(model, metadata={"run": "a test"})
     return model, network, emit_portable(network)
@@ -197,7 +197,7 @@ def trunk_outputs(model: BNext, images: Tensor) -> dict[str, Tensor]:
 def torch_problems(
     model: BNext, network: IntegerNetwork, images: NDArray[np.float32], *, sub_blocks: bool = False
 ) -> Iterator[str]:
-    """Where the evaluating torch network differs from the interpreter: trunk, head and logits, bit for bit.
+    """Yield where trunk, head or logits of the torch network differ in a bit from the interpreter's.
 
     With ``sub_blocks`` each of them is also called alone, on random integers of its input's whole grid.
     """

@@ -37,7 +37,7 @@ def fake_quantized_sub_blocks(model: nn.Module) -> dict[str, FakeQuantSubBlock]:
 
 
 def without_gradient(model: BNext) -> set[str]:
-    """Parameters that the published network has and never uses."""
+    """Names of parameters that the published network has but never uses."""
     unused = {"feature.0.prelu.weight"}
     for name, block in sub_blocks(model).items():
         if block.kind == "bias":

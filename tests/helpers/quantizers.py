@@ -1,18 +1,18 @@
-"""Activation quantizers and what they are shown."""
+"""Activation quantizers for tests, and values for them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.observers import Observer
-from qat.quantize.quantizers import ActivationQuantizer
 
 
 def calibrated(
     x: Tensor, bits: int = 8, signed: bool = True, observer: Observer = "minmax"
 ) -> ActivationQuantizer:
-    """A quantizer that saw ``x``, in evaluation mode."""
+    """A quantizer that was calibrated with ``x``, in evaluation mode."""
     point = ActivationQuantizer(bits, signed, observer).eval()
     point.start_calibration()
     point(x)

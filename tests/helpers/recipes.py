@@ -1,4 +1,4 @@
-"""The smallest recipes, changed by one key, and the lines they are refused with."""
+"""Minimal recipes, copies with one key changed, and the lines of the errors about them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ SHIPPED = [
     "tiny_int8_cifar10",
     "tiny_int8_imagenet",
     "tiny_int8_paper",
+    "tiny_int8_transfer",
 ]
 FINETUNE: dict[str, Any] = {
     "task": "finetune",

@@ -11,9 +11,9 @@ from qat.gate.baseline import Baseline, DataFacts, ModelFacts, Processor, pack, 
 
 
 def baseline(n: int = 360, wrong: Iterable[int] = (), sha: str = "a", **changes: Any) -> Baseline:
-    """A baseline of ``n`` images that is right but for the images ``wrong``; ``changes`` by attribute.
+    """A baseline of ``n`` images, of which those in ``wrong`` are wrong, with ``changes`` of attributes.
 
-    ``data`` and ``processor`` may be given in part, as mappings.
+    In ``changes``, ``data`` and ``processor`` may be mappings of some of their attributes.
     """
     correct = np.ones(n, np.bool_)
     correct[list(wrong)] = False

@@ -1,4 +1,4 @@
-"""Reports made of given answers and layers: no network is asked, and no image read."""
+"""Reports on given answers and layers, without a network and without images."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def answers(
 
 
 def layer(name: str, **changes: Any) -> LayerStatistics:
-    """Statistics of a trunk point, changed."""
+    """Statistics of a point of the trunk, with ``changes``."""
     fields: dict[str, Any] = {
         "name": name,
         "group": "trunk",
@@ -67,7 +67,7 @@ def layer(name: str, **changes: Any) -> LayerStatistics:
 
 
 def binary_layer(name: str, **changes: Any) -> LayerStatistics:
-    """Statistics of a binary convolution, changed."""
+    """Statistics of a binary convolution, with ``changes``."""
     fields: dict[str, Any] = {
         "group": "binary",
         "type": "1 bit",

@@ -15,7 +15,7 @@ from qat.recipe.schema import Quantization
 from qat.sensitivity.bitwidths import Limits, Width, measure_widths, settings_of
 from qat.sensitivity.parts import GROUPS
 from qat.sensitivity.suggestion import Candidate, Suggestion, suggest
-from qat.sensitivity.variants import Grids, Measure, Variants, grids_of
+from qat.sensitivity.variants import Measure, QuantizerState, Variants, quantizer_state
 from tests.helpers import toy_runs as toyruns
 from tests.helpers.toy_networks import build_float_toy
 
@@ -39,7 +39,7 @@ class Counter:
 
 
 def make_variants(model: BNext, count: int = 64) -> Variants:
-    """Variants of a toy on random images, whose labels are the float-rest network's answers."""
+    """Variants of a toy network, with random images whose labels are the float-rest network's answers."""
     overrides = ("data.image_size=16", "schedule.calibration_batches=2", "data.batch_size=32")
     recipe = toyruns.recipe("tiny_int8", Path("runs"), *overrides).recipe
     random = torch.Generator().manual_seed(3)
@@ -59,10 +59,10 @@ def layer_of(point: str, layers: Sequence[str]) -> str:
 
 @dataclasses.dataclass
 class Study:
-    """A toy, measured as the recipe ``FULL`` quantizes it, and with fewer bits."""
+    """A toy network, measured with the section ``FULL`` and with fewer bits."""
 
     variants: Variants
-    grids: Grids
+    state: QuantizerState
     float_rest: Measure
     recipe: Measure
     widths: list[Width]
@@ -85,6 +85,6 @@ def make_study() -> Study:
     """A toy of three stages, each setting tried at 4 and 2 bits."""
     variants = make_variants(build_float_toy(widths=(8, 8, 16)))
     full = variants.calibrated(FULL)
-    grids, recipe = grids_of(full, variants.model), variants.measure(full)
-    widths = measure_widths(variants, recipe, FULL, grids, SETTINGS, (4, 2), ANYTHING, Counter())
-    return Study(variants, grids, variants.measure(variants.model), recipe, widths)
+    state, recipe = quantizer_state(full, variants.model), variants.measure(full)
+    widths = measure_widths(variants, recipe, FULL, state, SETTINGS, (4, 2), ANYTHING, Counter())
+    return Study(variants, state, variants.measure(variants.model), recipe, widths)

@@ -1,4 +1,4 @@
-"""Checkpoints inspected: each format, and every number against a direct computation."""
+"""Inspection of checkpoints: each format, and every number against a direct computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat.inspection.checkpoint import inspect_checkpoint, open_checkpoint, store
 from qat.inspection.facts import SIGN_BITS, InspectedLayer, Inspection
 from qat.inspection.verdict import verdict
 from qat.models.bnext import BNext, binary_convolutions
-from qat.quantize.quantizers import WeightQuantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Quantization, StemGroup
 from tests.helpers.checkpoints import (
     WIDTHS,

@@ -158,17 +158,17 @@ def test_a_network_needs_a_class() -> None:
 def test_an_architecture_knows_its_size_and_rebuilds_its_network(float_toy: BNext, images: Tensor) -> None:
     assert Architecture.of("small").size == "small"
     assert float_toy.architecture.size == "custom"
-    twin = BNext.from_architecture(float_toy.architecture).eval()
-    twin.load_state_dict(float_toy.state_dict())
-    assert torch.equal(twin(images), float_toy(images))
+    copy = BNext.from_architecture(float_toy.architecture).eval()
+    copy.load_state_dict(float_toy.state_dict())
+    assert torch.equal(copy(images), float_toy(images))
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=str)
 def test_an_ablated_architecture_rebuilds_its_network(ablation: dict[str, bool]) -> None:
     model = BNext(10, widths=(4, 8), stem_stride=2, **ablation)
-    twin = BNext.from_architecture(model.architecture)
-    assert twin.architecture == model.architecture
-    assert twin.state_dict().keys() == model.state_dict().keys()
+    copy = BNext.from_architecture(model.architecture)
+    assert copy.architecture == model.architecture
+    assert copy.state_dict().keys() == model.state_dict().keys()
 
 
 def test_one_warm_convolution_makes_a_network_not_binary(float_toy: BNext) -> None:

@@ -1,4 +1,4 @@
-"""BNext computes the numbers of its authors' network."""
+"""BNext computes the same numbers as its authors' network."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def assert_counted_as_executed(counted: Operations, model: BNext, image_size: in
 def test_operations_of_the_published_sizes_are_the_published_ones(size: str) -> None:
     counted = operations(Architecture.of(size, 1000), 224)
     assert counted.ops == counted.bops / 64 + counted.int8_macs / 8
-    # The documentation says 0.1%.
+    # The module's docstring promises 0.1 %.
     assert counted.ops / 1e9 == pytest.approx(PUBLISHED[size], rel=0.001)
 
 

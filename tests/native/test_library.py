@@ -20,7 +20,7 @@ ALL = {"avx512_vpopcntdq", "avx512", "avx2", "neon", "portable"}
 
 def test_a_missing_library_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BNEXT_QAT_NATIVE_LIBRARY", raising=False)
-    monkeypatch.setattr(nativelibrary, "_FOLDER", tmp_path)
+    monkeypatch.setattr(nativelibrary, "LIBRARY_FOLDER", tmp_path)
     for ask in (native_library_path, available_kernels, kernels_in_use, lambda: register(None)):
         with pytest.raises(NativeLibraryError, match=r"apt-get install g\+\+.*make native.*pip install"):
             ask()
@@ -96,7 +96,7 @@ def test_an_onnxruntime_that_is_too_old_is_told_so() -> None:
 def test_a_library_that_was_not_built_is_no_error_but_one_that_is_named_must_be_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nativelibrary, "_FOLDER", tmp_path)
+    monkeypatch.setattr(nativelibrary, "LIBRARY_FOLDER", tmp_path)
     monkeypatch.delenv("BNEXT_QAT_NATIVE_LIBRARY", raising=False)
     assert not has_library()
     monkeypatch.setenv("BNEXT_QAT_NATIVE_LIBRARY", str(tmp_path / "typo.so"))

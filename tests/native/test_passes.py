@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from qat.errors import NativeLibraryError
 from qat.grid import Grid
 from qat.native import bindings as nativecalls
 from qat.native import passes as nativepasses
-from qat.native.bindings import PASSES, torch_alone, usable
-from qat.native.passes import Affine
+from qat.native.bindings import Library, torch_alone, usable
+from qat.native.library import library_function
+from qat.native.passes import NormPrelu
 from qat.ops.scale_add import scaled, scaled_norm_add
 from tests.helpers.native_passes import need_passes
 from tests.helpers.rounding_bounds import assert_within, gamma, sum_bound
@@ -54,7 +54,7 @@ def every_pass(x: Tensor) -> dict[str, Tensor]:
     grad, other = random(*x.shape, seed=1, kind=x.dtype), random(*x.shape, seed=2, kind=x.dtype)
     factor = random(images, channels, seed=3)
     gain, offset, slope, center, shift, tilt = vectors(channels, 6)
-    by = Affine(gain, offset, slope)
+    by = NormPrelu(gain, offset, slope)
     results: dict[str, object] = {
         "sign": nativepasses.sign(x, offset, True),
         "sign_gradient": nativepasses.sign_gradient(grad, x, offset, 1.5),
@@ -82,16 +82,22 @@ def every_pass(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def test_these_are_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, called = nativepasses._run, set()
+def the_library() -> Library:
+    found = nativecalls.library()
+    assert found is not None
+    return found
 
-    def recorded(name: str, *arguments: object, **fields: object) -> object:
-        called.add(name)
-        return run(name, *arguments, **fields)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(nativepasses, "_run", recorded)
+def test_every_pass_of_the_library_is_called_and_with_all_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, called = the_library(), set()
+
+    def recorded(number: int, *arguments: object) -> object:
+        called.add(number)
+        return library.run_pass(number, *arguments)
+
+    monkeypatch.setattr(nativepasses, "library", lambda: library._replace(run_pass=recorded))
     every_pass(random(2, 3, 4, 4))
-    assert called == PASSES
+    assert called == set(library.numbers.values())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
@@ -110,8 +116,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind: torch.dtype) -> None:
 
 def test_what_threads_share_is_done_by_more_than_one() -> None:
     """The library calls what torch starts its threads with, where there is more than one portion."""
-    library = nativecalls.library()
-    assert library is not None
+    library = the_library()
     if library.parallel is None:
         pytest.skip("torch's threads are not found here")
     asked: list[int] = []
@@ -258,35 +263,61 @@ def test_without_a_library_torch_does_it_all(monkeypatch: pytest.MonkeyPatch) ->
     assert not usable(torch.ones(2))
 
 
-@pytest.mark.usefixtures("looked_for_anew")
 def test_without_torchs_threads_it_works_alone_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nativecalls, "_parallel", lambda: None)
+    alone = the_library()._replace(parallel=None)
+    monkeypatch.setattr(nativecalls, "library", lambda: alone)
     assert usable(torch.ones(2))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not usable(torch.ones(2))
 
 
+ANOTHER_VERSION = r"not of this version of the package; build it again: make native"
+
+
 @pytest.mark.usefixtures("looked_for_anew")
-def test_a_library_of_another_version_is_refused_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_library_from_before_there_was_a_description_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One that knows another structure, and one from before there were passes."""
-
-    class Function:
-        restype: object = None
-
-        def __call__(self) -> int:
-            return 8
-
     def none_of_these(name: str) -> None:
         raise NativeLibraryError("undefined symbol")
 
-    for function in (lambda name: Function(), none_of_these):
-        with monkeypatch.context() as patch:
-            patch.setattr(nativecalls, "library_function", function)
-            with pytest.raises(NativeLibraryError, match=r"not of this version of the package.*make native"):
-                usable(torch.ones(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(nativecalls, "library_function", none_of_these)
+        with pytest.raises(NativeLibraryError, match=ANOTHER_VERSION):
+            usable(torch.ones(2))
     assert usable(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("enum Type", "enum Kind"),
+        ("float32", "float33"),
+        ("struct SignSums", "struct SumsOfSigns"),
+        ("pass prelu ", "pass PReLU "),
+        ("slope:ChannelVector", "slopes:ChannelVector"),
+        ("offset:ChannelVector ", ""),
+        ("grid:OptionalGrid", "grid:Lattice"),
+        ("struct Grid 32", "struct Grid 24"),
+        ("inverse:Number", "reciprocal:Number"),
+    ],
+)
+@pytest.mark.usefixtures("looked_for_anew")
+def test_a_library_with_other_passes_or_fields_is_refused_in_words(
+    ours: str, theirs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real library, of which something else is said than what the passes give."""
+
+    def function(name: str) -> object:
+        found = library_function(name)
+        if name != "bnext_qat_description":
+            return found
+        assert ours.encode() in found()
+        return lambda: found().replace(ours.encode(), theirs.encode())
+
+    monkeypatch.setattr(nativecalls, "library_function", function)
+    with pytest.raises(NativeLibraryError, match=ANOTHER_VERSION):
+        every_pass(random(2, 3, 4, 4))
 
 
 @pytest.mark.usefixtures("looked_for_anew")

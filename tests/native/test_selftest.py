@@ -39,7 +39,8 @@ def optimize(sources: Path, level: str, *files: str) -> None:
 def quickly_compiled(folder: Path) -> Path:
     """Sources whose kernels are compiled as those that ship; the program around them need not be fast."""
     copy = copied_sources(folder)
-    optimize(copy, "-O1", "selftest/selftest.cpp", "selftest/selftest_passes.cpp")
+    programs = [f"selftest/{name}.cpp" for name in ("selftest", "selftest_passes", "selftest_signs")]
+    optimize(copy, "-O1", *programs)
     return copy
 
 

@@ -121,7 +121,8 @@ def test_what_it_can_not_sum_it_says(x: Tensor, weight: Tensor, stride: int, why
 def test_missing_memory_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     native = library()
     assert native is not None
-    out_of_memory = native._replace(sign_sums=lambda *arguments: 2)
+    status = native.sign_statuses.index("no_memory")
+    out_of_memory = native._replace(sign_sums=lambda *arguments: status)
     monkeypatch.setattr(nativesigns, "library", lambda: out_of_memory)
     with pytest.raises(MemoryError, match="signs of a convolution"):
         sign_sums(signs(1, 1, 1, 1), signs(1, 1, 1, 1), 1)

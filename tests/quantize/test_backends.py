@@ -1,4 +1,4 @@
-"""Both backends in whole networks: one key apart, and what follows from powers of two."""
+"""Both backends in whole networks, which differ in one key of the recipe, and scales of powers of two."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from qat.checkpoints.loading import build
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
 from qat.native.bindings import torch_alone
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.backends import backend_of
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers, freeze_observers, power_of_two_above
+from qat.quantize.quantizer_base import power_of_two_above
 from qat.recipe.schema import Quantization
 from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import (
@@ -40,7 +42,7 @@ def settings(**keys: Any) -> Quantization:
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Everything in a description, by place."""
+    """Everything in an integer network, by dotted name."""
     if is_dataclass(value):
         for field in fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
@@ -57,7 +59,7 @@ def differences(one: IntegerNetwork, other: IntegerNetwork) -> list[str]:
 
 
 def train(model: BNext, steps: int = 4) -> None:
-    """Some steps on noise at a rate that moves every scale."""
+    """Train some steps on noise, with a learning rate that changes every scale."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         optimizer.zero_grad()

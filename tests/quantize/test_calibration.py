@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.calibration import calibrate
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization, StemGroup, TrunkGroup
 from tests.helpers.prepared_networks import OFF
 
@@ -31,6 +33,20 @@ def test_calibration_that_reaches_no_point_is_refused(float_toy: BNext) -> None:
     prepare(float_toy, Quantization())
     with pytest.raises(QuantizationError, match=r"no finite value at feature\.0\.trunk"):
         calibrate(float_toy, lambda: None)
+
+
+@pytest.mark.parametrize("observer", ["moving_average", "minmax", "histogram", "percentile"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused_with_the_first_point(
+    float_toy: BNext, images: Tensor, observer: Any, value: float
+) -> None:
+    prepare(float_toy, Quantization(trunk=TrunkGroup(observer=observer)))
+    with torch.no_grad():
+        float_toy.feature[1].FFN.norm2.running_mean[0] = value
+    point = r"feature\.1\.trunk_out: the activations there are not finite"
+    with pytest.raises(QuantizationError, match=point):
+        calibrate(float_toy, lambda: float_toy(images))
+    float_toy(images)  # the check is for calibration alone
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -14,7 +14,7 @@ from qat.system.launch import WHOLE
 from tests.helpers.toy_networks import toy_images
 
 
-class Twin:
+class Module:
     made = 0
 
     def integers(self) -> int:
@@ -23,7 +23,7 @@ class Twin:
 
 
 def test_only_inside_are_constants_held() -> None:
-    one, other = Twin(), Twin()
+    one, other = Module(), Module()
     assert [integers_of(one), integers_of(one)] == [1, 2]
     with keeping_constants():
         assert [integers_of(one), integers_of(other), integers_of(one)] == [3, 1, 3]
@@ -36,13 +36,13 @@ def test_only_inside_are_constants_held() -> None:
 
 
 def test_another_thread_does_not_know_of_it() -> None:
-    twin, found = Twin(), []
+    module, found = Module(), []
     with keeping_constants():
-        integers_of(twin)
-        thread = Thread(target=lambda: found.extend([integers_of(twin), integers_of(twin)]))
+        integers_of(module)
+        thread = Thread(target=lambda: found.extend([integers_of(module), integers_of(module)]))
         thread.start()
         thread.join()
-        assert integers_of(twin) == 1
+        assert integers_of(module) == 1
     assert found == [2, 3]
 
 

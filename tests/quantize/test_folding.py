@@ -30,23 +30,23 @@ def test_a_folded_batch_norm_equals_torch_in_values_and_gradients(shape: tuple[i
             tensor.copy_(torch.rand(3, generator=random, dtype=torch.float64) + 0.2)
     ours = copy.deepcopy(norm)
     x = (3 * torch.randn(shape, generator=random, dtype=torch.float64) + 1).requires_grad_()
-    twin = x.detach().clone().requires_grad_()
+    copied = x.detach().clone().requires_grad_()
     incoming = torch.randn(shape, generator=random, dtype=torch.float64)
 
     gain, offset = folded_batch_norm(ours)
     assert gain.shape == offset.shape == (3,)
-    expected, found = norm(x), gain.view(-1, 1, 1) * twin + offset.view(-1, 1, 1)
+    expected, found = norm(x), gain.view(-1, 1, 1) * copied + offset.view(-1, 1, 1)
     expected.backward(incoming)
     found.backward(incoming)
 
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(twin.grad, x.grad, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(copied.grad, x.grad, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(ours.weight.grad, norm.weight.grad, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.bias.grad, norm.bias.grad, rtol=1e-9, atol=1e-9)
 
 
 def assert_few_bits(ratio: float) -> None:
-    """``ratio``, up to float32 rounding, is a number of at most 10 significant bits."""
+    """Whether ``ratio`` has at most 10 significant bits, up to rounding in float32."""
     mantissa, _ = math.frexp(ratio)
     assert abs(mantissa * 1024 - round(mantissa * 1024)) < 1024 * 2**-21
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qat.models.bnext import BNext, set_temperature
+from qat.quantize.activation_quantizers import ActivationQuantizer, activation_quantizers
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import ActivationQuantizer, activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.train.precision import autocast
 from tests.helpers.cases import combinations, slow
@@ -146,9 +146,9 @@ def test_a_network_partly_left_in_float_evaluates_repeatably_and_from_its_state(
     model(3 * images.flip(0))
     assert torch.equal(model(images), logits)
     assert torch.equal(copy.deepcopy(model)(images), logits)
-    twin = prepare(float_network(99), bits, image_grid(MEAN, STD)).eval()
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(twin(images), logits)
+    restored = prepare(float_network(99), bits, image_grid(MEAN, STD)).eval()
+    restored.load_state_dict(model.state_dict())
+    assert torch.equal(restored(images), logits)
 
 
 @torch.no_grad()
@@ -156,11 +156,11 @@ def test_a_network_partly_left_in_float_evaluates_repeatably_and_from_its_state(
 def test_a_restored_state_gives_equal_outputs_and_equal_integers(options: dict[str, bool]) -> None:
     bits = quantization(trunk=6, se=5)
     model = random_toy(7, bits, **options)
-    twin = prepare(float_network(98, **options), bits).eval()
-    twin.load_state_dict(model.state_dict())
+    restored = prepare(float_network(98, **options), bits).eval()
+    restored.load_state_dict(model.state_dict())
     images = pixels(2, 8, 17)
-    assert torch.equal(twin(images), model(images))
-    assert list(torch_problems(twin, lowered(model), images.numpy(), sub_blocks=True)) == []
+    assert torch.equal(restored(images), model(images))
+    assert list(torch_problems(restored, lowered(model), images.numpy(), sub_blocks=True)) == []
 
 
 def test_a_training_step_after_evaluating_sees_no_constant_of_before(toy: BNext, images: Tensor) -> None:

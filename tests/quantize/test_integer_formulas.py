@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext
 from qat.nn.layers import pool2x2
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.folding import folded_constants, quantized_slope
-from qat.quantize.quantizers import freeze_observers
 from qat.quantize.sub_block import FakeQuantSubBlock
 from tests.helpers.networks import pixels, quantization
 from tests.helpers.networks import toy as random_toy
@@ -18,8 +18,8 @@ from tests.helpers.prepared_networks import fake_quantized_sub_blocks
 from tests.helpers.rounding_bounds import assert_within, sum_bound
 from tests.helpers.toy_networks import ABLATIONS
 
-#: As wide as real networks begin: at 8 channels one product is worth so many steps of ``y`` that the integer
-#: bias, a multiple of 1/64 product, misses the offset by up to a quarter of a step.
+#: As many channels as real networks begin with. With 8 channels, one product would be so many steps of ``y``
+#: that the integer bias, a multiple of 1/64 product, could miss the offset by a quarter of a step.
 WIDE = (64, 64, 128)
 
 
@@ -84,9 +84,10 @@ def sub_block_formula(block: FakeQuantSubBlock, x: Tensor) -> Tensor:
 def assert_nearly_equal(
     found: Tensor, expected: Tensor, step: Tensor, what: str, most: int = 8, share: float = 0.95
 ) -> None:
-    """At least ``share`` equal, all but two in a thousand at most 3 steps apart, never more than ``most``.
+    """Check that at least ``share`` of the values are equal, all but 0.2 % at most 3 steps apart, and none
+    more than ``most`` steps.
 
-    One step of the pooled vector may be several of the attention, and so of what it multiplies.
+    One step of the pooled vector may be several steps of the attention, and of the product with it.
     """
     apart = ((found.double() - expected.double()) / step.double()).abs().round()
     assert (apart == 0).double().mean() >= share, what
@@ -95,7 +96,7 @@ def assert_nearly_equal(
 
 
 def inputs(model: BNext, side: int = 7, count: int = 8) -> dict[str, Tensor]:
-    """Input of each sub-block that random images give: on the trunk's grid."""
+    """The input of each sub-block for random images, on the trunk's grid."""
     found: dict[str, Tensor] = {}
     handles = [
         block.register_forward_hook(lambda _m, args, _o, name=name: found.__setitem__(name, args[0]))
@@ -160,7 +161,7 @@ def test_the_head_s_integers_follow_its_formula_in_float64(bits: int) -> None:
 
 
 def in_training(module: nn.Module, x: Tensor) -> Tensor:
-    """What training computes, with frozen grids and running statistics."""
+    """The result of the training path, with frozen grids and running statistics."""
     freeze_observers(module)
     module.train()
     for norm in module.modules():

@@ -16,6 +16,8 @@ from tests.helpers.rounding_bounds import assert_within, gamma, sum_bound
 
 pytest.importorskip("brevitas")
 
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.learned_scales import (
     LearnedActivationQuantizer,
     LearnedWeightQuantizer,
@@ -23,7 +25,7 @@ from qat.quantize.learned_scales import (
     quantize,
 )
 from qat.quantize.observers import OBSERVERS, Observer
-from qat.quantize.quantizers import ActivationQuantizer, WeightQuantizer, freeze_observers
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Optimizer
 from qat.train.optimizer import make_optimizer
 
@@ -43,14 +45,14 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def trained_weights(bits: int, weight: Tensor, **options: Any) -> LearnedWeightQuantizer:
-    """A quantizer whose ranges are kept, in training mode."""
+    """A quantizer in training mode that has stored its ranges."""
     quantizer = LearnedWeightQuantizer(bits, rows=[len(weight)], **options).train()
     quantizer(weight)
     return quantizer
 
 
 def assert_gradients_alike(learned: Tensor, observed: Tensor) -> None:
-    """Of learned scales a gradient goes through s times 1 / s in float32, which is nearly 1."""
+    """A bound on the error of gradients, which with learned scales are multiplied by s · (1 / s)."""
     assert_within(learned, observed, gamma(3, torch.float32) * observed.double().abs())
 
 
@@ -68,7 +70,7 @@ def assert_gradients_alike(learned: Tensor, observed: Tensor) -> None:
 def test_both_backends_round_alike_with_equal_scales(
     bits: int, signed: bool, scale: float, shape: list[int], seed: int, dtype: torch.dtype
 ) -> None:
-    """On the grid, at ties, a hair beside them, and beyond the range; values and gradients."""
+    """For values on the grid, at ties, just beside ties, and beyond the range; and for their gradients."""
     observed, learned = ActivationQuantizer(bits, signed), LearnedActivationQuantizer(bits, signed)
     for point in (observed, learned):
         point.fake.scale.fill_(scale)
@@ -85,7 +87,7 @@ def test_both_backends_round_alike_with_equal_scales(
     assert torch.equal(out, expected)
     out.sum().backward()
     expected.sum().backward()
-    # torch lets what rounds onto the last integer pass, the paper what lies within it.
+    # torch passes the gradient of values that round to the last integer, the paper only of those within it.
     v = x.double() / scale
     inner = (v > learned.quant_min + 0.01) & (v < learned.quant_max - 0.01)
     outer = (v < learned.quant_min - 0.51) | (v > learned.quant_max + 0.51)
@@ -276,12 +278,12 @@ def test_layers_of_one_quantizer_have_scales_of_their_own() -> None:
 @pytest.mark.parametrize("started", [False, True])
 def test_a_state_dict_restores_scales_and_ranges(started: bool) -> None:
     weight = noise(4, 9)
-    quantizer, twin = LearnedWeightQuantizer(4, rows=[4]), LearnedWeightQuantizer(4, rows=[4])
+    quantizer, restored = LearnedWeightQuantizer(4, rows=[4]), LearnedWeightQuantizer(4, rows=[4])
     if started:
         quantizer.train()(weight)
         quantizer.log_scale["4"].data.fill_(0.3)
-    twin.load_state_dict(quantizer.state_dict())
-    assert torch.equal(twin.scale(2 * weight), quantizer.scale(2 * weight))
+    restored.load_state_dict(quantizer.state_dict())
+    assert torch.equal(restored.scale(2 * weight), quantizer.scale(2 * weight))
     assert torch.equal(copy.deepcopy(quantizer)(weight), quantizer(weight))
     point = calibrated(LearnedActivationQuantizer, noise(64))
     point.log_scale.data.fill_(-0.4)

@@ -1,4 +1,4 @@
-"""The percentile observer, and limits of ranges; what all observers share is in test_fakequant.py."""
+"""The percentile observer, and limits of ranges; what all observers share is in the tests of quantizers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qat.quantize.activation_quantizers import ActivationQuantizer
 from qat.quantize.observers import MOVING, OBSERVERS, Observer
-from qat.quantize.quantizers import ActivationQuantizer
 
 
 def calibrated(*batches: Tensor, percentile: float = 99.99, signed: bool = True, bits: int = 8) -> float:

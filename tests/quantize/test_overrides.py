@@ -9,8 +9,8 @@ import torch
 from qat_export.graphs.portable import emit_portable
 
 from qat.errors import QuantizationError
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.preparation import prepare, quantization_map
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import LayerOverride, Quantization
 from tests.helpers.cases import slow
 from tests.helpers.networks import (

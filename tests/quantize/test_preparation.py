@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.calibration import calibrate
 from qat.quantize.preparation import model_is_prepared, prepare, quantization_map
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, Quantizer
+from qat.quantize.quantizer_base import Quantizer
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from tests.helpers.prepared_networks import OFF, PARTS, assert_every_used_parameter_learns, sub_blocks
 
@@ -43,10 +44,10 @@ def test_the_recipe_path_and_quant_true_give_the_same_network(float_toy: BNext, 
 
 
 def test_the_state_of_a_quantized_network_is_all_that_it_depends_on(toy: BNext, images: Tensor) -> None:
-    twin = BNext(10, widths=toy.architecture.widths, quant=True).eval()
-    assert not torch.equal(twin(images), toy(images))
-    twin.load_state_dict(toy.state_dict())
-    assert torch.equal(twin(images), toy(images))
+    restored = BNext(10, widths=toy.architecture.widths, quant=True).eval()
+    assert not torch.equal(restored(images), toy(images))
+    restored.load_state_dict(toy.state_dict())
+    assert torch.equal(restored(images), toy(images))
 
 
 def test_preparing_works_in_place_and_keeps_the_parameters(float_toy: BNext) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization, TrunkGroup
 from tests.helpers.cases import slow
 from tests.helpers.prepared_networks import assert_every_used_parameter_learns, gradients, without_gradient

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qat.models.bnext import BNext
 from qat.native.bindings import torch_alone
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import freeze_observers
 from qat.recipe.schema import Group, Quantization, TrunkGroup
 from tests.helpers.prepared_networks import sub_blocks
 from tests.helpers.rounding_bounds import assert_integers, assert_within, sum_bound
@@ -69,12 +70,12 @@ def test_a_pooled_residual_returns_to_its_input_s_grid(
     monkeypatch.setattr(block.branch, "requantize", record)
     block.register_forward_hook(lambda module, args, out: outs.append(out))
     freeze_observers(model)
-    model.train()  # evaluating, the sum is on the next grid already
+    model.train()  # in evaluation, the sum would already be on the next grid
     with torch.no_grad(), torch_alone():  # which shows the branch
         model(images)
     scale = block.source.quantizer.scale
     steps = (outs[0] - branches[-1]) / scale
-    # A product, the sum that is taken apart again, and a quotient.
+    # Rounding errors of a product, of the sum that the test takes apart again, and of a quotient.
     magnitudes = (outs[0].double().abs() + branches[-1].double().abs()) / scale
     assert_within(steps, steps.round(), sum_bound(magnitudes, 4, torch.float32))
     assert len(steps.round().unique()) > 16

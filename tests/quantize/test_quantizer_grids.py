@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer, fake_quantize_symmetric
 from qat.quantize.observers import OBSERVERS, Observer
-from qat.quantize.quantizers import (
-    ActivationQuantizer,
-    FixedQuantizer,
-    Quantizer,
-    WeightQuantizer,
-    fake_quantize_symmetric,
-)
+from qat.quantize.quantizer_base import Quantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from tests.helpers.quantizers import calibrated, noise
 from tests.helpers.rounding_bounds import assert_integers
 

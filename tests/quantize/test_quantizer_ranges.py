@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.observers import OBSERVERS, Observer
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer, freeze_observers
+from qat.quantize.quantizer_base import Quantizer
 from tests.helpers.quantizers import calibrated, noise, same_state, state_of
 
 

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer, activation_quantizers
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.observers import OBSERVERS, Observer
 from qat.quantize.preparation import quantization_map
-from qat.quantize.quantizers import (
-    ActivationQuantizer,
-    FixedQuantizer,
-    WeightQuantizer,
-    activation_quantizers,
-    freeze_observers,
-)
+from qat.quantize.weight_quantizers import WeightQuantizer
 from tests.helpers.quantizers import calibrated, noise, same_state, state_of
 
 
@@ -27,11 +23,11 @@ from tests.helpers.quantizers import calibrated, noise, same_state, state_of
 def test_a_state_dict_restores_the_grid_and_that_it_is_calibrated(observer: Observer, signed: bool) -> None:
     x = noise(300) if signed else noise(300).abs()
     point = calibrated(x, 5, signed, observer)
-    twin = ActivationQuantizer(5, signed, observer).eval()
-    assert not torch.equal(twin(x), point(x))
-    twin.load_state_dict(point.state_dict())
-    assert twin.calibrated
-    assert torch.equal(twin(x), point(x))
+    restored = ActivationQuantizer(5, signed, observer).eval()
+    assert not torch.equal(restored(x), point(x))
+    restored.load_state_dict(point.state_dict())
+    assert restored.calibrated
+    assert torch.equal(restored(x), point(x))
 
 
 def test_an_uncalibrated_state_dict_makes_a_point_uncalibrated() -> None:
@@ -93,21 +89,21 @@ def test_quantizers_return_the_type_they_are_given(dtype: torch.dtype) -> None:
 
 
 def test_a_copied_network_shares_no_grid_with_its_original(toy: BNext, images: Tensor) -> None:
-    twin = copy.deepcopy(toy)
-    points, copies = dict(activation_quantizers(toy)), dict(activation_quantizers(twin))
+    copied = copy.deepcopy(toy)
+    points, copies = dict(activation_quantizers(toy)), dict(activation_quantizers(copied))
     assert points.keys() == copies.keys()
     assert not {id(point) for point in points.values()} & {id(point) for point in copies.values()}
     own = {id(point) for point in copies.values()}
-    sources = [module.source.quantizer for module in twin.modules() if hasattr(module, "source")]
+    sources = [module.source.quantizer for module in copied.modules() if hasattr(module, "source")]
     assert len(sources) == 2 + 4 * 3 - 2  # the head's PReLU and pooling, each sub-block of four blocks
     assert {id(source) for source in sources} <= own
 
     before = toy(images)
-    assert torch.equal(twin(images), before)
+    assert torch.equal(copied(images), before)
     for point in copies.values():
         point.fake.scale.mul_(3.0)
     assert torch.equal(toy(images), before)
-    assert not torch.equal(twin(images), before)
+    assert not torch.equal(copied(images), before)
 
 
 def test_the_quantizers_of_a_network_are_listed_by_name(toy: BNext) -> None:
@@ -118,10 +114,10 @@ def test_the_quantizers_of_a_network_are_listed_by_name(toy: BNext) -> None:
 
 
 def test_freezing_a_network_fixes_every_grid_in_training(toy: BNext, images: Tensor) -> None:
-    twin = copy.deepcopy(toy)
+    copied = copy.deepcopy(toy)
     freeze_observers(toy)
     before = {name: state_of(point) for name, point in activation_quantizers(toy)}
-    for model in (toy, twin):
+    for model in (toy, copied):
         model.train()(5 * images)
     assert all(same_state(point, before[name]) for name, point in activation_quantizers(toy))
-    assert not all(same_state(point, before[name]) for name, point in activation_quantizers(twin))
+    assert not all(same_state(point, before[name]) for name, point in activation_quantizers(copied))

@@ -14,11 +14,12 @@ from qat.nn.layers import pool2x2
 from qat.nn.sub_block import SubBlock
 from qat.ops.batch_norm import folded_batch_norm
 from qat.ops.binary import binarize_activation
-from qat.quantize.calibration import calibrate
+from qat.quantize.activation_quantizers import ActivationQuantizer, fake_quantize_symmetric
+from qat.quantize.calibration import calibrate, freeze_observers
 from qat.quantize.folding import CONSTANT_BITS, largest_gain_step
 from qat.quantize.observers import Observer
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import ActivationQuantizer, Quantizer, fake_quantize_symmetric, freeze_observers
+from qat.quantize.quantizer_base import Quantizer
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.recipe.schema import Quantization, TrunkGroup
 from qat.sensitivity.variants import signal_to_noise
@@ -28,15 +29,15 @@ from tests.helpers.toy_networks import ABLATIONS, build_float_toy, toy_images
 
 
 def observe(point: Quantizer, x: Tensor) -> None:
-    """The point as torch's own observer and fake quantizer have it, all values looked at."""
+    """Update the grid of ``point`` as torch's own observer does, from all values of ``x``."""
     moves = isinstance(point, ActivationQuantizer) and point.observer == "moving_average"
     if isinstance(point, ActivationQuantizer) and moves and point.observing:
         point.fake.activation_post_process(x.detach().float())
-        point._update_grid()
+        point.finish_calibration()
 
 
 def on_grid(point: Quantizer, x: Tensor) -> Tensor:
-    """Straight-through rounding by `detach`, to values that float32 holds; gradients pass as they are."""
+    """Round to the grid of ``point``, with a straight-through gradient by `detach`."""
     if not isinstance(point, ActivationQuantizer):
         return x
     steps = (x * float(point.scale.reciprocal())).detach()
@@ -55,7 +56,7 @@ def batch_affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain(block: FakeQuantSubBlock, x: Tensor) -> Tensor:
-    """The formula of `qat.quantize.stem_and_head`, operator by operator."""
+    """The formula of `qat.quantize.sub_block`, operator by operator."""
     trunk = block.source.quantizer
     accumulated = block.binary_conv(binarize_activation(x + block.move.bias, zero_is_positive=True))
     gain1, offset1 = batch_affine(block.norm1, accumulated)
@@ -109,15 +110,15 @@ OTHER_HALF = [(shape, not frozen, spread) for shape, frozen, spread in HALF]
 def test_training_computes_the_plain_formula_and_its_gradients(
     options: dict[str, bool], spread: float, frozen: bool, shape: tuple[int, int], observer: Observer
 ) -> None:
-    """What is observed on the way, and what is not, which fewer passes can compute."""
+    """With an observer that looks at values between operations, and with one that allows fused passes."""
     quantization = Quantization(trunk=TrunkGroup(observer=observer, percentile=99.0))
     model = toy(0, quantization, **options).double().train()
     for name, block in sub_blocks(model):
         other = copy.deepcopy(block)
         if frozen:
-            for twin in (block, other):
-                twin.norm1.eval()
-                twin.norm2.eval()
+            for candidate in (block, other):
+                candidate.norm1.eval()
+                candidate.norm2.eval()
         random = torch.Generator().manual_seed(1)
         trunk = cast(ActivationQuantizer, block.source.quantizer)
         x = trunk.requantize(
@@ -128,8 +129,8 @@ def test_training_computes_the_plain_formula_and_its_gradients(
         incoming = torch.randn(found.shape, generator=random, dtype=torch.float64)
         inputs = [key for key, _ in block.named_parameters()]
         gradients = (
-            torch.autograd.grad(out, [x, *twin.parameters()], incoming, allow_unused=True)
-            for out, twin in ((found, block), (expected, other))
+            torch.autograd.grad(out, [x, *candidate.parameters()], incoming, allow_unused=True)
+            for out, candidate in ((found, block), (expected, other))
         )
         for key, one, two in zip(["x", *inputs], *gradients, strict=True):
             assert (one is None) == (two is None), f"{name}: {key}"

@@ -14,7 +14,7 @@ from tests.helpers.recipes import SHIPPED, file_problems, write
 
 
 def test_numbers_are_read_as_people_write_them(folder: Path) -> None:
-    text = "task: pretrain\nmodel: {}\ndata: {root: 2024-01-01}\noptimizer: {lr: %s}\n"
+    text = "task: pretrain\nmodel: {}\ndata: {dataset: imagefolder, root: 2024-01-01}\noptimizer: {lr: %s}\n"
     for written, value in (("1e-3", 1e-3), ("2E-4", 2e-4), ("1.5e-3", 1.5e-3), (".5e-2", 5e-3), ("1", 1.0)):
         loaded = load_recipe(write(folder, text % written)).recipe
         assert (loaded.optimizer.lr, loaded.data.root) == (value, "2024-01-01")

@@ -48,7 +48,8 @@ def test_a_written_recipe_has_every_key() -> None:
 
 @pytest.mark.parametrize("text", ["1e3", "2024-01-01", "null", "yes", "010", "a: b", "ü\n#", " x "])
 def test_a_text_that_looks_like_something_else_survives_writing(text: str, folder: Path) -> None:
-    recipe = parse_recipe(changed(PRETRAIN, "data.root", text), "r.yaml")
+    images = changed(PRETRAIN, "data.dataset", "imagefolder")
+    recipe = parse_recipe(changed(images, "data.root", text), "r.yaml")
     assert load_recipe(write(folder, recipe_yaml(recipe))).recipe.data.root == text
 
 
@@ -84,7 +85,7 @@ def test_a_checkpoint_is_looked_up_beside_the_recipe_then_here_then_packaged(
         place.mkdir()
     write(beside, yaml.safe_dump(FINETUNE))
     loaded = load_recipe("beside/r.yaml")
-    for place in (packaged, folder, beside):  # from the last place looked at to the first
+    for place in (packaged, folder, beside):  # from the place searched last to the first
         write(place, "", "a.safetensors")
         assert resolve_checkpoint(loaded) == place / "a.safetensors"
     absolute = load_recipe("beside/r.yaml", [f"model.checkpoint={packaged / 'a.safetensors'}"])

@@ -21,6 +21,7 @@ def test_overrides_change_values_at_every_level_and_the_last_one_wins() -> None:
             "quantization.se.weight_bits=4",
             "quantization.exclude=[fc]",
             "data.augment={flip: true}",
+            "data.dataset=imagefolder",
             "data.root=a=b",
             "output.dir=out",
         ],

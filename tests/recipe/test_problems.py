@@ -1,4 +1,4 @@
-"""Recipes that are wrong: every problem is named at once, by its key, with what is allowed."""
+"""Recipes that are wrong: the error lists every problem with its key and what is allowed."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from qat.recipe.schema import Data
 from qat.report.answers import KEPT, compare
 from tests.helpers.reports import answers
 
-#: Greyscale images whose first pixel is the class that `reads` finds.
+#: Grey images whose first pixel is their class, which `reads` answers.
 NAMES = ("a", "b", "c")
 
 

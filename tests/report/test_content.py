@@ -16,7 +16,7 @@ LIMIT = 2_000_000
 
 @pytest.fixture
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave charts undrawn, which take nearly all of a page's time, where a test is of words alone."""
+    """Don't draw charts, which take nearly all of a page's time, in tests of texts."""
     for module, name in (
         (sections, "bar_chart"),
         (sections, "heat_map"),

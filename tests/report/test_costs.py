@@ -26,7 +26,7 @@ WIDTHS = (8, 8, 16)
 
 
 def costs(**changes: Any) -> Costs:
-    """Of a small network, prepared as a recipe with ``changes`` says; of a float one without any."""
+    """Costs of a small network that is prepared by a section with ``changes``; of a float one without any."""
     model = BNext(10, quant=Quantization(**changes) if changes else False, widths=WIDTHS)
     counted = operations(model.architecture, 16)
     return Costs(counted, weight_bits(counted, quantization_map(model)))

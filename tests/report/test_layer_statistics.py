@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, binary_convolutions, set_temperature
 from qat.nn.sub_block import SubBlock
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.preparation import prepare, quantization_map
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer, WeightQuantizer, freeze_observers
 from qat.quantize.stem_and_head import FakeQuantStem
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from qat.report.layer_statistics import LayerStatistics, measure
 from tests.helpers.cases import combinations

@@ -7,10 +7,10 @@ import torch
 
 from qat.nn.layers import BinaryConv2d
 from qat.quantize.overrides import group_of
-from qat.quantize.quantizers import WeightQuantizer
+from qat.quantize.weight_quantizers import WeightQuantizer
 from qat.sensitivity.bitwidths import Limits, Setting, measure_widths, settings_of, weight_bytes, with_bits
 from qat.sensitivity.parts import GROUPS, parts_of, without
-from qat.sensitivity.variants import grids_of
+from qat.sensitivity.variants import quantizer_state
 from tests.helpers.toy_variants import ANYTHING, FULL, SETTINGS, Counter, Study, layer_of, make_study
 
 
@@ -50,12 +50,12 @@ def test_every_lower_width_of_every_setting_is_tried_widest_first(study: Study) 
     assert tried == [(setting, bits) for setting in SETTINGS for bits in (4, 2)]
     four = with_bits(FULL, dict.fromkeys(SETTINGS, 4))
     watch = Counter()
-    grids = grids_of(study.variants.calibrated(four), study.variants.model)
+    state = quantizer_state(study.variants.calibrated(four), study.variants.model)
     lower = measure_widths(
         study.variants,
         study.recipe,
         four,
-        grids,
+        state,
         settings_of(four, ["stem"]),
         (8, 5, 4, 3),
         ANYTHING,
@@ -71,15 +71,15 @@ def test_a_width_takes_the_grids_of_its_group_from_a_network_of_that_width(
 ) -> None:
     variants = study.variants
     (found,) = [one for one in study.widths if (one.setting, one.bits) == (setting, 4)]
-    grids = dict(study.grids)
+    state = dict(study.state)
     if setting.key == "activation_bits":
         fours = {one: 4 for one in SETTINGS if one.key == "activation_bits"}
-        lower = grids_of(variants.calibrated(with_bits(FULL, fours)), variants.model)
+        lower = quantizer_state(variants.calibrated(with_bits(FULL, fours)), variants.model)
         layers = [part.name for part in parts_of(variants.model, FULL, "layer", GROUPS)]
-        own = [key for key in grids if group_of(layer_of(key, layers)) == setting.group]
-        assert any(not torch.equal(grids[key], lower[key]) for key in own)
-        grids |= {key: lower[key] for key in own}
-    assert found.measure == variants.measure(variants.build(with_bits(FULL, {setting: 4}), grids))
+        own = [key for key in state if group_of(layer_of(key, layers)) == setting.group]
+        assert any(not torch.equal(state[key], lower[key]) for key in own)
+        state |= {key: lower[key] for key in own}
+    assert found.measure == variants.measure(variants.build(with_bits(FULL, {setting: 4}), state))
     assert found.measure != study.recipe
     assert found.loss == study.recipe.top1 - found.measure.top1
     assert found.drop == study.recipe.sqnr - found.measure.sqnr
@@ -91,7 +91,7 @@ def test_a_width_is_within_the_limits_if_both_its_loss_and_its_drop_are(study: S
 
     def within(tolerance: float, budget: float) -> bool:
         limits = Limits(tolerance, budget)
-        arguments = (FULL, study.grids, settings, (one.bits,), limits, Counter())
+        arguments = (FULL, study.state, settings, (one.bits,), limits, Counter())
         (found,) = measure_widths(study.variants, study.recipe, *arguments)
         return found.within
 

@@ -12,12 +12,12 @@ import torch
 from qat.data.loading import load_split
 from qat.errors import CheckpointError, QuantizationError
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.overrides import group_of
 from qat.quantize.preparation import quantization_map
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Quantization
 from qat.sensitivity.parts import GROUPS, Part, Sensitivity, measure_parts, parts_of, ranks_of, without
-from qat.sensitivity.variants import Grids, Measure, Variants, grids_of, signal_to_noise
+from qat.sensitivity.variants import Measure, QuantizerState, Variants, quantizer_state, signal_to_noise
 from tests.helpers import toy_runs as toyruns
 from tests.helpers.cases import slow
 from tests.helpers.toy_networks import build_float_toy
@@ -27,13 +27,13 @@ from tests.helpers.toy_variants import FULL, Counter, layer_of, make_variants
 
 @pytest.fixture(scope="module")
 def variants() -> Variants:
-    """To be read only: all variants share the parameters of one network."""
+    """Variants that share the parameters of one network, which tests must not change."""
     return make_variants(build_float_toy(widths=(8, 8, 16)))
 
 
 @pytest.fixture(scope="module")
-def grids(variants: Variants) -> Grids:
-    return grids_of(variants.calibrated(FULL), variants.model)
+def state(variants: Variants) -> QuantizerState:
+    return quantizer_state(variants.calibrated(FULL), variants.model)
 
 
 def every_part(variants: Variants) -> list[Part]:
@@ -106,18 +106,22 @@ def test_a_layer_is_excluded_by_its_very_name() -> None:
 # Variants
 
 
-def test_variants_have_the_grids_of_the_fully_quantized_network(variants: Variants, grids: Grids) -> None:
+def test_variants_have_the_grids_of_the_fully_quantized_network(
+    variants: Variants, state: QuantizerState
+) -> None:
     for part in every_part(variants):
         for section in (part.alone, part.left_out):
-            model = variants.build(section, grids)
-            own = grids_of(model, variants.model)
-            assert all(torch.equal(value, grids[key]) for key, value in own.items())
+            model = variants.build(section, state)
+            own = quantizer_state(model, variants.model)
+            assert all(torch.equal(value, state[key]) for key, value in own.items())
             assert all(point.has_grid for _, point in activation_quantizers(model))
 
 
-def test_measuring_changes_nothing_in_the_float_rest_network(variants: Variants, grids: Grids) -> None:
+def test_measuring_changes_nothing_in_the_float_rest_network(
+    variants: Variants, state: QuantizerState
+) -> None:
     before = {key: value.clone() for key, value in variants.model.state_dict().items()}
-    measure_parts(variants, every_part(variants)[:6], FULL, grids, Counter())
+    measure_parts(variants, every_part(variants)[:6], FULL, state, Counter())
     variants.calibrated(FULL)
     after = variants.model.state_dict()
     assert after.keys() == before.keys()
@@ -125,18 +129,18 @@ def test_measuring_changes_nothing_in_the_float_rest_network(variants: Variants,
     assert variants.measure(variants.model).sqnr == math.inf
 
 
-def test_the_figures_are_those_of_the_variants(variants: Variants, grids: Grids) -> None:
+def test_the_figures_are_those_of_the_variants(variants: Variants, state: QuantizerState) -> None:
     parts, watch = every_part(variants)[:3], Counter()
-    found = measure_parts(variants, parts, FULL, grids, watch)
+    found = measure_parts(variants, parts, FULL, state, watch)
     assert watch.expected == len(watch.names) == 2 * len(parts) + 2
-    whole = variants.measure(variants.build(FULL, grids))
+    whole = variants.measure(variants.build(FULL, state))
     for part, one in zip(parts, found, strict=True):
-        assert one.alone == variants.measure(variants.build(part.alone, grids))
-        assert one.left_out == variants.measure(variants.build(part.left_out, grids))
+        assert one.alone == variants.measure(variants.build(part.alone, state))
+        assert one.left_out == variants.measure(variants.build(part.left_out, state))
         assert one.loss == 100.0 - one.alone.top1
         assert one.gain == one.left_out.top1 - whole.top1
         assert one.gain_db == one.left_out.sqnr - whole.sqnr
-    assert found == measure_parts(variants, parts, FULL, grids, Counter())
+    assert found == measure_parts(variants, parts, FULL, state, Counter())
 
 
 @pytest.mark.parametrize(
@@ -148,12 +152,12 @@ def test_the_figures_are_those_of_the_variants(variants: Variants, grids: Grids)
     ],
 )
 def test_a_ruined_layer_ranks_first_everywhere(
-    variants: Variants, grids: Grids, ruined: str, factor: float
+    variants: Variants, state: QuantizerState, ruined: str, factor: float
 ) -> None:
-    """A grid far too fine, on which all values saturate, or far too coarse: as one huge outlier makes it."""
+    """With a grid far too fine, which saturates all values, or far too coarse, as after a huge outlier."""
     spoilt = {
         key: value * factor if key.startswith(f"{ruined}.") and key.endswith("fake.scale") else value
-        for key, value in grids.items()
+        for key, value in state.items()
     }
     parts = parts_of(variants.model, FULL, "layer", GROUPS)
     ranks = ranks_of(measure_parts(variants, parts, FULL, spoilt, Counter()))

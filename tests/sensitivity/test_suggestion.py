@@ -1,4 +1,4 @@
-"""What the suggested section keeps to: limits, the order in which settings give in, layers in float."""
+"""The suggested section: its limits, the order in which settings get more bits, layers in float."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_setting_takes_its_lowest_width_that_is_within_the_limits_by_itself(st
 
 
 def test_the_combination_keeps_to_the_limits_though_each_setting_did_already(study: Study) -> None:
-    """Each setting alone may cost 4 dB; all that do together cost more, and the noisiest give in first."""
+    """Each setting alone may cost 4 dB. All of them together cost more, so the noisiest get more bits."""
     limits = Limits(100.0, 4.0)
     suggestion = study.suggest(limits)
     assert suggestion.combinations > 1
@@ -84,13 +84,13 @@ def layer(name: str, group: GroupName, gain: float, gain_db: float) -> Sensitivi
 def test_candidates_gain_accuracy_and_save_noise_and_are_measured_again(study: Study) -> None:
     coarse = {
         key: value * 60 if key == "feature.1.trunk_out.fake.scale" else value
-        for key, value in study.grids.items()
+        for key, value in study.state.items()
     }
     ruined = study.variants.measure(study.variants.build(FULL, coarse))
     layers = [
         layer("feature.1.trunk_out", "trunk", 5.0, 5.0),
-        layer("feature.2.Attention", "trunk", 50.0, -0.1),  # luck: more accuracy with more noise
-        layer("fc", "classifier", 50.0, 1.0),  # not confirmed
+        layer("feature.2.Attention", "trunk", 50.0, -0.1),  # chance: more accuracy with more noise
+        layer("fc", "classifier", 50.0, 1.0),  # not confirmed when it is measured again
         layer("prelu", "trunk", 1.0, 1.0),
     ]
     found = find_candidates(study.variants, ruined, FULL, coarse, layers, 10.0, watch := Counter())
@@ -131,7 +131,7 @@ def test_layers_are_excluded_only_where_that_brings_the_recipe_within_the_tolera
     assert helped.excluded == names
     assert helped.quantization == without(four, names)
     assert not helped.exportable
-    assert suggestion(best - 0.01).excluded == ()  # not to be reached: nothing is given up for it
+    assert suggestion(best - 0.01).excluded == ()  # no exclusion reaches it, so none is made
     assert suggestion(lost[0]).excluded == ()  # not needed
     assert suggestion(lost[0]).exportable
 

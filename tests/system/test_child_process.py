@@ -1,4 +1,4 @@
-"""Work in a process of its own."""
+"""A function that runs in a child process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes as one: what each is told of the others, and what becomes of one that fails."""
+"""Collective operations of several processes, and what happens if one of the processes fails."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from qat.ops.batch_norm import BatchNorm2d, batch_gain_and_offset
 from qat.ops.norm_prelu import norm_prelu
 from qat.ops.pooling import moments
 from qat.ops.scale_add import scaled
+from qat.quantize.activation_quantizers import ActivationQuantizer
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.observers import MOVING, OBSERVERS, observed_grid
-from qat.quantize.quantizers import ActivationQuantizer, freeze_observers
 from qat.system.collectives import (
-    any_of,
-    exchanged,
+    any_process,
     extremes,
     from_main,
+    gathered,
     is_main,
-    of_each,
+    permuted_rows,
     rows_of_all,
     total,
     world,
@@ -39,12 +40,12 @@ def test_a_process_alone_is_given_back_what_it_gives() -> None:
     assert world() == World()
     assert is_main()
     assert total([1.5, 2.0]) == [1.5, 2.0]
-    assert any_of(True)
-    assert not any_of(False)
+    assert any_process(True)
+    assert not any_process(False)
     assert from_main("a") == "a"
     assert rows_of_all(x) is x
-    assert of_each(x).shape == (1, 4, 3)
-    assert torch.equal(exchanged(x, [2, 0, 1, 3]), x[[2, 0, 1, 3]])
+    assert gathered(x).shape == (1, 4, 3)
+    assert torch.equal(permuted_rows(x, [2, 0, 1, 3]), x[[2, 0, 1, 3]])
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}])
@@ -74,14 +75,14 @@ def _everything() -> dict[str, object]:
     return {
         "world": (world().rank, world().size, is_main()),
         "total": total([rank + 1, 0.5]),
-        "any": (any_of(rank == 1), any_of(False)),
+        "any": (any_process(rank == 1), any_process(False)),
         "text": from_main(f"of {rank}"),
         "rows": rows_of_all(rows).flatten().tolist(),
         "nothing": rows_of_all(rows if rank else torch.empty(0, 0)).tolist(),
         "extremes": extremes(torch.tensor([1.0, 2.0]) * (1 - 3 * rank)).tolist(),
         "of_few": extremes(torch.tensor([4.0, 5.0][:rank])).tolist(),
         "no_number": extremes(torch.tensor([1.0, NAN][: 2 - rank])).tolist(),
-        "exchanged": exchanged(mine, order).flatten().tolist(),
+        "permuted": permuted_rows(mine, order).flatten().tolist(),
     }
 
 
@@ -89,8 +90,8 @@ def test_each_process_is_told_what_the_others_have() -> None:
     first, second = call(_everything)
     assert first.pop("world") == (0, 2, True)
     assert second.pop("world") == (1, 2, False)
-    assert first.pop("exchanged") == [5, 0, 3]
-    assert second.pop("exchanged") == [1, 4, 2]
+    assert first.pop("permuted") == [5, 0, 3]
+    assert second.pop("permuted") == [1, 4, 2]
     assert first == second
     assert first["total"] == [3.0, 1.0]
     assert first["any"] == (True, False)
@@ -115,7 +116,7 @@ def _network() -> nn.Module:
 
 
 def _trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Outputs, gradients and running statistics; those of parameters as the mean of all processes."""
+    """Outputs, gradients and running statistics. Gradients of parameters are averaged over the processes."""
     images = images.clone().requires_grad_()
     out = network.train()(images)
     (
@@ -125,7 +126,7 @@ def _trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     found = {"out": out.detach(), "input": images.grad}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
-        found[name] = of_each(parameter.grad).mean(0)
+        found[name] = gathered(parameter.grad).mean(0)
     return found | {name: value.clone() for name, value in network.named_buffers()}
 
 
@@ -185,10 +186,11 @@ def _shared_reestimation(models: list[BNext]) -> list[dict[str, Tensor]]:
 
 
 def test_statistics_averaged_anew_are_those_of_one_process(float_toy: BNext, toy: BNext) -> None:
-    """Float rest and quantized; shares of 7 images are not of one size, and one image leaves a process none.
+    """Both for a network with a float rest and for a quantized one.
 
-    Float rest in float64. The quantized one has no float64: there a value half-way between two steps can fall
-    either way, and move a channel's mean by a share of a step.
+    7 images are divided into shares of different sizes, and one image leaves a process without any. The float
+    network computes in float64. The quantized one can't: a value half-way between two steps can be rounded
+    either way, which changes a channel's mean by a fraction of a step.
     """
     models = [float_toy.double(), toy]
     first, second = call(_shared_reestimation, models)
@@ -230,7 +232,7 @@ def _gradients_of_norm_prelu(share: Share, images: int) -> list[Tensor]:
     return [value for value in found if value is not None] + [norm.running_mean, norm.running_var]
 
 
-def _trained_twin(toy: BNext, share: Share, frozen: bool) -> dict[str, Tensor]:
+def _trained_quantized(toy: BNext, share: Share, frozen: bool) -> dict[str, Tensor]:
     """Statistics and ranges of a quantized network after a batch of training.
 
     With frozen ranges steps are put together, as far as batch statistics let them.
@@ -268,12 +270,12 @@ def _each_gradients(share: Share) -> list[list[Tensor]]:
 
 def _shared_training(toy: BNext) -> tuple[list[list[Tensor]], list[dict[str, Tensor]], list[Tensor]]:
     share = world().share
-    twins = [_trained_twin(toy, share, frozen) for frozen in (False, True)]
-    return _each_gradients(share), twins, _moved_ranges(share)
+    quantized = [_trained_quantized(toy, share, frozen) for frozen in (False, True)]
+    return _each_gradients(share), quantized, _moved_ranges(share)
 
 
 def test_training_knows_statistics_and_extremes_of_all_images(toy: BNext) -> None:
-    """Bit for bit where nothing is added up; see above for the bound of a whole network."""
+    """Equality is bit for bit where no sums are computed; see above for the bound of a whole network."""
     results = call(_shared_training, toy)
     for alone, *parts in zip(_each_gradients(Share()), *(result[0] for result in results), strict=True):
         assert len(alone) == 7
@@ -288,7 +290,7 @@ def test_training_knows_statistics_and_extremes_of_all_images(toy: BNext) -> Non
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     for frozen in (False, True):
         first, second = (result[1][frozen] for result in results)
-        for name, value in _trained_twin(toy, Share(), frozen).items():
+        for name, value in _trained_quantized(toy, Share(), frozen).items():
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], value, rtol=5e-3, atol=5e-3, msg=name)
     for expected, first, second in zip(_moved_ranges(Share()), results[0][2], results[1][2], strict=True):
@@ -323,7 +325,7 @@ def _shared_observers() -> dict[str, list[Tensor]]:
 
 
 def test_observers_see_bit_for_bit_what_one_process_would() -> None:
-    """The batch of one image leaves a process without any."""
+    """With a batch of one image, one process has no image."""
     alone = _observed(Share())
     for found in call(_shared_observers):
         assert found.keys() == alone.keys()

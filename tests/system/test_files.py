@@ -1,4 +1,4 @@
-"""Writing files: all of one or nothing, and every path that can't be written says why."""
+"""Writing files: atomically, and with a reason in the error for each path that can't be written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from qat.errors import OutputError
 from qat.system.files import require_writable, write_atomically
 
 
-def test_a_file_is_written_with_its_folders_and_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "c.txt"
+def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "c.txt"
+    path.parent.mkdir()
     write_atomically(path, "één\r\n")
     assert path.read_bytes() == "één\r\n".encode()
     write_atomically(path, b"\x00")
     assert path.read_bytes() == b"\x00"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_misspelt_folder_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "mising" / "c.txt"
+    with pytest.raises(OutputError, match=r"c\.txt: cannot be written: there is no folder .*mising"):
+        write_atomically(path, "text")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
@@ -77,10 +85,10 @@ def test_a_write_that_fails_midway_leaves_the_old_file_alone(
 def test_what_cannot_be_written_is_said_beforehand_and_nothing_is_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name in (".", "file/below", "file/far/below", "loop", "\0"):
+    for name in (".", "file/below", "file/far/below", "loop", "\0", "folder/new"):
         with pytest.raises(OutputError, match="cannot be written"):
             require_writable(tmp_path / name)
-    for name in ("file", "new", "folder/new"):
+    for name in ("file", "new"):
         require_writable(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
@@ -88,6 +96,6 @@ def test_what_cannot_be_written_is_said_beforehand_and_nothing_is_created(tmp_pa
 def test_a_folder_without_write_permission_is_said_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the user root may write everywhere
     with pytest.raises(OutputError, match="no permission to write in"):
         require_writable(tmp_path / "new")

@@ -1,4 +1,4 @@
-"""What is told about the machine."""
+"""The description of the machine."""
 
 from __future__ import annotations
 
@@ -72,9 +72,8 @@ def test_the_object_has_these_keys_and_is_json() -> None:
 def test_a_system_without_cpuinfo_is_described_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(module, "PACKAGES", ("no-such-package",))
-    found = machine()
+    found = machine(cpuinfo=tmp_path / "none")
     assert found["instruction_sets"] is None
     assert found["versions"]["no-such-package"] is None
 

@@ -1,4 +1,4 @@
-"""Memory stays with a process that trains."""
+"""Freed memory stays with the process, if that is asked for."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A request to stop: caught once, and given back."""
+"""SIGTERM is caught once, and afterwards has its default effect again."""
 
 from __future__ import annotations
 

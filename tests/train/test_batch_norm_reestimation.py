@@ -1,4 +1,4 @@
-"""Statistics averaged anew: which, how, and what stays."""
+"""Batch-norm re-estimation: what is averaged, and that nothing else of the network changes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
 from qat.ops.binary import LATENT_CLIP
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import freeze_observers
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.schema import Quantization
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
 from tests.helpers.toy_networks import build_float_toy, toy_images
@@ -34,7 +35,7 @@ def statistics(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 
 def spoil(model: BNext) -> None:
-    """Statistics that no images gave."""
+    """Set the statistics to values that no images would give."""
     for norm in norms(model).values():
         cast(Tensor, norm.running_mean).fill_(7.0)
         cast(Tensor, norm.running_var).fill_(1e-3)
@@ -64,7 +65,7 @@ def test_statistics_are_the_plain_average_over_the_batches_whatever_they_were(to
 
 
 def test_everything_but_the_statistics_stays(toy: BNext) -> None:
-    with torch.no_grad():  # beyond what training mode lets stand
+    with torch.no_grad():  # outside of the bounds of training mode
         toy.feature[1].FFN.binary_conv.weight.mul_(100.0)
         toy.feature[1].FFN.scale.fill_(1.5)
     assert toy.feature[1].FFN.binary_conv.weight.abs().max() > LATENT_CLIP

@@ -1,4 +1,4 @@
-"""The device of a run: the one that was asked for, and each process's own."""
+"""The device of a run: the one that the recipe names, and a GPU of its own for each of several processes."""
 
 from __future__ import annotations
 

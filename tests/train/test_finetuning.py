@@ -1,4 +1,4 @@
-"""Training: what freezes, whole runs, and the same run twice."""
+"""Fine-tuning: what is frozen when, whole runs, equal runs, and errors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qat.data.loading import load_split
 from qat.errors import CheckpointError, DataError, QuantizationError, RecipeError, TrainingError
 from qat.evaluation import evaluate, predictor
 from qat.models.bnext import binary_convolutions, set_temperature
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.preparation import quantization_map
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.loading import load_recipe
 from qat.runs import RunDirectory
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
@@ -73,7 +73,7 @@ def test_observers_and_batch_norm_freeze_at_their_shares(
 
 
 def test_frozen_scales_and_statistics_do_not_move(checkpoint: Path, tmp_path: Path) -> None:
-    """What is frozen from the start is after training what it was after calibration; its twin moves."""
+    """Training doesn't change frozen scales and statistics; without freezing it does."""
     states = {}
     for name, share in (("frozen", "0.0"), ("free", "1.0")):
         overrides = (f"schedule.freeze_observers={share}", f"schedule.freeze_batch_norm={share}")
@@ -152,7 +152,7 @@ def twice(
     """The same fine-tuning twice, the first with what it reported. To be read only."""
     out = tmp_path_factory.mktemp("twice") / "runs"
     first = tune(start, out)
-    torch.rand(7)  # what happened before in this process must not matter
+    torch.rand(7)  # the random state of earlier tests must not matter
     return first, tune(start, out)[0]
 
 
@@ -212,7 +212,7 @@ def test_the_checkpoint_a_run_started_from_is_on_record(checkpoint: Path, tmp_pa
     run, _ = tune(checkpoint, tmp_path, "schedule.epochs=0")
     for facts in (run.summary(), load_checkpoint(run.best).metadata, load_checkpoint(run.last).metadata):
         assert facts["pretrained_sha256"] == file_hash(checkpoint)
-    # As given, not resolved: equal runs give equal checkpoints in every folder.
+    # Paths are stored as they were given, so that equal runs give equal checkpoints in every folder.
     stored = load_checkpoint(run.best).recipe
     assert stored is not None
     assert stored.model.checkpoint == str(checkpoint)
@@ -313,7 +313,7 @@ def test_a_recipe_that_quantizes_the_stem_alone_needs_no_calibration(
     [
         pytest.param("float32", "320", id="float32-within an epoch"),
         pytest.param("float32", "1400", id="float32-in its last step", marks=pytest.mark.slow),
-        # Where no checkpoint is due, how it would store weights doesn't matter.
+        # No checkpoint is written, so the type in which it would store weights doesn't matter.
         pytest.param("float16", "320", id="float16-within an epoch", marks=pytest.mark.exhaustive),
         pytest.param("float16", "1400", id="float16-in its last step", marks=pytest.mark.slow),
     ],

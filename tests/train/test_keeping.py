@@ -1,4 +1,4 @@
-"""What a run keeps: the last checkpoint, and the best one."""
+"""The checkpoints that a run keeps: the last one and the best one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: how a step is made."""
+"""The training loop: gradient accumulation, mixed labels and other parts of a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tuned(start: Path, out: Path, *overrides: str) -> tuple[RunDirectory, Silent
 
 
 def test_four_batches_in_a_step_are_one_batch_of_their_images(start: Path, tmp_path: Path) -> None:
-    # Ranges of activations would depend on what is one batch.
+    # Without this, observed ranges would depend on how images are divided into batches.
     fixed = [f"quantization.{group}.enabled=false" for group in ("se", "classifier", "trunk")]
     fixed += ["data.augment={}", "optimizer.lr=1e-3"]
     weights, rates = [], []
@@ -75,7 +75,8 @@ def test_mixed_images_are_trained_on_and_counted_by_their_larger_share(
 ) -> None:
     plain, mixed = first_loss(start, tmp_path), first_loss(start, tmp_path, f"data.augment.{kind}=1.0")
     assert mixed[0] != plain[0]
-    # An alpha so small leaves each image whole, its own or its partner's, and with it the label.
+    # With so small an alpha the share is 0 or 1, so that each image and its label are its own or its
+    # partner's.
     whole = first_loss(start, tmp_path, f"data.augment.{kind}=1e-9")
     assert whole == pytest.approx(plain, rel=1e-3)
 

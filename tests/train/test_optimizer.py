@@ -1,4 +1,4 @@
-"""What training minimizes and by which steps."""
+"""The schedules, the distillation loss and the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch
 
 from qat.models.bnext import binary_convolutions
 from qat.recipe.schema import Optimizer, Temperature
-from qat.train.optimizer import distillation_loss, learning_rate_factor, make_optimizer, temperature_at
+from qat.train.optimizer import (
+    distillation_loss,
+    learning_rate_factor,
+    learning_rate_factors,
+    make_optimizer,
+    temperature_at,
+)
 from tests.helpers.networks import toy
 
 # Schedules
@@ -128,7 +134,7 @@ def test_the_published_groups_decay_four_dimensions_alike_and_all_others_otherwi
     assert names["feature.1.Attention.norm1.weight"][0] == 1
     rates = make_optimizer(model, Optimizer(lr=0.1, binary_lr=0.01, kernel_decay=0.0)).param_groups
     assert [group["lr"] for group in rates] == [0.01, 0.1, 0.1, 0.1]
-    # No decay at all is another thing than none for kernels.
+    # A `kernel_decay` of 0 is not the same as null.
     assert all(not group["weight_decay"] for group in rates)
 
 
@@ -143,3 +149,29 @@ def test_a_temperature_of_steps_stays_within_an_epoch_and_falls_between_two(epoc
     assert (
         temperature_at(schedule, 152 / epochs, epochs) > 1e-7 > temperature_at(schedule, 153 / epochs, epochs)
     )
+
+
+@pytest.mark.parametrize("kernel_decay", [None, 0.2])
+def test_the_classifier_has_a_rate_of_its_own_where_the_recipe_says_so(kernel_decay: float | None) -> None:
+    model = toy()
+    settings = Optimizer(lr=1e-3, head_lr=1e-2, weight_decay=0.1, kernel_decay=kernel_decay)
+    groups = make_optimizer(model, settings).param_groups
+    head = {id(parameter): group for group in groups for parameter in group["params"] if group.get("head")}
+    assert head.keys() == {id(model.fc.weight), id(model.fc.bias)}
+    assert {group["lr"] for group in head.values()} == {1e-2}
+    assert head[id(model.fc.weight)]["weight_decay"] == 0.1
+    assert head[id(model.fc.bias)]["weight_decay"] == (0.0 if kernel_decay is None else 0.1)
+    count = sum(len(group["params"]) for group in groups)
+    assert count == len(list(model.parameters()))
+    assert not any(group.get("head") for group in make_optimizer(model, Optimizer(lr=1e-3)).param_groups)
+
+
+def test_while_the_classifier_trains_alone_the_others_wait_and_begin_their_schedule_afterwards() -> None:
+    settings = Optimizer(warmup=0.1)
+    optimizer = make_optimizer(toy(), settings, own_head=True)
+    factors = learning_rate_factors(optimizer, settings, 100, head_steps=20)
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        found = [factor(step) for step in range(100)]
+        whole = [learning_rate_factor(settings, step, 100) for step in range(100)]
+        waits = [0.0] * 20 + [learning_rate_factor(settings, step, 80) for step in range(80)]
+        assert found == (whole if group.get("head") else waits)

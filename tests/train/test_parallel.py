@@ -1,4 +1,4 @@
-"""Training by two processes: what one alone would have made of the same batches, whatever ends them."""
+"""Training by two processes has the result of one process with the same batches, also after interruptions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.toy_runs import image_folder, qat
 # Its processes start from a server, and its runs from a run, of which one is enough.
 pytestmark = pytest.mark.xdist_group("parallel")
 
-#: Every random change there is, and all that happens between a loss and a step.
+#: Every random change to images, and every option between the loss and the optimizer step.
 EVERYTHING = (
     "data.augment={pad: 1, flip: true, translate: 0.1, rotate: 5.0, randaugment: {count: 2, magnitude: 5}, "
     "jitter: 0.2, erasing: 0.3, mixup: 0.5, cutmix: 0.5}",
@@ -68,9 +68,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def require_same(run: Path, one: Path, near_to: float = 1e-4) -> None:
-    """Sums are added up in another order; by that, an integer of an evaluation may come out one step away.
+    """Metrics are equal but for rounding, since two processes compute sums in another order.
 
-    Networks near chance may then answer two of 360 images otherwise.
+    By that an integer of an evaluation can differ by one step, and a network near chance level can give other
+    answers to two of 360 images.
     """
     near = {"loss": 1e-5, "test_loss": 1e-4}
     for mine, expected in zip(rows(run), rows(one), strict=True):
@@ -116,7 +117,7 @@ def test_two_processes_fine_tune_as_one(start: Path, tmp_path: Path, options: tu
     # A learned step's gradient is of rounding errors, which jump by a step where a value lies half-way.
     require_same(two, one, 2e-2 if options else 1e-4)
     summaries = [json.loads((run / "summary.json").read_text("utf-8")) for run in (one, two)]
-    for name in ("float", "calibrated"):  # before the first step nothing is added up
+    for name in ("float", "calibrated"):  # no sums over processes before the first step
         assert summaries[0][name] == summaries[1][name]
 
 
@@ -140,7 +141,7 @@ def test_each_image_is_evaluated_once_however_they_divide(start: Path, size: int
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes leave that nothing disturbs."""
+    """What two processes leave that are not interrupted."""
     out = tmp_path_factory.mktemp("whole")
     assert codes(together(arguments("pretrain", out, *LONG))) == [0, 0]
     return left(the_run(out))

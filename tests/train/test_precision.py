@@ -1,4 +1,4 @@
-"""Mixed precision: what is refused, and what is computed in which type."""
+"""Mixed precision: which devices are refused, and what is computed in which type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made of: all of its processes must see the same."""
+"""Provenance: all processes of a run must read the same images, checkpoints and states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks in parts: each of several processes holds its share, and trains what one alone would have."""
+"""Sharded networks: each process has a part of the network, and the result is that of one process."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from qat.system.launch import World
 from qat.train.optimizer import make_optimizer
 from qat.train.parallel import Parallel, check_parallel
 from qat.train.sharding import (
-    bound_parts,
+    clamp_parts,
     copy_of,
     first_with_nan,
+    full_tensor,
     is_sharded,
-    own_part,
+    local_part,
     part_like,
     shard,
     shards,
-    whole,
     whole_network,
 )
 from qat.train.state_file import newest_state
@@ -72,7 +72,7 @@ def toy(widths: tuple[int, ...] = (8, 8, 16)) -> BNext:
 
 
 def one_step(model: BNext) -> torch.optim.Optimizer:
-    """A step of AdamW; of several processes each has images of its own."""
+    """Do a step of AdamW, with other images in each process."""
     optimizer = make_optimizer(model, Optimizer())
     network = Parallel(model, CPU)
     images = toy_images(4 * world().size)[world().share.of(4 * world().size)]
@@ -91,12 +91,12 @@ def _of_two() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_two() -> list[dict[str, Any]]:
-    """What each of two processes found out about networks in parts, one network after the other."""
+    """What each of two processes found out about several sharded networks."""
     return call(_of_two)
 
 
 def _held() -> dict[str, Any]:
-    """Bytes that a training keeps in memory, by kind, and how large the whole of that is."""
+    """Bytes that this process keeps in memory, by kind, and the bytes of the unsharded tensors."""
     model = toy()
     shard(model, CPU)
     average = ExponentialMovingAverage(model, 0.9)
@@ -110,13 +110,13 @@ def _held() -> dict[str, Any]:
     }
     assert not is_sharded(whole_network(model))
     return {
-        kind: (_occupied([own_part(one) for one in held]), sum(one.nbytes for one in held))
+        kind: (_occupied([local_part(one) for one in held]), sum(one.nbytes for one in held))
         for kind, held in kinds.items()
     }
 
 
 def _occupied(tensors: list[Tensor]) -> int:
-    """Bytes of the memory that tensors lie in: that of which they may be a part, too."""
+    """Bytes of the storages of tensors, of which a tensor may be a part."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -157,12 +157,13 @@ def _parts() -> dict[str, Any]:
         "equal": all(torch.equal(value, before[key]) for key, value in gathered.named_parameters()),
         "keys": [*gathered.state_dict()] == [*before] == [*model.state_dict()],
         "frozen": not any(value.requires_grad for value in gathered.parameters()),
-        "whole": all(torch.equal(whole(value), before[key]) for key, value in model.named_parameters()),
+        "whole": all(torch.equal(full_tensor(value), before[key]) for key, value in model.named_parameters()),
         "cut": all(
-            equal_and_apart(own_part(cut[key]), own_part(value)) for key, value in model.named_parameters()
+            equal_and_apart(local_part(cut[key]), local_part(value))
+            for key, value in model.named_parameters()
         ),
         "copied": all(
-            equal_and_apart(own_part(mine), own_part(its))
+            equal_and_apart(local_part(mine), local_part(its))
             for mine, its in zip(average.parameters(), model.parameters(), strict=True)
         ),
         "buffers": float(model.get_buffer("feature.0.bn1.running_mean")[0]),
@@ -185,7 +186,7 @@ def test_a_whole_network_is_given_back_as_it_is() -> None:
     assert not is_sharded(model)
     assert whole_network(model) is model
     weight = model.fc.weight
-    assert own_part(weight).data_ptr() == whole(weight).data_ptr() == weight.data_ptr()
+    assert local_part(weight).data_ptr() == full_tensor(weight).data_ptr() == weight.data_ptr()
     assert part_like(weight, weight) is weight
 
 
@@ -194,10 +195,10 @@ def _kept_in_bounds() -> tuple[float, list[float]]:
     shard(model, CPU)
     with torch.no_grad():
         for parameter, _, highest in bounded(model):
-            own_part(parameter).add_(10 * highest)
+            local_part(parameter).add_(10 * highest)
     network = Parallel(model, CPU)
     network(toy_images(4)).sum().backward()  # type: ignore[no-untyped-call]
-    parts = [(own_part(parameter), highest) for parameter, _, highest in bounded(model)]
+    parts = [(local_part(parameter), highest) for parameter, _, highest in bounded(model)]
     return len(parts), [float((part - highest).abs().max()) for part, highest in parts if part.numel()]
 
 
@@ -214,7 +215,7 @@ def test_bounds_are_those_that_layers_keep_in_a_training_pass() -> None:
             for value in model.parameters():
                 value.mul_(5.0)
     passed(toy_images(4))
-    bound_parts(bound)
+    clamp_parts(bound)
     for (name, mine), its in zip(bound.named_parameters(), passed.parameters(), strict=True):
         assert torch.equal(mine, its), name
 
@@ -224,13 +225,13 @@ def _spoilt_parts() -> list[str | None]:
     shard(model, CPU)
     found = [first_with_nan(model)]
     with torch.no_grad():
-        part = own_part(model.fc.weight)
+        part = local_part(model.fc.weight)
         if world().rank == 1:
             part[-1, -1] = torch.nan
     found.append(first_with_nan(model))
     with torch.no_grad():
         if world().rank == 0:
-            own_part(model.prelu.weight)[0] = torch.nan
+            local_part(model.prelu.weight)[0] = torch.nan
     return [*found, first_with_nan(model)]
 
 
@@ -293,7 +294,7 @@ def test_in_bfloat16_parts_train_as_copies_do(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes with parts leave that nothing disturbs."""
+    """What two processes with a sharded network leave that are not interrupted."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert codes(together(arguments("pretrain", out, *AVERAGED, FSDP))) == [0, 0]
     return left(the_run(out))
@@ -301,7 +302,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training with parts that SIGTERM stopped in its second epoch."""
+    """A training of a sharded network that SIGTERM stopped in its second epoch."""
     out = tmp_path_factory.mktemp("stopped")
     ended = together(arguments("pretrain", out, *AVERAGED, FSDP), partial(send, signal.SIGTERM, 1, 5))
     assert codes(ended) == [143, 143], ended
@@ -327,7 +328,7 @@ def test_a_stopped_run_that_is_killed_as_it_goes_on_with_parts_ends_with_the_sam
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Metrics of one process alone that nothing disturbs."""
+    """Metrics of one process alone that is not interrupted."""
     out = tmp_path_factory.mktemp("one")
     alone(arguments("pretrain", out, *AVERAGED))
     return rows(the_run(out))

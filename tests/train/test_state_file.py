@@ -1,4 +1,4 @@
-"""State files: read back as they were written, damage of any kind found, old ones removed."""
+"""State files are read as they were written, damage of any kind is found, and old ones are removed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_any_flipped_byte_or_cut_is_damage_and_the_state_before_is_taken(tmp_pat
         warnings: list[str] = []
         state = newest_state(tmp_path, warnings.append)
         assert state is not None
-        if state.record.epoch == 2:  # padding of the file's header, which says nothing
+        if state.record.epoch == 2:  # padding of the file's header has no meaning
             assert state.record == record(2, seconds=1.0)
             assert not warnings
         else:

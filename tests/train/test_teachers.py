@@ -1,4 +1,4 @@
-"""Teachers: what they are given, how several answer as one, and which are refused."""
+"""Teachers: which images they get, how the answers of several are averaged, and which are refused."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
 
 
 class Model(Fixed):
-    """What timm's models have beside their layers."""
+    """A stand-in for a model of timm, with its attributes."""
 
     num_classes = 10
     pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "input_size": (3, 12, 12)}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Experiment trackers: what is sent, where it lies, and what a run that goes on continues."""
+"""Experiment trackers: what is sent, where files lie, and that resumed runs continue their curves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_steps_and_epochs_are_points_on_one_axis_and_the_recipe_is_kept(tmp_path
 
 
 def test_a_run_that_goes_on_continues_the_curves_without_double_points(tmp_path: Path) -> None:
-    """Killed after step 8 of 8, it goes on from the state after step 6, or of the epoch before."""
+    """A run that was killed after step 8 of 8 is resumed from the state after step 6, or after an epoch."""
     words = arguments("pretrain", tmp_path, *BOARD)
     ended = together(words, partial(send, 9, 0, 8), size=2)
     assert ended[0].code == -9

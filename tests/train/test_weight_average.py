@@ -1,4 +1,4 @@
-"""The average of weights: what it is of, and what it takes over as it is."""
+"""The exponential moving average of weights: what is averaged, and what is copied."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qat.models.bnext import BNext, is_binary, set_temperature
-from qat.quantize.calibration import calibrate
+from qat.quantize.activation_quantizers import activation_quantizers
+from qat.quantize.calibration import calibrate, freeze_observers
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers, freeze_observers
 from qat.recipe.schema import Quantization
 from qat.train.weight_average import ExponentialMovingAverage
 

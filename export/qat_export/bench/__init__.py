@@ -1,7 +1,8 @@
-"""How long models take, how large they are and how much memory they need: ``qat bench``.
+"""Time, size and memory of models, for ``qat bench``.
 
-``measurement`` measures models in turn, ``any_model`` opens whatever model takes images, ``peak_memory``
-measures in a process of its own. ``targets`` exports one network in several forms, ``random_networks`` makes
-such a network, ``comparison`` puts it all together into a report. Imports :mod:`qat_export.verify`,
-:mod:`qat_export.graphs`, :mod:`qat_export.lowering` and what lies below. Begin with ``comparison``.
+``measurement`` measures the time of several models by turns, ``any_model`` opens any model that takes images,
+and ``peak_memory`` measures memory in a child process. ``random_networks`` makes a network, ``targets``
+exports it in several forms, and ``comparison`` makes a report of all measurements. Imports
+:mod:`qat_export.verify`, :mod:`qat_export.graphs`, :mod:`qat_export.lowering` and what lies below. Begin with
+``comparison``.
 """

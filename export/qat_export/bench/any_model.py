@@ -1,7 +1,7 @@
-"""Any ONNX model that takes one image: opened in onnxruntime, with random images that fit its input.
+"""Open any ONNX model that takes one batch of images in onnxruntime, with random images that fit its input.
 
-:class:`qat_export.verify.model.OnnxModel` knows more, of this project's own exports alone. Here torch is not
-loaded, so that a process can do nothing but run a model (:mod:`qat_export.bench.peak_memory`).
+:class:`qat_export.verify.model.OnnxModel` opens only exports of this project. This module doesn't import
+torch, so that :mod:`qat_export.bench.peak_memory` can measure the memory of the model alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qat.errors import CheckpointError, NativeLibraryError, VerificationError, f
 from qat_export.verify.sessions import create_session
 
 Array = NDArray[Any]
-#: Types of images, by onnxruntime's names.
+#: Types of images that a model may take, by onnxruntime's names.
 _TYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -31,14 +31,14 @@ _MOST_CHANNELS: Final = 4
 
 @dataclass(frozen=True)
 class ImageInput:
-    """The one input of a model: its name, and shape and type of what it is fed."""
+    """The one input of a model: its name, and the shape and type of the images that it is fed."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     def random(self, seed: int) -> Array:
-        """Images of this shape and type: all 8-bit values, or floats of mean 0 and standard deviation 1."""
+        """Random images of this shape and type: uint8 from 0 to 255, or floats of mean 0 and variance 1."""
         rng = np.random.default_rng(seed)
         if self.dtype.kind == "f":
             return rng.standard_normal(self.shape, np.float32).astype(self.dtype)
@@ -51,18 +51,18 @@ class AnyModel:
 
     Attributes:
         path: the file.
-        session: one operator at a time, each on ``threads`` threads; onnxruntime's own optimizations.
-        input: what it is fed.
+        session: session with onnxruntime's default optimizations that runs one operator at a time.
+        input: the model's input.
         metadata: the file's metadata properties.
 
     Args:
         path: the file.
-        threads: of one operator.
-        batch: images that one run takes.
-        resolution: side of the images where the model takes any.
+        threads: threads per operator.
+        batch: images per run.
+        resolution: side of the images in pixels, if the model takes any size.
 
     Raises:
-        CheckpointError: absent, damaged, or without one input for such a batch of images.
+        CheckpointError: the file is absent or damaged, or the model has no single input for such images.
     """
 
     def __init__(
@@ -77,23 +77,23 @@ class AnyModel:
             raise CheckpointError(f"{path}: damaged: its texts are not UTF-8") from error
 
     def run(self, images: Array) -> list[Any]:
-        """All outputs for ``images``, which have shape and type of :attr:`input`.
+        """Run the model on ``images``, which have the shape and type of :attr:`input`; returns all outputs.
 
         Raises:
-            CheckpointError: onnxruntime gave up.
+            CheckpointError: onnxruntime failed.
         """
         try:
             outputs: list[Any] = self.session.run(None, {self.input.name: images})
-        except Exception as error:  # onnxruntime's exception classes share no base of their own
+        except Exception as error:  # onnxruntime's exceptions share no base class
             raise CheckpointError(f"{self.path}: onnxruntime can't run it: {first_line(error)}") from error
         return outputs
 
     def check(self, images: Array) -> None:
-        """Run once: it must work, and every number that comes out must be finite.
+        """Run the model once, and check that all its outputs are finite.
 
         Raises:
-            CheckpointError: onnxruntime gave up.
-            VerificationError: an output holds NaN or infinity; a time of such a model means nothing.
+            CheckpointError: onnxruntime failed.
+            VerificationError: an output has a NaN or an infinity; the time of such a model means nothing.
         """
         for value, output in zip(self.session.get_outputs(), self.run(images), strict=True):
             numeric = isinstance(output, np.ndarray) and output.dtype.kind == "f"
@@ -104,10 +104,10 @@ class AnyModel:
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A session as all measurements use it: equal options, quiet.
+    """Open a session with the options that all measurements share; it prints nothing.
 
     Raises:
-        CheckpointError: absent, not a model, or one that onnxruntime doesn't know how to run.
+        CheckpointError: the file is absent or not a model, or onnxruntime can't run it.
         NativeLibraryError: it has native operators, and their library is missing.
     """
     if not path.exists():
@@ -120,8 +120,8 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
         chosen.intra_op_num_threads = threads
         chosen.inter_op_num_threads = 1
         chosen.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        chosen.log_severity_level = 4  # what it reports as an error, it raises, too
-        # Threads that wait by spinning would slow the model that runs next.
+        chosen.log_severity_level = 4  # don't print errors: onnxruntime raises them as well
+        # Threads that spin while they wait would slow down the model that runs next.
         chosen.add_session_config_entry("session.force_spinning_stop", "1")
         return chosen
 
@@ -164,7 +164,10 @@ def _image_input(session: ort.InferenceSession, path: Path, batch: int, resoluti
 
 
 def _sides(shape: list[Any]) -> tuple[int, int] | None:
-    """Axes of height and width: behind the channels (NCHW), or else before them (NHWC)."""
+    """The axes of height and width in ``shape``: after the channels (NCHW), or before them (NHWC).
+
+    ``None`` if it is no shape of images.
+    """
     for channels, sides in ((1, (2, 3)), (3, (1, 2))):
         if isinstance(shape[channels], int) and 1 <= shape[channels] <= _MOST_CHANNELS:
             return sides

@@ -1,4 +1,4 @@
-"""`qat bench`: models, or one random network in several forms, measured and reported."""
+"""`qat bench`: measure models, or a random network in several forms, and make a report."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from qat_export.bench.targets import Subject, check_targets, export_targets
 from qat_export.graphs.float32 import FORMAT as FLOAT_FORMAT
 from qat_export.graphs.ort_static import FORMAT as STATIC_FORMAT
 
-#: The targets that others are compared with, and the metadata ``format`` of their files.
+#: The targets that others are compared with, and the metadata property ``format`` of their files.
 FLOAT32: Final = "float32"
 ORT_STATIC: Final = "ort_static"
 _FORMATS: Final = {FLOAT32: FLOAT_FORMAT, ORT_STATIC: STATIC_FORMAT}
 PORTABLE: Final = "portable"
 NATIVE: Final = "native"
-#: Sides of images and numbers of classes that a random network may have; beyond them memory runs out.
+#: Allowed sides of images in pixels, and numbers of classes, of a random network. Larger ones need too much
+#: memory.
 _RESOLUTIONS: Final = range(8, 2049)
 _MOST_CLASSES: Final = 100_000
 
 
 def default_targets() -> tuple[str, ...]:
-    """What is measured where nothing is named: every target that can run here.
+    """The targets that are measured if none are named: all that can run on this machine.
 
     Raises:
-        NativeLibraryError: the environment names a native library that isn't there.
+        NativeLibraryError: an environment variable names a native library that doesn't exist.
     """
     return (FLOAT32, ORT_STATIC, PORTABLE, *((NATIVE,) if has_library() else ()))
 
 
 @dataclass(frozen=True)
 class Report:
-    """Measurements, and what they were made with and on.
+    """Measurements, with their settings and the machine.
 
     Attributes:
         measurements: one per model.
-        settings: JSON object; ``size``, ``classes`` and ``resolution`` are null where files were measured.
+        settings: JSON object; ``size``, ``classes`` and ``resolution`` are null if files were measured.
         machine: see :func:`qat.system.machine.machine`.
     """
 
@@ -55,15 +56,15 @@ class Report:
     machine: dict[str, Any]
 
     def ratio(self, measurement: Measurement, baseline: str = FLOAT32) -> float | None:
-        """How many times as fast as ``baseline``: its median time over this one's.
+        """The median time of ``baseline`` divided by that of ``measurement``: how many times as fast it is.
 
-        ``None`` where no such model was measured.
+        ``None`` if no such baseline was measured.
         """
         found = self.baseline(baseline)
         return None if found is None else found.median / measurement.median
 
     def baseline(self, name: str) -> Measurement | None:
-        """The model of this name, or else the first one whose metadata says that it is one."""
+        """The baseline ``name``: the model of that name, or the first whose metadata has its format."""
         called = [found for found in self.measurements if found.candidate.target == name]
         says = [found for found in self.measurements if found.metadata.get("format") == _FORMATS[name]]
         return next(iter([*called, *says]), None)
@@ -87,7 +88,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """Heading of the table."""
+        """Heading of the printed table."""
         threads, batch, repeats = (self.settings[key] for key in ("threads", "batch", "repeats"))
         runs = "1 run" if repeats == 1 else f"{repeats} runs"
         threading = "1 thread" if threads == 1 else f"{threads} threads"
@@ -95,7 +96,7 @@ class Report:
         return f"{threading}, batch {batch}, {runs} of each, {processor}"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Table for people, its titles first."""
+        """Rows of the printed table; the first one has the headings."""
         titles = (
             "target",
             "median ms",
@@ -123,14 +124,21 @@ class Report:
 
 
 def _rounded(value: float | None) -> float | None:
-    """To 0.1 µs: further digits of a time are noise."""
+    """``value`` (milliseconds, or a ratio) to four decimals; further digits are noise."""
     return None if value is None else round(value, 4)
 
 
 def bench_files(
     paths: Sequence[Path], conditions: Conditions, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Measure models from files. They are called by their names without the ending where these differ.
+    """Measure models in files.
+
+    The report calls each by its file name without ending, or by its path if several have the same name.
+
+    Args:
+        paths: files of the models.
+        conditions: conditions of the measurement.
+        say: called with a line on what is about to happen.
 
     Raises:
         QatError: see :func:`qat_export.bench.measurement.measure`.
@@ -149,17 +157,17 @@ def bench_random(
     conditions: Conditions,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Fill a network at random, export it as each target, and measure these.
+    """Export a network with random weights in several forms, and measure these.
 
     Args:
-        architecture: of the network.
+        architecture: architecture of the network.
         resolution: side of its images in pixels.
         targets: names from :data:`qat_export.bench.targets.TARGETS`.
-        conditions: of the measurement; its seed decides the network too.
-        say: told what is about to happen.
+        conditions: conditions of the measurement; its seed is also that of the network.
+        say: called with a line on what is about to happen.
 
     Raises:
-        QatError: an unknown target, or numbers out of range.
+        QatError: a target is unknown, or a number is out of range.
         VerificationError: an export does not compute what the network does.
     """
     if resolution not in _RESOLUTIONS:
@@ -175,7 +183,7 @@ def bench_random(
             architecture, image_size=resolution, folder=Path(folder), seed=conditions.seed
         )
         candidates = export_targets(subject, targets, say)
-        del subject  # its parameters are of no more use, and models need the memory
+        del subject  # free the memory of its parameters for the models
         named = {"size": architecture.size, "classes": architecture.num_classes, "resolution": resolution}
         return _report(candidates, conditions, named, say)
 

@@ -1,8 +1,8 @@
-"""Measures models against each other in one process: alternating, so that all see the same machine.
+"""Measure the time of several models by turns in one process, so that all run under the same conditions.
 
-A machine's speed drifts (clock, temperature, neighbours), often by more than models differ. So each round
-runs every model once, in another order than the round before. A model's turn is one run that is not timed,
-which brings its weights back into the caches and wakes its threads, and one that is.
+The speed of a machine drifts (clock, temperature, other processes), often by more than models differ. So each
+round runs every model, in another order than the round before. In its turn a model runs twice. The first run
+is not timed; it brings the model's weights back into the caches and wakes its threads.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from qat.system.machine import usable_cores
 from qat_export.bench.any_model import AnyModel
 from qat_export.bench.peak_memory import peak_rss_bytes
 
-#: Rounds where none are asked for: as many as fit into the time, between these bounds.
+#: If no number of rounds is given, as many are run as fit into the time, between these bounds.
 FEWEST_ROUNDS: Final = 11
 MOST_ROUNDS: Final = 200
 SECONDS: Final = 20.0
 #: Untimed rounds before the first timed one.
 WARM_UP_ROUNDS: Final = 2
-#: Session creations whose median is the time to load.
+#: Number of times that a session is created; their median is the time to load.
 _LOADS: Final = 3
 _LARGEST_BATCH: Final = 4096
 _LARGEST_SIDE: Final = 16384
@@ -42,7 +42,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure, and what it is called in the results."""
+    """A model to measure, and its name in the results."""
 
     target: str
     path: Path
@@ -53,14 +53,14 @@ class Conditions:
     """How to measure; the same for all models.
 
     Attributes:
-        threads: of one operator; up to the cores this process may use.
+        threads: threads per operator, at most as many as this process may use cores.
         batch: images per run.
-        repeats: timed rounds; ``None`` takes as many as fit into :data:`SECONDS`.
-        seed: of the random images.
-        resolution: side of the images of models that take any.
+        repeats: number of timed rounds; ``None`` means as many as fit into :data:`SECONDS`.
+        seed: seed of the random images.
+        resolution: side of the images in pixels, for models that take any size.
 
     Raises:
-        QatError: a number out of range, naming it.
+        QatError: a number is out of range; the message names it.
     """
 
     threads: int = 1
@@ -70,7 +70,7 @@ class Conditions:
     resolution: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse numbers out of range."""
         _require("threads", self.threads, 1, usable_cores(), " (the cores this process may use)")
         _require("batch", self.batch, 1, _LARGEST_BATCH)
         _require("seed", self.seed, 0, 2**32 - 1)
@@ -91,8 +91,8 @@ class Measurement:
 
     Attributes:
         candidate: the model.
-        milliseconds: of each timed run, in order.
-        file_bytes: size of the file, and of the files its weights lie in.
+        milliseconds: time of each timed run, in order.
+        file_bytes: size of the file and of the files with its external data, in bytes.
         load_ms: median time to create a session from it, in milliseconds.
         peak_rss_bytes: see :func:`qat_export.bench.peak_memory.peak_rss_bytes`.
         metadata: the file's metadata properties.
@@ -112,7 +112,7 @@ class Measurement:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The times that a quarter and three quarters of the runs stay below, in milliseconds."""
+        """First and third quartile of the times, in milliseconds."""
         if len(self.milliseconds) == 1:
             return self.milliseconds * 2
         first, _, third = statistics.quantiles(self.milliseconds, n=4, method="inclusive")
@@ -126,26 +126,30 @@ def measure(
     say: Callable[[str], None] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measurement]:
-    """Measure models under the same conditions, in the order given.
+    """Measure models under the same conditions.
 
-    Every model is run once and its outputs looked at before the first one is timed.
+    Before the first one is timed, every model is run once and its outputs are checked.
 
     Args:
-        candidates: at least one; no two with the same name.
-        conditions: see there.
-        say: told what is about to happen.
-        clock: seconds.
+        candidates: at least one model; no two with the same name.
+        conditions: conditions of the measurement.
+        say: called with a line on what is about to happen.
+        clock: returns the time in seconds.
+
+    Returns:
+        One measurement for each of ``candidates``, in their order.
 
     Raises:
-        QatError: nothing to measure, two of the same name, or what
-        :class:`qat_export.bench.any_model.AnyModel` refuses. VerificationError: an output is not finite.
+        QatError: there is nothing to measure, two models have the same name, or
+            :class:`qat_export.bench.any_model.AnyModel` can't open one.
+        VerificationError: an output is not finite.
     """
     names = [candidate.target for candidate in candidates]
     if not names:
         raise QatError("no model to measure")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise QatError(f"two models are called {twice!r}: their results could not be told apart")
-    # Once this returns, no model is in memory any more: the processes that follow need the space.
+    # After this, no model is in memory any more: the child processes that follow need the memory.
     timed = _timed(candidates, conditions, say, clock)
     results = []
     for measurement in timed:
@@ -168,7 +172,7 @@ def _timed(
     say: Callable[[str], None],
     clock: Callable[[], float],
 ) -> list[Measurement]:
-    """What :func:`measure` returns, without the peak memory."""
+    """The result of :func:`measure`, without the peak memory."""
     models: list[AnyModel] = []
     results: list[Measurement] = []
     for candidate in candidates:
@@ -191,7 +195,7 @@ def _timed(
 def alternate(
     runs: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[list[float]]:
-    """Seconds of each of ``runs``, ``repeats`` times, in the alternating order that the module describes."""
+    """Times in seconds of ``repeats`` calls of each of ``runs``, made by turns as the module describes."""
     times: list[list[float]] = [[] for _ in runs]
     for number in range(-WARM_UP_ROUNDS, repeats):
         for index in order(list(range(len(runs))), number):
@@ -205,9 +209,9 @@ def alternate(
 
 
 def order(items: Sequence[Item], number: int) -> list[Item]:
-    """``items`` in the order of round ``number``: another one is first in every round.
+    """``items`` in the order of round ``number``: in every round, another item is first.
 
-    Once each has been first, the direction changes, so that no model always follows the same one.
+    After each has been first once, the order is reversed, so that no item always follows the same other one.
     """
     shift, backwards = number % len(items), (number // len(items)) % 2
     turned = [*items[shift:], *items[:shift]]
@@ -215,7 +219,7 @@ def order(items: Sequence[Item], number: int) -> list[Item]:
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a model: its file and the files that hold its external data."""
+    """Size of a model in bytes: of its file, and of the files with its external data."""
     model = onnx.load(path, load_external_data=False)
     locations = {
         entry.value
@@ -230,11 +234,11 @@ def file_bytes(path: Path) -> int:
 def _loaded(
     candidate: Candidate, conditions: Conditions, clock: Callable[[], float]
 ) -> tuple[AnyModel, float]:
-    """The model, run once and looked at, and the median time to load it in milliseconds."""
+    """The model, checked by one run, and the median time to load it in milliseconds."""
     times = []
     model: AnyModel | None = None
     for _ in range(_LOADS):
-        model = None  # the largest would not fit into memory twice
+        model = None  # free the last one first: the largest models don't fit into memory twice
         start = clock()
         model = AnyModel(
             candidate.path,
@@ -249,7 +253,7 @@ def _loaded(
 
 
 def rounds_in_time(runs: Sequence[Callable[[], object]], clock: Callable[[], float]) -> int:
-    """As many rounds as fit into :data:`SECONDS`, estimated from one."""
+    """Number of rounds that fit into :data:`SECONDS`, estimated from one round."""
     start = clock()
     alternate(runs, 1, clock)
     one = (clock() - start) / (1 + WARM_UP_ROUNDS)
@@ -258,7 +262,7 @@ def rounds_in_time(runs: Sequence[Callable[[], object]], clock: Callable[[], flo
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Switch garbage collection off for a while: its time would count as part of the run it happens in."""
+    """Switch Python's garbage collection off in the block: it would add to the time of some run."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

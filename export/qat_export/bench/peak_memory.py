@@ -1,4 +1,4 @@
-"""The most memory that loading and running a model takes, measured in a process that does nothing else."""
+"""Measure the peak memory of loading and running a model, in a child process that does nothing else."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from qat.errors import CheckpointError
 from qat.system.child_process import ChildFailedError, run_isolated
 from qat_export.bench.any_model import AnyModel
 
-#: Runs in the child: the first one allocates, the others may still need more.
+#: Number of runs in the child. The first one allocates most memory, but later ones may need more.
 _RUNS: Final = 3
-#: What Linux says of a process, its peak memory among it.
+#: File in which Linux gives facts about a process, such as its peak memory.
 PROCESS_STATUS: Final = Path("/proc/self/status")
 
 
 def peak_rss_bytes(
     path: Path, *, threads: int = 1, batch: int = 1, resolution: int | None = None, seed: int = 0
 ) -> int | None:
-    """Peak resident memory of a fresh process that loads the model with onnxruntime and runs it.
+    """Peak resident memory, in bytes, of a new process that loads the model with onnxruntime and runs it.
 
-    Python, NumPy and onnxruntime are part of it, about 70 MB. ``None`` where the system doesn't tell.
+    About 70 MB of it are Python, NumPy and onnxruntime. ``None`` if the operating system doesn't tell.
 
     Args:
         path, threads, batch, resolution: see :class:`qat_export.bench.any_model.AnyModel`.
-        seed: of the random images.
+        seed: seed of the random images.
 
     Raises:
-        CheckpointError: the process failed, for want of memory perhaps.
+        CheckpointError: the process failed, perhaps since memory ran out.
     """
     request = {
         "path": str(path.resolve()),
@@ -45,9 +45,9 @@ def peak_rss_bytes(
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """What the child process does: load a model, run it, and return the process's peak memory.
+    """Entry point of the child process: load a model, run it, and return the process's peak memory.
 
-    It also returns the packages that were loaded, since each takes memory.
+    The result also has the names of the imported packages, since each takes memory.
     """
     model = AnyModel(
         Path(request["path"]),
@@ -63,10 +63,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_peak_rss_bytes(status: Path = PROCESS_STATUS) -> int | None:
-    """Peak resident memory of this process so far; ``None`` where the system doesn't tell.
+    """Peak resident memory of this process so far, in bytes; ``None`` if the operating system doesn't tell.
 
-    On Linux it is VmHWM, which starts anew with each program: the number of ``getrusage`` is handed down from
-    the process that started this one.
+    On Linux it is VmHWM in ``status``. The number of ``getrusage`` is not used there, since a process
+    inherits it from the one that started it.
     """
     try:
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)

@@ -1,8 +1,8 @@
-"""Networks filled at random, to be measured or tested where no trained one is at hand.
+"""Networks with random parameters, for measurements and tests without a trained network.
 
-A network fresh from its constructor will not do: the running statistics of its batch normalizations belong to
-no data, and after thirty layers every logit is a constant. Here they are those of random images, layer by
-layer, so that activations keep their magnitude and the logits depend on the image.
+A network as its constructor makes it is not suitable. The running statistics of its batch normalizations
+don't fit its activations, and after thirty layers every logit is constant. So the statistics are set to those
+of random images, layer by layer. Then activations keep their magnitude, and logits depend on the image.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD, prepare
 from qat.recipe.schema import Quantization
 
-#: Below 1e-7: weights are exactly ±1.
+#: Temperature of the binary weights: below 1e-7, so that they are exactly ±1.
 _TEMPERATURE: Final = 1e-8
-#: Pixels of all images of a batch together: four images of 224×224, sixteen of 112×112 and less.
+#: Pixels of all images of a batch together: those of four images of 224×224.
 _BATCH_PIXELS: Final = 4 * 224**2
 
 
@@ -35,7 +35,7 @@ def random_images(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """Normalized images (count, 3, size, size) whose low frequencies are strong, as in photographs."""
+    """Random normalized images (count, 3, size, size) with strong low frequencies, as photographs have."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 3, 3, generator=generator)
     image = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
@@ -47,12 +47,13 @@ def random_images(
 def fill_at_random(model: BNext, images: Tensor) -> None:
     """Give a float-rest network random parameters and the batch statistics of ``images``, in place.
 
-    Its binary weights are exactly ±1 from then on, and it is in evaluation mode. What a constructor draws
-    (weights of convolutions, of attention and classifier) stays. torch's default generator is used.
+    Afterwards its binary weights are exactly ±1, and it is in evaluation mode. The weights of convolutions,
+    attention and classifier, which the constructor draws at random, are kept. Random numbers are from torch's
+    default generator.
 
     Args:
-        model: float-rest.
-        images: normalized, (N, 3, H, W); all statistics are theirs.
+        model: float-rest network.
+        images: normalized images (N, 3, H, W), of which the statistics are taken.
     """
     set_temperature(model, _TEMPERATURE)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -71,7 +72,7 @@ def fill_at_random(model: BNext, images: Tensor) -> None:
                     cast(Tensor, module.se[index].bias).normal_(0, 0.3)
             if isinstance(module, SubBlock) and module.infor_recoupling:
                 module.scale.uniform_(-0.2, 1.2)
-        # With a momentum of 1 the running statistics become those of the next batch.
+        # With a momentum of 1, the next batch replaces the running statistics.
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
@@ -92,7 +93,7 @@ def random_network(
 ) -> BNext:
     """A float-rest network with random parameters whose logits depend on images of ``image_size`` pixels.
 
-    The same arguments give the same network; torch's own generator is left as it was.
+    The same arguments give the same network. The state of torch's default generator is unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,14 +110,13 @@ def quantized(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> BNext:
-    """``model`` prepared with every group at 8 bits, and calibrated on random images; in evaluation mode.
+    """A copy of ``model`` that is quantized with 8 bits and calibrated on random images, in evaluation mode.
 
     Args:
-        model: float-rest; it stays so. The result shares its parameters, which the largest network would
-            otherwise hold twice.
-        seed: of the calibration images, which are others than :func:`random_network`'s of the same seed.
+        model: float-rest network; it is not changed. The copy shares its parameters, to save memory.
+        seed: seed of the calibration images; they differ from those of :func:`random_network` with this seed.
         image_size: side of the calibration images in pixels.
-        mean, std: the normalization the images go through.
+        mean, std: normalization of the images, per channel.
     """
     tensors = (*model.parameters(), *model.buffers())
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -127,5 +127,8 @@ def quantized(
 
 
 def statistics_batch(image_size: int) -> int:
-    """How many images to take statistics of: up to 16, at least 2 (the last layers see few pixels each)."""
+    """Number of images for batch statistics: from 2 to 16, fewer for larger images.
+
+    One is not enough, since the last layers have few pixels per image.
+    """
     return max(2, min(16, _BATCH_PIXELS // image_size**2))

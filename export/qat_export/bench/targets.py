@@ -1,4 +1,4 @@
-"""The forms in which a network is exported to be measured; a new one is a line in :data:`TARGETS`."""
+"""The forms in which a network is exported for measurements; to add one, add a line to :data:`TARGETS`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from qat_export.graphs.portable import emit_portable
 from qat_export.integer.network import IntegerNetwork
 from qat_export.lowering.network import lower
 
-#: Images that ``quantize_static`` takes its ranges from.
+#: Number of images with which ``quantize_static`` calibrates.
 _CALIBRATION_IMAGES: Final = 4
 
 
 @dataclass
 class Subject:
-    """One network in all the forms that are measured; each is made when it is first asked for.
+    """One network in all forms that are measured; each is made when it is first needed.
 
     Attributes:
-        model: float-rest, its weights binary, in evaluation mode.
+        model: float-rest network with binary weights, in evaluation mode.
         image_size: side of its images in pixels.
-        folder: receives one file per target.
-        seed: of calibration and test images.
-        mean, std: the normalization its images go through.
+        folder: folder for one file per target.
+        seed: seed of calibration and test images.
+        mean, std: normalization of its images, per channel.
     """
 
     model: BNext
@@ -60,12 +60,12 @@ class Subject:
 
     @cached_property
     def quantized(self) -> BNext:
-        """Prepared with every group at 8 bits, and calibrated."""
+        """The network quantized with 8 bits and calibrated."""
         return quantized(self.model, seed=self.seed, image_size=self.image_size, mean=self.mean, std=self.std)
 
     @cached_property
     def network(self) -> IntegerNetwork:
-        """Lowered."""
+        """The integer network that the quantized one is lowered to."""
         return lower(self.quantized, image_size=self.image_size, mean=self.mean, std=self.std)
 
     def images(self, count: int) -> torch.Tensor:
@@ -73,10 +73,10 @@ class Subject:
         return random_images(self.seed + 2, count, self.image_size, self.mean, self.std)
 
     def file(self, name: str) -> Path:
-        """The exported model of a target, written when it is first asked for.
+        """Path of the exported model of the target ``name``, written at the first call.
 
         Raises:
-            QatError: no such target.
+            QatError: there is no such target.
             VerificationError: an integer target does not compute what the network does.
         """
         if name not in self._files:
@@ -101,9 +101,9 @@ class Target:
     """One form of export.
 
     Attributes:
-        write: writes a network's model to a path.
-        exact: it takes normalized float32 images (N, 3, S, S), and its logits must be those of the quantized
-            network bit for bit; one image is tried.
+        write: function that writes a network's model to a path.
+        exact: whether the logits must be those of the quantized network bit for bit, which is checked on one
+            image. Such a model takes normalized float32 images (N, 3, S, S).
     """
 
     write: Callable[[Subject, Path], None]
@@ -116,7 +116,7 @@ def export_targets(
     """Export a network as each of ``names``.
 
     Raises:
-        QatError: see :func:`check_targets`; nothing has been written then.
+        QatError: see :func:`check_targets`; in this case nothing is written.
         VerificationError: an integer target does not compute what the network does.
     """
     check_targets(names)
@@ -128,10 +128,10 @@ def export_targets(
 
 
 def check_targets(names: Sequence[str]) -> None:
-    """Refuse what cannot be exported side by side.
+    """Refuse a list of targets that can't be exported.
 
     Raises:
-        QatError: no name, an unknown one, or one given twice.
+        QatError: the list is empty, or has an unknown name or one name twice.
     """
     if not names:
         raise QatError(f"no target, allowed: {', '.join(TARGETS)}")
@@ -145,7 +145,7 @@ def find_target(name: str) -> Target:
     """The target of this name.
 
     Raises:
-        QatError: there is none.
+        QatError: there is no such target.
     """
     if name not in TARGETS:
         raise QatError(f"target {name!r} is unknown, allowed: {', '.join(TARGETS)}{nearest(name, TARGETS)}")
@@ -165,7 +165,7 @@ def _ort_static(subject: Subject, path: Path) -> None:
     quantize_static(subject.file("float32"), path, subject.images(_CALIBRATION_IMAGES).numpy())
 
 
-#: By the name that `qat bench --targets` takes.
+#: All targets, by the name that `qat bench --targets` takes.
 TARGETS: Final[dict[str, Target]] = {
     "float32": Target(_float32),
     "ort_static": Target(_ort_static),

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
-#: Version of the standard operators in every model; the first with quantization along an axis.
+#: Version of the standard operators in every model: the first that can quantize along an axis.
 OPSET: Final = 13
-#: Bytes beyond which a weight is large.
+#: Size in bytes above which shape inference and checker are spared a weight.
 _LARGE: Final = 2**16
-#: Operators that convert, move or look up constants: their nodes are fused away, and need no name in a file.
+#: Operators that convert, move or look up values. Runtimes fuse their nodes away, so these need no name in a
+#: file.
 _UNNAMED: Final = frozenset(
     (
         "Cast",
@@ -66,7 +67,10 @@ class GraphBuilder:
     def custom(
         self, domain: str, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any
     ) -> str:
-        """Append one node of another domain and return its first output; an empty name leaves one out."""
+        """Append one node of another domain and return its first output.
+
+        An empty name among ``inputs`` leaves out an optional input.
+        """
         name = outputs[0]
         node = helper.make_node(operator, list(inputs), list(outputs), name, domain=domain, **attributes)
         self.nodes.append(node)
@@ -84,13 +88,21 @@ class GraphBuilder:
         producer_version: str,
         domains: Mapping[str, int] | None = None,
     ) -> onnx.ModelProto:
-        """The finished model: shapes inferred, checked by ``onnx.checker``, the same bytes every time.
+        """The finished model, with inferred shapes, checked by ``onnx.checker``; the bytes are reproducible.
 
-        ``domains`` are those of custom operators, with their versions.
+        Args:
+            name: name of the graph.
+            inputs, outputs: inputs and outputs of the graph.
+            opset: version of the standard operators.
+            metadata: metadata properties.
+            description: text on the graph for people.
+            producer_version: version of this package.
+            domains: domains of custom operators, with their versions.
         """
         read = {name for node in self.nodes for name in node.input}
         weights = [tensor for name, tensor in self._initializers.items() if name in read]
-        # Inference and checker copy a model several times: they see large weights as further inputs.
+        # Shape inference and checker copy the model several times. To save memory, large weights are declared
+        # as inputs for them, and added as initializers afterwards.
         large = [tensor for tensor in weights if len(tensor.raw_data) > _LARGE]
         stand_ins = [tensor_info(tensor.name, tensor.data_type, tensor.dims) for tensor in large]
         graph = helper.make_graph(

@@ -1,16 +1,18 @@
 """The float32 target: an ONNX graph of the network without quantization, the baseline of the integer ones.
 
-It is made of the operators that torch's own exporter writes, in forms that onnxruntime runs as fast or
-faster, so that a comparison with it is fair:
+It has the operators that torch's own exporter writes, in forms that onnxruntime runs as fast or faster, so
+that a comparison with it is fair:
 
-- Batch normalizations stand by themselves. onnxruntime folds them into convolutions when it loads the file,
-  and the stored weights of a binary convolution stay what they are, ±1.
-- The sign is ``Sign``, 0 at 0, as in the float network; in a network that was prepared for quantization it is
-  a selection by ``x >= -bias``, +1 at 0 (in IEEE arithmetic that is the sign of ``x + bias``).
-- The mean of 2×2 pixels leaves out what lies beyond an odd side: the same as replicating the edge.
+- Batch normalizations are nodes of their own. onnxruntime folds them into convolutions when it loads the
+  file, and in the file the weights of a binary convolution are ±1.
+- The sign is the operator ``Sign``, 0 at 0, as in the float network. In a network that was prepared for
+  quantization, the sign of 0 is +1; there it is a selection by ``x >= -bias``, which in IEEE arithmetic gives
+  the sign of ``x + bias``.
+- At an odd side, the mean of 2×2 pixels is that of the pixels inside the image. This is the same as repeating
+  the edge.
 
-Tensors of the trunk carry the names that they have in the integer targets, and initializers those of the
-state dict where the values are the same.
+Tensors of the trunk have the names that they have in the integer targets. Initializers have the names of the
+state dict if their values are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import onnx
 from torch import Tensor, nn
 
 from qat import __version__
-from qat.checkpoints.format import float_shapes
+from qat.checkpoints.architecture import float_shapes
 from qat.checkpoints.tensor_checks import not_finite
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext
@@ -49,18 +51,18 @@ def emit_float(
 ) -> onnx.ModelProto:
     """The ONNX model of ``model`` in float32: normalized images (batch, 3, S, S) → logits (batch, classes).
 
-    Of a prepared network it is the float network with the same parameters and the same sign of 0: every
-    quantizer is left out. Weights are those in use at the temperature the network has, ±1 or not yet.
+    A prepared network is exported without its quantizers: as the float network with the same parameters and
+    the same sign of 0. Binary weights are those in use at the network's temperature, which need not be ±1.
 
     Args:
-        model: float-rest or prepared, in either mode; it is not changed.
+        model: float-rest or prepared network, in either mode; it is not changed.
         image_size: side ``S`` of the images in pixels.
-        mean, std: the normalization its inputs went through.
-        class_names: in the order of the logits; numbers where empty.
-        metadata: facts to carry along.
+        mean, std: normalization of the network's inputs, per channel.
+        class_names: names in the order of the logits; if empty, classes are named by number.
+        metadata: texts by name that are copied into the model's metadata.
 
     Raises:
-        QuantizationError: a tensor of the network holds a value that is not finite, or a negative variance.
+        QuantizationError: a tensor of the network has a value that is not finite, or a negative variance.
     """
     _refuse_values(model)
     emitter = _Emitter(model, image_size)
@@ -85,7 +87,10 @@ def emit_float(
 
 
 def _refuse_values(model: BNext) -> None:
-    """Only in the float network's tensors: the ranges of an observer are infinite until it sees a batch."""
+    """Refuse values that are not finite, and negative variances, in the tensors of the float network.
+
+    Tensors of quantizers are not checked: the range of an observer is infinite until it has seen a batch.
+    """
     state: dict[str, Tensor] = model.state_dict()
     for key in float_shapes(model.architecture):
         value = state[key].float()
@@ -134,7 +139,7 @@ class _Emitter:
         self.builder.node("Gemm", [flat, *layer], OUTPUT, transB=1)
 
     def tensor(self, values: Tensor, name: str) -> str:
-        """An initializer of this name."""
+        """Add an initializer with this name; returns the name."""
         return self.builder.constant(values.detach().float().cpu().numpy(), name)
 
     # Layers.
@@ -147,7 +152,7 @@ class _Emitter:
         return self.conv(x, parameters, output, layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
 
     def conv(self, x: str, parameters: list[str], output: str, kernel: int, stride: int, padding: int) -> str:
-        """Square kernels, padding alike on all sides."""
+        """Append a convolution with a square kernel and the same padding on all sides."""
         return self.builder.node(
             "Conv",
             [x, *parameters],
@@ -158,7 +163,7 @@ class _Emitter:
         )
 
     def batch_norm(self, x: str, norm: nn.BatchNorm2d, key: str, output: str) -> str:
-        """With the running statistics."""
+        """Append a batch normalization with its running statistics."""
         parameters = [
             self.tensor(cast(Tensor, getattr(norm, leaf)), f"{key}.{leaf}")
             for leaf in ("weight", "bias", "running_mean", "running_var")
@@ -166,12 +171,12 @@ class _Emitter:
         return self.builder.node("BatchNormalization", [x, *parameters], output, epsilon=norm.eps)
 
     def prelu(self, x: str, module: nn.PReLU, key: str, output: str) -> str:
-        """One slope per channel; stored as (C, 1, 1), which broadcasts over the image."""
+        """Append a PReLU; its slopes are stored as (C, 1, 1), which broadcasts over the image."""
         slopes = self.tensor(module.weight.view(-1, 1, 1), f"{key}.weight")
         return self.builder.node("PRelu", [x, slopes], output)
 
     def sign(self, x: str, module: SubBlock, name: str) -> str:
-        """Sign of ``x`` plus the channel's bias; the module's docstring says what the sign of 0 is."""
+        """Append the sign of ``x`` plus the channel's bias; this file's docstring says what sign 0 has."""
         if not module.binary_activation.zero_is_positive:
             moved = self.builder.node(
                 "Add", [x, self.tensor(module.move.bias, f"{name}.move.bias")], f"{name}/moved"
@@ -185,13 +190,13 @@ class _Emitter:
     # Means.
 
     def mean(self, x: str) -> str:
-        """Mean over the image, (N, C, 1, 1); sub-blocks that share their input share it."""
+        """The mean over the image, (N, C, 1, 1); sub-blocks with the same input share one node."""
         if x not in self._means:
             self._means[x] = self.builder.node("ReduceMean", [x], f"{x}.mean", axes=[2, 3], keepdims=1)
         return self._means[x]
 
     def pool(self, x: str, side: int, output: str) -> str:
-        """2×2 means; at the end of an odd side, of the pixels there are."""
+        """Append the mean of each 2×2 window; at the end of an odd side, of the pixels inside the image."""
         end = side % 2
         return self.builder.node(
             "AveragePool", [x], output, kernel_shape=[2, 2], strides=[2, 2], pads=[0, 0, end, end]
@@ -200,11 +205,11 @@ class _Emitter:
     # Blocks.
 
     def concatenate(self, parts: Sequence[str], output: str) -> str:
-        """Along the channels."""
+        """Append the concatenation of ``parts`` along the channels."""
         return self.builder.node("Concat", parts, output, axis=1)
 
     def sub_block(self, sub: _SubBlock, x: str, side: int, output: str) -> str:
-        """One sub-block; see :class:`qat.nn.layers.SubBlock`."""
+        """Append one sub-block; :class:`qat.nn.sub_block.SubBlock` has its formula."""
         module, name, conv = sub.module, sub.name, sub.module.binary_conv
         weight = self.tensor(conv.effective_weight(), f"{name}.binary_conv.effective_weight")
         signs = self.sign(x, module, name)
@@ -220,7 +225,7 @@ class _Emitter:
         branch = y
         if module.infor_recoupling:
             pooled = x
-            if module.stride == 2 and side % 2:  # the mean counts a replicated edge twice, as pooling does
+            if module.stride == 2 and side % 2:  # as in pooling, the last row and column count twice
                 pooled = self.pool(x, side, f"{name}/even") if scale_kind else residual
             attention = self.attention(module, name, pooled, y)
             branch = self.builder.node("Mul", [y, attention], f"{name}/attended")
@@ -231,8 +236,8 @@ class _Emitter:
         return self.builder.node("Add", [branch, residual], output)
 
     def attention(self, module: SubBlock, name: str, x: str, y: str) -> str:
-        """Channel attention (N, C, 1, 1) of the mixed means of ``x`` and ``y``."""
-        share = module.scale.detach().clamp(0.0, 1.0)  # not mix_scale(), which changes a network in training
+        """Append channel attention (N, C, 1, 1) of the mixed means of ``x`` and ``y``."""
+        share = module.scale.detach().clamp(0.0, 1.0)  # mix_scale() would change a network in training mode
         means = [
             self.builder.node(
                 "Mul", [self.mean(source), self.tensor(values, f"{name}.{leaf}_share")], f"{name}/{leaf}_mean"

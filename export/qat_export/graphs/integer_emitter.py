@@ -1,7 +1,7 @@
-"""What the targets of an integer network share: image, order, head, and the finished model.
+"""What the targets of an integer network share: image, order of blocks, head, and the finished model.
 
-A target is a class below :class:`IntegerEmitter` that says what the stem, a sub-block and the mean over the
-image are made of (:mod:`qat_export.graphs.portable`, :mod:`qat_export.graphs.native`).
+A target is a subclass of :class:`IntegerEmitter` that emits the stem, a sub-block and the head's mean with
+its own operators (:mod:`qat_export.graphs.portable`, :mod:`qat_export.graphs.native`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qat_export.integer.network import Block, Head, IntegerNetwork, SubBlock
 
 @dataclass(frozen=True)
 class PlacedSubBlock:
-    """A sub-block, the grid of the trunk tensor that it reads, and the grid of its result."""
+    """A sub-block, with the grids of the trunk tensors that it reads and writes."""
 
     sub_block: SubBlock
     source: Grid
@@ -35,7 +35,7 @@ class PlacedSubBlock:
 
     @property
     def name(self) -> str:
-        """Module name in the network it came from."""
+        """Module name in the torch network."""
         return self.sub_block.name
 
     @property
@@ -48,10 +48,11 @@ class IntegerEmitter(ABC):
     """Appends an integer network to a graph, in forward order.
 
     Attributes:
-        model_format: metadata property ``format``.
-        note: for people who open the model, behind the summary of the network.
-        weight_endings: endings of the names of weights, which keep their names in the file.
-        domains: those of custom operators, with their versions.
+        model_format: value of the metadata property ``format``.
+        note: text for people who open the model, after the summary of the network.
+        weight_endings: endings of the names of tensors that keep their names in the file, since they are
+            weights.
+        domains: domains of custom operators, with their versions.
         channel_axis: axis of the channels in a trunk tensor.
     """
 
@@ -62,27 +63,30 @@ class IntegerEmitter(ABC):
     channel_axis: ClassVar[int] = 1
 
     def __init__(self, operators: IntegerOperators) -> None:
-        """Append to the graph that ``operators`` append to."""
+        """Make an emitter that appends to the graph of ``operators``."""
         self.operators, self.builder = operators, operators.builder
 
     @abstractmethod
     def stem(self, network: IntegerNetwork, image: str, output: str) -> str:
-        """From the quantized image to the first trunk tensor."""
+        """Append the stem, from the quantized image to the first trunk tensor."""
 
     @abstractmethod
     def sub_block(self, placed: PlacedSubBlock, x: str, side: int, output: str) -> str:
-        """One sub-block; :class:`qat_export.integer.reference.Interpreter` says what it computes."""
+        """Append one sub-block, as :class:`qat_export.integer.reference.Interpreter` defines it."""
 
     @abstractmethod
     def head_mean(self, head: Head, grid: Grid, x: str, side: int) -> str:
-        """The head's PReLU and mean over the image, float32, not yet rounded; ``x`` is on ``grid``."""
+        """Append the head's PReLU and mean over the image; the result is float32, not yet rounded.
+
+        ``x`` lies on ``grid``; ``side`` is the side of its image in pixels.
+        """
 
     def concatenate(self, parts: Sequence[str], output: str) -> str:
-        """Along the channels."""
+        """Append the concatenation of ``parts`` along the channels."""
         return self.builder.node("Concat", parts, output, axis=self.channel_axis)
 
     def image(self, network: IntegerNetwork, kind: InputKind) -> str:
-        """The graph's input on the grid of the image."""
+        """Append the operations that put the graph's input on the grid of the image."""
         grid, output = network.stem.image, "image/uint8"
         if kind == "float32 NCHW":
             return self.operators.image(grid, output)
@@ -90,7 +94,7 @@ class IntegerEmitter(ABC):
         return self.operators.raw_image(grid, gain, offset, output, channels_last=kind == "uint8 NHWC")
 
     def append(self, network: IntegerNetwork, image_size: int, kind: InputKind) -> None:
-        """The whole network, from the graph's input to its output."""
+        """Append the whole network, from the graph's input to its output."""
         x = self.stem(network, self.image(network, kind), "feature.0/trunk")
         side = side_behind(image_size, network.stem.stride)
         x, side = emit_blocks(self, map(_placed, network.blocks), x, side)
@@ -103,12 +107,12 @@ class IntegerEmitter(ABC):
         """The ONNX model of ``network``.
 
         Args:
-            network: the lowered network.
-            image_size: side of the images in pixels; the size it was trained on by default.
+            network: the integer network.
+            image_size: side of the images in pixels; ``None`` means ``network.image_size``.
             kind: type and layout of the images.
 
         Raises:
-            QuantizationError: an image size below 1, or a normalization that can't be folded into raw pixels
+            QuantizationError: the image size is below 1, or the normalization can't be folded into raw pixels
                 exactly.
         """
         size = network.image_size if image_size is None else image_size
@@ -140,7 +144,7 @@ def _placed(block: Block) -> EmittedBlock[PlacedSubBlock]:
 
 
 def _metadata(model_format: str, network: IntegerNetwork, size: int, kind: InputKind) -> dict[str, str]:
-    """Metadata properties of a model of ``network``; the grids of its tensors are in ``grids``."""
+    """Metadata properties of a model of ``network``; one of them, ``grids``, has the grids of its tensors."""
     grids = {
         name: {"scale": grid.scale, "bits": grid.bits, "signed": grid.signed, "zero_point": grid.zero_point}
         for name, grid in network.grids.items()

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, get_args
 
-#: Images (batch, 3, S, S) or (batch, S, S, 3), and logits (batch, classes).
+#: Names of input and output: images (batch, 3, S, S) or (batch, S, S, 3), and logits (batch, classes).
 INPUT: Final = "image"
 OUTPUT: Final = "logits"
-#: Metadata property ``input``, what a model takes: normalized images, or raw pixels, which it normalizes.
+#: Values of the metadata property ``input``: normalized images, or raw pixels, which the model normalizes.
 InputKind = Literal["float32 NCHW", "uint8 NCHW", "uint8 NHWC"]
 
 
@@ -17,7 +17,7 @@ def kind_of_input(pixel_type: str, layout: str) -> InputKind:
     """The kind of input with this type ("float32", "uint8") and layout ("NCHW", "NHWC").
 
     Raises:
-        ValueError: there is none.
+        ValueError: no model takes such images.
     """
     kinds: tuple[InputKind, ...] = get_args(InputKind)
     for kind in kinds:
@@ -36,15 +36,15 @@ def model_metadata(
     image_size: int,
     facts: Mapping[str, str],
 ) -> dict[str, str]:
-    """Metadata properties of a model: all values are text, lists and objects are JSON.
+    """Metadata properties of a model. All values are texts; lists and objects are written as JSON.
 
     Args:
-        model_format: ``bnext-qat``, the target's name and the version of its layout.
-        architecture: one line of text.
-        class_names: in the order of the logits.
-        mean, std: the normalization that the images go through, per channel.
+        model_format: ``bnext-qat``, name of the target, version of its layout.
+        architecture: description of the network, one line of text.
+        class_names: names in the order of the logits.
+        mean, std: normalization of the images, per channel.
         image_size: side of the images in pixels.
-        facts: carried along; the properties above win.
+        facts: further properties; those made from the other arguments replace any of the same name.
     """
     return dict(facts) | {
         "format": model_format,

@@ -1,9 +1,9 @@
 """The native target: an ONNX graph whose trunk is computed by this project's own operators in onnxruntime.
 
-The operators (domain ``bnext_qat``, sources in ``qat/native/src``, described in docs/native.md) work on
-channels-last int8 tensors; a sub-block is three of them: BinaryConv, ChannelAttention, TrunkUpdate. Image and
-classifier stay in standard operators. It computes what the portable graph computes, integer for integer, and
-needs the library registered: see :mod:`qat_export.nativelibrary`.
+The operators (domain ``bnext_qat``, sources in ``qat/native/src``, described in docs/native.md) work on int8
+tensors with channels last. A sub-block consists of three of them: BinaryConv, ChannelAttention, TrunkUpdate.
+Image and classifier use standard operators. The graph computes the same integers as the portable one. To run
+it, the operators' library must be registered, see :mod:`qat_export.nativelibrary`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,31 @@ FORMAT: Final = "bnext-qat native 1"
 def emit_native(
     network: IntegerNetwork, image_size: int | None = None, *, input_kind: InputKind = "float32 NCHW"
 ) -> onnx.ModelProto:
-    """The native ONNX model of ``network``; arguments and images as in :func:`emit_portable`.
+    """The native ONNX model of ``network``: images (batch, 3, S, S), or (batch, S, S, 3) → float32 logits.
+
+    Args:
+        network: the integer network.
+        image_size: side ``S`` in pixels; ``None`` means ``network.image_size``.
+        input_kind: type and layout of the images.
 
     Raises:
-        QuantizationError: an image size below 1, or a normalization that can't be folded into pixels exactly.
+        QuantizationError: the image size is below 1, or the normalization can't be folded into raw pixels
+            exactly.
     """
     return NativeEmitter(IntegerOperators(GraphBuilder())).model(network, image_size, input_kind)
 
 
 def packed_weight(conv: BinaryConv) -> NDArray[np.uint8]:
-    """The signs as the operator reads them: (O, k, k, ceil(I / 8)), 1 is +1, channel 0 the lowest bit."""
+    """The weights' signs in the layout of the operator: uint8 (O, k, k, ⌈I/8⌉).
+
+    A bit of 1 is +1. Input channel 0 is the lowest bit of the first byte.
+    """
     positive = (conv.weight() > 0).transpose(0, 2, 3, 1)
     return np.packbits(positive, axis=-1, bitorder="little")
 
 
 def update_attributes(sub: SubBlock, source: Grid, output: Grid) -> dict[str, int | float]:
-    """Attributes of a TrunkUpdate; those that its inputs leave without use are 0."""
+    """Attributes of a TrunkUpdate. Those that are not used with the inputs of this sub-block are 0."""
     attributes: dict[str, int | float] = {
         "stride": sub.conv.stride,
         "scales": 0,
@@ -127,8 +136,8 @@ class NativeEmitter(IntegerEmitter):
         )
         gain = offset = residual_slopes = ""
         if attention is not None:
-            # At stride 2 the mean is taken of the image whose last row and column were repeated if a side
-            # is odd, as for the residual.
+            # At stride 2 and an odd side, the mean counts the last row and column twice, as the pooling of
+            # the residual does.
             in_side = side + side % 2 if conv.stride == 2 else side
             gain = self.attention(attention, name, in_side**2, side_behind(side, conv.stride) ** 2)
         elif branch is not None:
@@ -147,11 +156,14 @@ class NativeEmitter(IntegerEmitter):
         )
 
     def slopes(self, slopes: Slopes, name: str) -> str:
-        """Name of a constant."""
+        """Add the integers of ``slopes`` as a constant; returns its name."""
         return self.builder.constant(slopes.integers, name)
 
     def attention(self, attention: Attention, name: str, in_pixels: int, out_pixels: int) -> str:
-        """The gain of each channel, (N, C) int8, from the sums that the sub-block's BinaryConv gives."""
+        """Append channel attention; its result is the gain (N, C) int8.
+
+        It reads the sums over the image that the sub-block's BinaryConv computes.
+        """
         constants: dict[str, NDArray[Any]] = {
             "x_multiplier": per_pixel(attention.input_mean, in_pixels),
             "y_multiplier": per_pixel(attention.y_mean, out_pixels),

@@ -1,11 +1,11 @@
-"""The operations of an integer network, written in standard ONNX operators, as fast as onnxruntime has them.
+"""The operations of an integer network in standard ONNX operators, chosen for their speed in onnxruntime.
 
-Element-wise arithmetic stands between DequantizeLinear and QuantizeLinear with scale 1 or a dyadic multiplier
-(an integer over a power of two): its float32 values are exact, and onnxruntime fuses the group into one
-integer operator. Sums over the image are taken with channels last, the order in which onnxruntime keeps
-tensors between convolutions (measurements: docs/performance.md).
+Element-wise arithmetic is written as float arithmetic between DequantizeLinear and QuantizeLinear, with a
+scale of 1 or a dyadic multiplier (an integer over a power of two). The float32 values are exact, and
+onnxruntime fuses the group into one integer operator. Sums over the image are computed with channels last,
+the order in which onnxruntime keeps tensors between convolutions (measurements: docs/performance.md).
 
-:mod:`qat_export.graphs.strict_operators` overrides what other runtimes misread.
+:mod:`qat_export.graphs.strict_operators` overrides the operations that other runtimes compute differently.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from qat_export.integer.network import ALWAYS, NEVER, Affine, BinaryConv, Slopes
 
 
 class Products(NamedTuple):
-    """A convolution before anything is added: what it reads, and where.
+    """The inputs of a convolution, without bias and requantization.
 
     Attributes:
-        x: name of the activations, (N, I, H, W).
-        x_zero: the integer that stands for 0 in them.
-        weight: name of the weights, (O, I, k, k).
-        weight_zero: (O,), the integer that stands for 0 in each output channel's weights.
-        stride, padding: along both sides.
+        x: name of the activations (N, I, H, W).
+        x_zero: zero point of the activations.
+        weight: name of the weights (O, I, k, k).
+        weight_zero: zero point of each output channel's weights, (O,).
+        stride, padding: stride and padding, the same for both sides.
     """
 
     x: str
@@ -42,10 +42,11 @@ class Products(NamedTuple):
 
 
 class IntegerOperators(IntegerStorage):
-    """Appends operations to a graph. Arguments and results are names of tensors; results are ``output``.
+    """Appends operations to a graph.
 
-    Activations are (N, C, H, W), vectors of an image (N, 1, 1, C). Every tensor lies on a grid of integers;
-    "real" numbers here are float32 numbers before they are rounded to a grid.
+    Tensors are passed by name. A method names its result ``output`` and returns that name. Activations are
+    (N, C, H, W), vectors of an image (N, 1, 1, C). Tensors lie on grids of integers, except those called
+    "real", which hold float32 numbers before they are rounded to a grid.
     """
 
     # Element-wise arithmetic.
@@ -59,7 +60,7 @@ class IntegerOperators(IntegerStorage):
         return self.integer(self.builder.node(operator, [left, right], f"{output}.real"), grid, output)
 
     def prelu(self, x: str, slopes: Slopes, grid: Grid, width: int, output: str) -> str:
-        """``max(x, x * slope)`` where no slope exceeds 1, else a selection by the sign of ``x``."""
+        """PReLU: ``max(x, x * slope)`` if no slope exceeds 1, else a selection by the sign of ``x``."""
         constant = self.vector(slopes.integers, width, f"{output}.slopes")
         scale = float(np.ldexp(1.0, -slopes.shift))
         scaled = self.elementwise("Mul", (x, 1.0), (constant, scale), grid, f"{output}.scaled")
@@ -69,13 +70,13 @@ class IntegerOperators(IntegerStorage):
         return self.builder.node("Where", [negative, scaled, x], output)
 
     def sign(self, x: str, conv: BinaryConv, width: int, output: str) -> str:
-        """±ACCUMULATOR_UNIT: + where ``x >= threshold``.
+        """``U`` if ``x >= threshold``, else ``-U``, with ``U`` = ACCUMULATOR_UNIT.
 
-        ``2 U (x - threshold) + U`` is at least U for every x at or above the threshold, else at most -U, so
-        one fused addition and a Clip give the sign: faster than Greater and Where.
+        ``2 U (x - threshold) + U`` is at least U for every x at or above the threshold, else at most -U. So
+        one fused addition and a Clip to -U … U give the sign, faster than Greater and Where.
         """
         if (conv.threshold <= ALWAYS).any():
-            # -threshold = 128 has no place in the 8 bits of the constant.
+            # The constant has 8 bits, and can't hold -threshold = 128.
             return self.selected_sign(x, conv, width, output)
         assert int(conv.threshold.max()) <= NEVER
         unit = ACCUMULATOR_UNIT
@@ -89,17 +90,20 @@ class IntegerOperators(IntegerStorage):
         return self.builder.node("Clip", [wide, low, high], output)
 
     def selected_sign(self, x: str, conv: BinaryConv, width: int, output: str) -> str:
-        """:meth:`sign`, for any thresholds, by a comparison and a selection."""
+        """The same as :meth:`sign`, for any thresholds, by a comparison and a selection."""
         low, high = self.unit_signs()
         return self.builder.node("Where", [self.positive(x, conv, width, output), high, low], output)
 
     def unit_signs(self) -> tuple[str, str]:
-        """Constants of ``-ACCUMULATOR_UNIT`` and ``ACCUMULATOR_UNIT``."""
+        """Names of the constants ``-ACCUMULATOR_UNIT`` and ``ACCUMULATOR_UNIT``."""
         low, high = (self.builder.constant(self.stored(sign * ACCUMULATOR_UNIT)) for sign in (-1, 1))
         return low, high
 
     def positive(self, x: str, conv: BinaryConv, width: int, output: str) -> str:
-        """Boolean ``x >= threshold``: above ``threshold - 1``, or in a channel where every x is."""
+        """Boolean ``x >= threshold``, written as ``x > threshold - 1``.
+
+        Channels in which every x is at least the threshold are true by a constant.
+        """
         always = conv.threshold <= ALWAYS
         bound = np.where(always, 0, conv.threshold.astype(np.int32) - 1)
         bounds = self.vector(bound, width, f"{output}.bound")
@@ -112,10 +116,10 @@ class IntegerOperators(IntegerStorage):
     def affine_conv(
         self, x: str, layer: Affine, source: Grid, grid: Grid, output: str, *, strides: int = 1, pads: int = 0
     ) -> str:
-        """Convolution of ``x`` on ``source`` with integer weights of several bits; 2-D ones are 1×1 kernels.
+        """Convolution of ``x``, which lies on ``source``, with a layer's integer weights (more than one bit).
 
-        Weights are uint8 with zero point 128: uint8 × int8 with large weights overflows the 16-bit
-        intermediate of processors without VNNI.
+        Weights (O, I) are 1×1 kernels. Weights are stored as uint8 with zero point 128: on processors without
+        VNNI, onnxruntime's products of uint8 and large int8 weights overflow an intermediate of 16 bits.
         """
         weight = layer.weight if layer.weight.ndim == 4 else layer.weight[:, :, None, None]
         stored = self.builder.constant((weight.astype(np.int16) + ZERO).astype(np.uint8), f"{output}.weight")
@@ -124,7 +128,7 @@ class IntegerOperators(IntegerStorage):
         return self.convolution(Products(x, x_zero, stored, zero, strides, pads), layer, grid, output)
 
     def binary_conv(self, x: str, conv: BinaryConv, grid: Grid, width: int, output: str) -> str:
-        """Threshold, then convolution with ±1 weights unpacked from their bits."""
+        """Binary convolution: sign by threshold, then a convolution with weights ±1 unpacked from bits."""
         name = output.removesuffix("/conv")
         sign = self.sign(x, conv, width, f"{name}/sign")
         weight = self.unpacked(conv, f"{name}/binary_weight")
@@ -133,7 +137,10 @@ class IntegerOperators(IntegerStorage):
         return self.convolution(products, conv, grid, output)
 
     def convolution(self, products: Products, layer: Affine | BinaryConv, grid: Grid, output: str) -> str:
-        """``saturate(float32(conv + bias) * multiplier)``: scales of input and output are 1."""
+        """``saturate(float32(convolution + bias) * multiplier)``, as a QLinearConv.
+
+        The scales of its input and output are 1; those of its weights are the multipliers.
+        """
         wide = output if grid.bits == 8 else f"{output}.wide"
         self.builder.node(
             "QLinearConv",
@@ -155,14 +162,17 @@ class IntegerOperators(IntegerStorage):
         return self.clip(wide, grid, output)
 
     def unpacked(self, conv: BinaryConv, output: str) -> str:
-        """±1 int8 weights from their bits, looked up in a 256×8 table; runtimes fold that at load."""
+        """Weights ±1, int8, unpacked by looking up each byte in a 256×8 table.
+
+        Runtimes compute this once, when they load the model.
+        """
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
         table = self.builder.constant((2 * bits.astype(np.int8) - 1).astype(np.int8))
         stored = self.builder.constant(conv.sign_bits, f"{output}.bits")
         index = self.builder.node("Cast", [stored], f"{output}.index", to=INT32)
         flat = self.builder.node("Gather", [table, index], f"{output}.rows", axis=0)
         count = int(np.prod(conv.shape))
-        if count % 8:  # the last byte is not full
+        if count % 8:  # some bits of the last byte are not weights
             line = self.builder.constant(np.array([-1]))
             flat = self.builder.node("Reshape", [flat, line], f"{output}.line")
             ends = [self.builder.constant(np.array([edge])) for edge in (0, count)]
@@ -170,7 +180,7 @@ class IntegerOperators(IntegerStorage):
         return self.builder.node("Reshape", [flat, self.builder.constant(np.array(conv.shape))], output)
 
     def classifier(self, x: str, layer: Affine, output: str) -> str:
-        """Logits ``float32(weight · x + bias) * multiplier`` of pooled integers, C values each."""
+        """Logits ``float32(weight · x + bias) * multiplier`` of the pooled integers ``x``, C per image."""
         channels = layer.weight.shape[1]
         flat = self.builder.node("Reshape", [x, self.builder.constant(np.array([0, channels]))], "head/flat")
         flat = self.as_uint8(flat, "head/flat.uint8")
@@ -192,9 +202,9 @@ class IntegerOperators(IntegerStorage):
         return self.multiplied_sums(total, factor, output)
 
     def sums(self, x: str, channels: int, pixels: int, output: str) -> str:
-        """Exact sums over the image of ``x`` (N, H, W, C): ``output`` with ``.sum``.
+        """Exact sums over the image of ``x`` (N, H, W, C); their name is ``output`` with ``.sum`` appended.
 
-        A product with a matrix of ones; ReduceSum of 8-bit integers is slow.
+        They are computed as a product with a matrix of ones, since ReduceSum of 8-bit integers is slow.
         """
         shape = self.builder.constant(np.array([0, 1, pixels, channels]))
         columns = self.builder.node("Reshape", [x, shape], f"{output}.columns")
@@ -205,11 +215,11 @@ class IntegerOperators(IntegerStorage):
         return self.builder.node("MatMulInteger", [ones, columns, *zeros], f"{output}.sum")
 
     def multiplied_sums(self, sums: str, factor: str, output: str) -> str:
-        """:meth:`sums` times a factor per channel, in float32."""
+        """The result of :meth:`sums` times a factor per channel, in float32."""
         return self.builder.node("DequantizeLinear", [sums, factor], output, axis=3)
 
     def pool2x2(self, x: str, channels: int, output: str) -> str:
-        """Mean of each 2×2 window of even sides: a convolution by channel (AveragePool is slow)."""
+        """Mean of each 2×2 window; sides are even. A depthwise convolution, since AveragePool is slow."""
         ones = self.builder.constant(np.ones((channels, 1, 2, 2), np.int8))
         zero = self.builder.constant(np.int8(0))
         quarter = self.builder.constant(np.float32(0.25))
@@ -217,11 +227,11 @@ class IntegerOperators(IntegerStorage):
         return self.builder.node("QLinearConv", inputs, output, group=channels, strides=[2, 2])
 
     def pad_to_even(self, x: str, output: str) -> str:
-        """Replicate the last row and column (sides are odd)."""
+        """Repeat the last row and the last column; both sides are odd."""
         pads = self.builder.constant(np.array([0, 0, 0, 0, 0, 0, 1, 1]))
         return self.builder.node("Pad", [x, pads], output, mode="edge")
 
 
 def per_pixel(multiplier: Array, pixels: int) -> NDArray[np.float32]:
-    """``multiplier / pixels`` in float32, as the specification rounds it."""
+    """``multiplier / pixels`` in float32, rounded as in :mod:`qat_export.integer.reference`."""
     return np.asarray(multiplier / np.float32(pixels), dtype=np.float32)

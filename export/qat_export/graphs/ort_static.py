@@ -1,9 +1,9 @@
-"""onnxruntime's own ``quantize_static`` on a float32 model: the strongest baseline an integer export has.
+"""The float32 model quantized by onnxruntime's ``quantize_static``: the strongest baseline for exports.
 
-The settings are the fastest of those tried on BNext: QDQ, uint8 activations, weights of 7 bits per channel,
-and convolutions and matrix products alone. Quantizing sums, products and concatenations too adds conversions
-that cost more than they save, and ``quant_pre_process`` folds batch normalizations, after which onnxruntime
-moves PReLU and means into a slower layout.
+The settings are the fastest that were found for BNext: QDQ format, uint8 activations, weights of 7 bits with
+a scale per channel, and only convolutions and matrix products quantized. If sums, products and concatenations
+are quantized too, the added conversions cost more than is saved. ``quant_pre_process`` is not used, since it
+folds batch normalizations, after which onnxruntime runs PReLU and means in a slower layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qat.errors import QuantizationError
 from qat.system.child_process import ChildFailedError, run_isolated
 from qat.system.files import write_atomically
 
-#: Metadata ``format`` of the result. Its integers are onnxruntime's, so for this project it is a float model.
+#: Metadata property ``format`` of the result. To this project it is a float model: it has no integer network.
 FORMAT: Final = "bnext-qat float32 quantized by onnxruntime"
 OPERATORS: Final = ("Conv", "Gemm", "MatMul")
 
@@ -29,15 +29,16 @@ OPERATORS: Final = ("Conv", "Gemm", "MatMul")
 def quantize_static(source: Path, target: Path, images: NDArray[np.float32]) -> None:
     """Write the statically quantized model of a float32 model.
 
-    The work is done in a process of its own: it prints, warns, and needs several times the model's size.
+    This runs in a child process, since onnxruntime prints, warns, and needs several times the memory of the
+    model.
 
     Args:
         source: float32 model with one input.
         target: file to write.
-        images: what its ranges are taken from, (N, 3, S, S); they are fed one by one.
+        images: images (N, 3, S, S) for calibration; they are fed one by one.
 
     Raises:
-        QuantizationError: onnxruntime refused, or ran out of memory.
+        QuantizationError: onnxruntime failed, or ran out of memory.
         OutputError: ``target`` cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
@@ -52,8 +53,8 @@ def quantize_static(source: Path, target: Path, images: NDArray[np.float32]) -> 
 
 
 def main(request: dict[str, Any]) -> None:
-    """What the child process does: quantize ``request["source"]``."""
-    from onnxruntime import quantization  # loaded in the child alone: it pulls in much
+    """Entry point of the child process: quantize the model ``request["source"]``."""
+    from onnxruntime import quantization  # imported in the child only, since it imports many modules
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
         def __init__(self, name: str, images: NDArray[np.float32]) -> None:
@@ -65,7 +66,7 @@ def main(request: dict[str, Any]) -> None:
     model = onnx.load(request["source"])
     name = model.graph.input[0].name
     set_format(model, FORMAT)
-    # onnxruntime writes its inferred shapes beside the file it reads.
+    # onnxruntime writes a file beside the one that it reads: give it a copy in the target's folder.
     copy = Path(request["target"]).with_name("float32.onnx")
     onnx.save(model, copy)
     del model
@@ -77,8 +78,9 @@ def main(request: dict[str, Any]) -> None:
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        # Without VNNI onnxruntime adds two products in 16 bits, where 255 · 127 · 2 saturates: with 8 bits
-        # the model answered otherwise there. 7 bits take the same time (docs/LOG.md, 2026-11-23).
+        # Weights of 7 bits. On processors without VNNI, onnxruntime adds two products in 16 bits, in which
+        # 255 · 127 · 2 saturates, so that weights of 8 bits gave other answers there. 7 bits take the same
+        # time (docs/LOG.md, 2026-11-23).
         reduce_range=True,
         op_types_to_quantize=list(OPERATORS),
     )

@@ -1,4 +1,4 @@
-"""Raw pixels: the normalization and the image grid as one multiplication and one addition per channel."""
+"""Input of raw pixels: normalization and image grid folded into one multiplication and one addition."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PIXELS: Final = np.arange(256, dtype=np.float32)
 
 
 def pixel_table(network: IntegerNetwork) -> NDArray[np.uint8]:
-    """Integer on the image grid of every value of a raw pixel, (3, 256).
+    """The integer on the image grid for each value p of a raw pixel, by channel: (3, 256) uint8.
 
-    ``clamp(rint(normalize(p) / scale) + zero_point)`` with ``normalize(p) = (p / 255 - mean) / std``, each
-    operation in float32: what a float image goes through.
+    ``clamp(rint(normalize(p) / scale) + zero_point)`` with ``normalize(p) = (p / 255 - mean) / std``. Each
+    operation is in float32, as for an image that is normalized before it is fed to the model.
     """
     grid = network.stem.image
     mean, std = (np.array(values, np.float32)[:, None] for values in (network.mean, network.std))
@@ -30,11 +30,12 @@ def pixel_table(network: IntegerNetwork) -> NDArray[np.uint8]:
 def fold_normalization(network: IntegerNetwork) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Gain and offset (3,) such that ``clamp(rint(p * gain + offset) + zero_point)`` is :func:`pixel_table`.
 
-    Both operations are in float32, and every one of the 3 · 256 results is checked. The offset is the middle
-    of the interval that rounds all pixels alike.
+    Both operations are in float32. Every one of the 3 · 256 results is checked. The offset is the middle of
+    the interval of offsets with which all pixels are rounded as in the table.
 
     Raises:
-        QuantizationError: no such numbers: rounding in the normalization itself is visible on this grid.
+        QuantizationError: there are no such numbers, since on this grid the table depends on rounding inside
+            of the normalization.
     """
     grid, table = network.stem.image, pixel_table(network)
     gain = 1 / (255 * np.array(network.std, np.float64) * np.float32(grid.scale))
@@ -43,7 +44,7 @@ def fold_normalization(network: IntegerNetwork) -> tuple[NDArray[np.float32], ND
         steps = table[channel].astype(np.float64) - grid.zero_point
         products = (_PIXELS * gains[channel]).astype(np.float64)
         low, high = steps - 0.5 - products, steps + 0.5 - products
-        # At an end of the grid one side has no bound: whatever lies beyond is saturated to the same integer.
+        # Pixels at an end of the grid bound the offset from one side only: what lies beyond is saturated.
         lower = low[table[channel] > grid.low].max(initial=-np.inf)
         upper = high[table[channel] < grid.high].min(initial=np.inf)
         offsets[channel] = (lower + upper) / 2

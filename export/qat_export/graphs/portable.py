@@ -1,6 +1,6 @@
-"""The portable target: an ONNX graph of standard operators that computes an :class:`IntegerNetwork`.
+"""The portable target: an ONNX graph of standard operators that computes an integer network.
 
-How integers are stored and which operators compute with them is in :mod:`qat_export.graphs.operators`.
+This file has the order of operations; :mod:`qat_export.graphs.operators` writes each in ONNX operators.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def emit_portable(
     """The ONNX model of ``network``: images (batch, 3, S, S), or (batch, S, S, 3) → float32 logits.
 
     Args:
-        network: the lowered network.
-        image_size: side ``S``; the size it was trained on by default.
+        network: the integer network.
+        image_size: side ``S`` in pixels; ``None`` means ``network.image_size``.
         input_kind: type and layout of the images.
-        strict: only operators that every runtime reads alike; the same numbers, slower in onnxruntime.
+        strict: whether to use only operators that all runtimes compute alike. The numbers are the same, but
+            onnxruntime is slower.
 
     Raises:
-        QuantizationError: an image size below 1; the normalization can't be folded into raw pixels exactly;
-            or, in the strict form, sums too large for float32.
+        QuantizationError: the image size is below 1; the normalization can't be folded into raw pixels
+            exactly; or, in the strict form, a sum is too large for float32.
     """
     operators = (StrictOperators if strict else IntegerOperators)(GraphBuilder())
     return PortableEmitter(operators).model(network, image_size, input_kind)
@@ -76,7 +77,7 @@ class PortableEmitter(IntegerEmitter):
         return self.operators.elementwise("Add", *terms, placed.output, output)
 
     def branch(self, sub: SubBlock, x: str, y: str, residual: str, side: int) -> str:
-        """From ``y`` to BN2's result; ``y`` itself where the sub-block has no branch."""
+        """Append the branch from ``y`` to BN2's result; returns ``y`` if the sub-block has no branch."""
         if sub.branch is None:
             return y
         name, branch = sub.name, sub.branch
@@ -96,7 +97,7 @@ class PortableEmitter(IntegerEmitter):
         return self.operators.elementwise("Add", *terms, branch.grid, f"{name}/normalized")
 
     def attention(self, attention: Attention, x: str, y: str, in_side: int, out_side: int, name: str) -> str:
-        """Gain of each image's channels, on the grid :data:`GAIN`, to broadcast against ``y``."""
+        """Append channel attention; its result is the gain, which broadcasts against ``y``."""
         channels = len(attention.gain)
         if in_side != out_side and in_side % 2:
             x, in_side = self.operators.pad_to_even(x, f"{name}/even"), in_side + 1
@@ -118,7 +119,8 @@ class PortableEmitter(IntegerEmitter):
         )
         last = self.builder.node("Transpose", [logits], f"{name}/logits.last", perm=TO_LAST)
         index = self.operators.index(last, f"{name}/logits.index")
-        # Looked up as float32, since the next factor is one; runtimes convert the table when they load it.
+        # The table is converted to float32 before the look-up, since it is multiplied by a float32 factor
+        # next. Runtimes convert it once, when they load the model.
         stored = self.builder.constant(attention.table, f"{name}/sigmoid_table")
         table = self.builder.node("Cast", [stored], f"{name}/sigmoid_table.real", to=FLOAT)
         share = self.builder.node("Gather", [table, index], f"{name}/attention", axis=0)

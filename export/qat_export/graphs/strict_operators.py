@@ -1,9 +1,9 @@
-"""The portable target's operations for runtimes that misread quantized operators.
+"""The operations of the strict form, for runtimes that compute quantized operators differently.
 
-Integers are stored as float32, themselves, without a zero point; rounding is Round, saturation is Clip.
-OpenVINO 2026.4 refuses QLinearConv with one scale per channel, and moves the zero point of a
-DequantizeLinear through a ReduceSum without scaling it; there is nothing here that it could rewrite.
-onnxruntime computes the same numbers, about five times slower than :mod:`qat_export.graphs.operators`.
+Integers are stored as float32 numbers without a zero point; rounding is Round, saturation is Clip. The reason
+is OpenVINO 2026.4: it refuses QLinearConv with a scale per channel, and moves the zero point of a
+DequantizeLinear through a ReduceSum without scaling it. The operators here leave it nothing to rewrite.
+onnxruntime computes the same numbers, about five times slower than with :mod:`qat_export.graphs.operators`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from qat_export.graphs.operators import IntegerOperators, Products
 from qat_export.graphs.storage import ZERO, Array, Factor
 from qat_export.integer.network import Affine, BinaryConv
 
-#: Integers up to here are float32 numbers.
+#: Largest magnitude up to which float32 holds every integer exactly.
 _EXACT: Final = 2**24
 
 
 class StrictOperators(IntegerOperators):
-    """Integers in float32, where sums up to 2²⁴ are exact; what can exceed that is refused.
+    """Operations with integers held in float32, in which sums up to 2²⁴ are exact.
 
-    The largest sum of a binary convolution is 64 · 9 · 2048. Larger biases are rounded, as the sum is before
-    it is multiplied; a channel with such a bias saturates.
+    Sums of binary convolutions are at most 64 · 9 · 2048, which is exact. A bias beyond 2²⁴ is rounded, but a
+    channel with such a bias is saturated whatever its sum. Other sums that could exceed 2²⁴ are refused.
 
     Raises:
-        QuantizationError: from :meth:`mean` for images beyond 362×362 pixels of the trunk, and from
-            :meth:`affine_conv` for layers whose weights are too many and too large.
+        QuantizationError: from :meth:`mean` if the trunk has more than 362×362 pixels, and from
+            :meth:`affine_conv` if the magnitudes of a layer's weights add up to too much.
     """
 
     def __init__(self, builder: GraphBuilder) -> None:
-        """Append to ``builder``."""
+        """Make one that appends to the graph of ``builder``."""
         super().__init__(builder)
         self.zero = builder.constant(self.stored(0))
 
@@ -55,7 +55,7 @@ class StrictOperators(IntegerOperators):
         return self.saturated(x, grid.low, grid.high, output)
 
     def saturated(self, x: str, low: int, high: int, output: str) -> str:
-        """``x`` rounded half to even, then clamped."""
+        """``x`` rounded half to even, then clamped to ``low`` … ``high``."""
         bounds = [self.builder.constant(self.stored(bound)) for bound in (low, high)]
         rounded = self.builder.node("Round", [x], f"{output}.rounded")
         return self.builder.node("Clip", [rounded, *bounds], output)
@@ -84,11 +84,11 @@ class StrictOperators(IntegerOperators):
         return self.builder.node("Mul", [real, factor], f"{output}.scaled")
 
     def rounded_image(self, x: str, grid: Grid, output: str) -> str:
-        """See the base class; relative to the zero point."""
+        """See the base class; here the integers are relative to the zero point."""
         return self.saturated(x, grid.low - grid.zero_point, grid.high - grid.zero_point, output)
 
     def is_repeated(self, channels: int, width: int) -> bool:
-        """Never: what is gained by it is onnxruntime's integer operators."""
+        """False: repeated vectors make only onnxruntime's integer operators faster, not used here."""
         return False
 
     def sign(self, x: str, conv: BinaryConv, width: int, output: str) -> str:
@@ -112,7 +112,8 @@ class StrictOperators(IntegerOperators):
         total = self.builder.node(
             "Add", [unscaled, self.builder.constant(bias, f"{output}.bias")], f"{output}.total"
         )
-        # Rounding changes no integer; without it, runtimes fold the multiplier into the weights.
+        # The sum is an integer, which rounding does not change. But without the Round, runtimes would fold
+        # the multiplier into the weights.
         total = self.builder.node("Round", [total], f"{output}.accumulator")
         factor = self.builder.constant(layer.multiplier.reshape(1, -1, 1, 1), f"{output}.multiplier")
         return self.integer(self.builder.node("Mul", [total, factor], f"{output}.real"), grid, output)

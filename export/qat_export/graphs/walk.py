@@ -1,7 +1,7 @@
 """The order of a network's sub-blocks and the names of the tensors between them, the same in every target.
 
-A block is a 3×3 sub-block, followed by one 1×1 sub-block, or by two that both read the 3×3 one's output and
-whose own outputs are concatenated. The trunk is what flows from one sub-block to the next.
+A block is a 3×3 sub-block followed by one 1×1 sub-block, or by two that both read the output of the 3×3 one
+and whose outputs are concatenated. The trunk is the tensor that passes from one sub-block to the next.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Generic, Protocol, TypeVar
 
 
 class NamedSubBlock(Protocol):
-    """What :func:`emit_blocks` asks of a sub-block, whatever else a target keeps of it."""
+    """The attributes of a sub-block that :func:`emit_blocks` uses; a target's own class may have more."""
 
     @property
     def name(self) -> str:
-        """Module name in the network it came from."""
+        """Module name in the torch network."""
 
     @property
     def stride(self) -> int:
@@ -29,7 +29,7 @@ AnySub = TypeVar("AnySub", bound=NamedSubBlock, contravariant=True)
 
 @dataclass(frozen=True)
 class EmittedBlock(Generic[Sub]):
-    """A block: its module name, its 3×3 sub-block, and the 1×1 sub-blocks behind it."""
+    """A block: its module name, its 3×3 sub-block, and the 1×1 sub-blocks after it."""
 
     name: str
     spatial: Sub
@@ -37,7 +37,7 @@ class EmittedBlock(Generic[Sub]):
 
 
 class SubBlockEmitter(Protocol[AnySub]):
-    """A target: it appends the nodes of one sub-block to its graph. Tensors are named, not passed."""
+    """A target, which appends the nodes of one sub-block to its graph. Tensors are passed by name."""
 
     def sub_block(self, sub: AnySub, x: str, side: int, output: str, /) -> str:
         """Append a sub-block that reads ``x``, ``side`` pixels square; returns ``output``, its result."""
@@ -55,10 +55,10 @@ def emit_blocks(
         emitter: the target.
         blocks: in forward order.
         x: name of the stem's output.
-        side: of its image in pixels.
+        side: side of the stem's output in pixels.
 
     Returns:
-        Name of the last block's output, and the side of its image in pixels.
+        Name of the last block's output, and its side in pixels.
     """
     for block in blocks:
         x = emitter.sub_block(block.spatial, x, side, f"{block.name}/trunk_mid")
@@ -73,5 +73,5 @@ def emit_blocks(
 
 
 def side_behind(side: int, stride: int) -> int:
-    """Side of the image that a convolution of ``stride`` makes of one with this ``side``, both in pixels."""
+    """Side in pixels of the result of a convolution with ``stride`` on an image of ``side`` pixels."""
     return -(-side // stride)

@@ -1,7 +1,7 @@
-"""What an exported file holds, for ``qat inspect``: ONNX models and integer networks.
+"""Inspection of exported files for ``qat inspect``: ONNX models and integer networks.
 
-``exports`` describes both layer by layer, ``weight_graph`` finds the weights in an ONNX graph. The
-descriptions themselves, the verdict on them, and the inspection of checkpoints are in :mod:`qat.inspection`,
-which knows nothing of exports. Imports that, :mod:`qat_export.verify` and what lies below. Begin with
+``exports`` describes both layer by layer, and ``weight_graph`` finds the weights in an ONNX graph. The
+dataclasses of descriptions, the verdict and the inspection of checkpoints are in :mod:`qat.inspection`, which
+doesn't import this package. Imports that, :mod:`qat_export.verify` and what lies below. Begin with
 ``exports``.
 """

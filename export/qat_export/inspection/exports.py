@@ -1,4 +1,4 @@
-"""Exported models and integer networks, inspected: what is stored, and what it is unpacked to."""
+"""Inspection of exported models and integer networks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qat_export.verify.model import OnnxModel, normalization
 
 
 def inspect_network(path: Path) -> Inspection:
-    """What an integer network file holds.
+    """Describe the integer network in the file ``path``.
 
     Raises:
         CheckpointError: see :func:`qat_export.integer.file.load_network`.
@@ -64,18 +64,18 @@ def inspect_network(path: Path) -> Inspection:
 
 
 def inspect_onnx(path: Path) -> Inspection:
-    """What an exported model holds.
+    """Describe the exported model in the file ``path``.
 
     Raises:
-        CheckpointError: absent, damaged, or no model of this project; the message names the tensor where one
-            is missing or damaged.
+        CheckpointError: the file is absent, damaged, or no model of this project. If a tensor is missing or
+            damaged, the message names it.
     """
     exported = OnnxModel(path)
     try:
         graph = WeightGraph(onnx.load(path, load_external_data=False), path)
     except CheckpointError:
         raise
-    except Exception as error:  # protobuf's and onnx's exception classes share no base of their own
+    except Exception as error:  # the exceptions of protobuf and onnx share no base class
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     kind = exported.metadata["format"]
     as_float = kind.startswith("bnext-qat float")
@@ -124,7 +124,7 @@ def _network_layers(network: IntegerNetwork) -> Iterator[InspectedLayer]:
         yield InspectedLayer(
             layer.name,
             layer.kind,
-            # As shapes of 1×1 convolutions, which checkpoints have them as.
+            # With sides of 1, as in a checkpoint, where the layers of an attention are 1×1 convolutions.
             tuple(array.shape + (1, 1) * (layer.kind == "attention") for array in arrays),
             stored=SIGN_BITS if binary else arrays[0].dtype.name,
             bits=1 if binary else 8 * arrays[0].itemsize,
@@ -139,7 +139,7 @@ def _network_layers(network: IntegerNetwork) -> Iterator[InspectedLayer]:
 
 
 def _widths(layers: tuple[InspectedLayer, ...]) -> tuple[int, ...]:
-    """Channels behind the stem, then behind each block: what the next one takes."""
+    """Number of channels after the stem and after each block, from the inputs of the layers that follow."""
     spatial = {
         layer.name.split(".")[1]: layer.shapes[0][0] for layer in reversed(layers) if layer.name != "fc"
     }

@@ -1,4 +1,4 @@
-"""The weights in the graph of an exported model: initializers, and what its nodes make of them."""
+"""Find the weights in the graph of an exported model: as stored, and as the graph's nodes unpack them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat_export.graphs.storage import ZERO
 
 Array = NDArray[Any]
 _SUB_BLOCK: Final = r"(feature\.\d+\.\w+)"
-#: Names of the weights in integer models and in float ones, in the order of their layers' roles.
+#: Patterns of the names of weights in integer models and in float models, by the role of the layer.
 _INTEGER_NAMES: Final = {
     "stem": r"(feature\.0)/trunk\.weight",
     "binary": rf"{_SUB_BLOCK}/binary_weight\.bits",
@@ -32,11 +32,12 @@ _FLOAT_NAMES: Final = {
     "attention": rf"{_SUB_BLOCK}\.se\.se\.[13]\.weight",
     "classifier": r"(fc)\.weight",
 }
-#: By role, the tensor behind a layer whose type its result has; the classifier gives float32 logits.
+#: By role, ending of the name of the tensor that has the layer's result; the classifier gives float32 logits.
 _RESULTS: Final = {"stem": "/trunk", "binary": "/conv", "attention": "/attention"}
-#: Operator → position of the input that holds its multipliers.
+#: Index of the input that holds the multipliers, by operator.
 _MULTIPLIERS: Final = {"QLinearConv": 4, "Mul": 1, "DequantizeLinear": 1, "BinaryConv": 4, "Stem": 3}
-#: Most nodes to follow from a weight: the longest way to its multiplier is Cast, Sub, Conv, Add, Round, Mul.
+#: Largest number of nodes to follow from a weight to its multiplier. The longest way is Cast, Sub, Conv, Add,
+#: Round, Mul.
 _STEPS: Final = 8
 
 
@@ -44,9 +45,9 @@ class WeightGraph:
     """The initializers of a model by name, and which nodes make and read each tensor.
 
     Attributes:
-        arrays: the initializers, in the order in which the nodes first read them; then any that none reads.
+        arrays: the initializers, in the order in which nodes first read them; those that no node reads last.
         operators: types of the nodes.
-        weights: names of the layers' weights, once :meth:`layers` has been through them.
+        weights: names of the layers' weights that :meth:`layers` has yielded.
 
     Raises:
         CheckpointError: an initializer is damaged.
@@ -59,9 +60,9 @@ class WeightGraph:
         for tensor in model.graph.initializer:
             try:
                 arrays[tensor.name] = numpy_helper.to_array(tensor)
-            except Exception as error:  # whatever NumPy raises for a size that doesn't fit
+            except Exception as error:  # NumPy raises several classes for a size that doesn't fit
                 raise CheckpointError(f"{path}: {tensor.name}: damaged: {first_line(error)}") from error
-        # Nodes are in forward order in every valid graph; other tools may have written initializers in any.
+        # In a valid graph nodes are in forward order, but another tool may have changed that of initializers.
         read = [name for node in model.graph.node for name in node.input if name in arrays]
         self.arrays = {name: arrays[name] for name in dict.fromkeys([*read, *arrays])}
         self.producers = {name: node for node in model.graph.node for name in node.output}
@@ -73,10 +74,14 @@ class WeightGraph:
         self.weights: set[str] = set()
 
     def layers(self, as_float: bool, grids: Any) -> Iterator[InspectedLayer]:
-        """Every layer with weights, in forward order.
+        """Describe every layer with weights, in forward order.
+
+        Args:
+            as_float: whether it is a float model.
+            grids: the metadata property ``grids``, parsed from JSON and not trusted.
 
         Raises:
-            CheckpointError: a layer is missing, or not made as this project makes it.
+            CheckpointError: a layer is missing, or has nodes that no export of this project has.
         """
         found: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name in self.arrays:
@@ -100,7 +105,7 @@ class WeightGraph:
                 yield self._rest(name, role, initializers, result)
 
     def _checked(self, name: str) -> Array:
-        """An initializer that holds numbers."""
+        """The initializer ``name``, which must hold numbers."""
         array = self.arrays[name]
         if not array.size or not np.isfinite(array).all():
             problem = "holds values that are not finite" if array.size else "is empty"
@@ -111,7 +116,7 @@ class WeightGraph:
         array = self._checked(initializer)
         packed = initializer.endswith(".bits")
         used = self._unpacked(initializer, f"{name}/binary_weight") if packed else array
-        # The native operator reads the bits themselves.
+        # The native operator reads the packed bits: its graph has no tensor of unpacked weights.
         unpacked = f"{name}/binary_weight" if f"{name}/binary_weight" in self.producers else ""
         if used.ndim != 4 or not used.size:
             raise CheckpointError(f"{self.path}: {initializer}: shape {list(used.shape)}, expected 4 sides")
@@ -133,7 +138,7 @@ class WeightGraph:
         )
 
     def _has_prelu(self, name: str) -> bool:
-        """Whether a PReLU stands before the residual of the sub-block ``name``."""
+        """Whether the residual of the sub-block ``name`` goes through a PReLU, as in the scale kind."""
         updates = [node for node in self.consumers.get(f"{name}/y", []) if node.op_type == "TrunkUpdate"]
         return f"{name}/prelu1" in self.producers or any(
             len(node.input) > 4 and node.input[4] for node in updates
@@ -155,7 +160,7 @@ class WeightGraph:
         return InspectedLayer(
             f"{name}.se" if role == "attention" else name,
             role,
-            # As shapes of 1×1 convolutions, which checkpoints have them as.
+            # With sides of 1, as in a checkpoint, where the layers of an attention are 1×1 convolutions.
             tuple(array.shape + (1, 1) * (role == "attention" and array.ndim == 2) for array in arrays),
             stored=arrays[0].dtype.name,
             bits=8 * arrays[0].itemsize,
@@ -167,7 +172,10 @@ class WeightGraph:
         )
 
     def _unpacked(self, bits: str, output: str) -> Array:
-        """What the graph makes of sign bits: a look-up in a table, flat, cut to length, in shape."""
+        """Weights that the graph unpacks from sign bits.
+
+        The nodes look each byte up in a table, flatten the result, cut it to its length, and reshape it.
+        """
         reader = next(iter(self.consumers.get(bits, [])), None)
         if reader is not None and reader.op_type == "BinaryConv":
             return self._operator_weight(bits, reader)
@@ -196,7 +204,7 @@ class WeightGraph:
         raise CheckpointError(problem)
 
     def _operator_weight(self, bits: str, reader: onnx.NodeProto) -> Array:
-        """The weights (O, I, k, k) that the native operator reads from (O, k, k, ceil(I / 8)) bytes."""
+        """Weights (O, I, k, k) that the native operator unpacks from sign bits (O, k, k, ⌈I/8⌉)."""
         packed = self.arrays[bits]
         channels = self.arrays.get(reader.input[2], np.empty(0)).size
         shape = (*packed.shape[:3], -(-channels // 8))
@@ -209,7 +217,7 @@ class WeightGraph:
         return (2 * positive - 1).transpose(0, 3, 1, 2)
 
     def _multiplier(self, tensor: str) -> Range:
-        """Least and largest multiplier of the accumulators of the layer with this weight."""
+        """Smallest and largest multiplier of the layer whose weight is ``tensor``."""
         for _ in range(_STEPS):
             node = next(iter(self.consumers.get(tensor, [])), None)
             if node is None:
@@ -224,7 +232,7 @@ class WeightGraph:
 
 
 def _result(grids: Any, name: str) -> str:
-    """Type of a named tensor; float32 where it has no grid."""
+    """Type of the tensor ``name``: that of its grid, or float32 if it has none."""
     grid = grids.get(name) if isinstance(grids, Mapping) else None
     if not isinstance(grid, Mapping):
         return "float32"
@@ -232,10 +240,10 @@ def _result(grids: Any, name: str) -> str:
 
 
 def exact_share(weights: Array) -> float:
-    """Share of ``weights`` that are exactly ±1."""
+    """Share of ``weights``, 0 to 1, that are exactly ±1."""
     return int(np.count_nonzero(np.abs(weights) == 1)) / weights.size
 
 
 def value_range(arrays: list[Array]) -> Range:
-    """Smallest and largest value of all ``arrays``."""
+    """Smallest and largest value in all ``arrays``."""
     return min(float(array.min()) for array in arrays), max(float(array.max()) for array in arrays)

@@ -1,8 +1,8 @@
-"""What makes an integer network consistent: every rule that the interpreter and the exports rely on.
+"""The rules of a consistent integer network, on which the interpreter and the exports rely.
 
-Lowering holds its result to these rules, and so do writing and reading files. Types are not looked at here:
-they are those of the annotations in :mod:`qat_export.integer.network`, which :mod:`qat_export.integer.fields`
-enforces for files.
+They are checked after lowering, before a file is written, and after a file is read. Types of fields are not
+checked here. For files, :mod:`qat_export.integer.fields` makes sure that they are those of the annotations in
+:mod:`qat_export.integer.network`.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from qat_export.integer.network import (
 Array = NDArray[Any]
 _INT32: Final = 2**31 - 1
 _FLOAT32: Final = float(np.finfo(np.float32).max)
-#: Largest shift of slopes, see :func:`qat.quantize.folding.slope_scale`.
+#: Largest shift of slopes: :func:`qat.quantize.folding.slope_scale` gives no scale below 2^-14.
 _SLOPE_SHIFT: Final = 14
 
 
 def check_network(network: IntegerNetwork, *, by_module: bool = False) -> None:
-    """Refuse a network whose parts contradict each other, or hold values that the arithmetic excludes.
+    """Refuse a network whose parts don't fit each other, or whose values the arithmetic does not allow.
 
     Args:
-        network: its fields are of the annotated types.
-        by_module: whether messages name modules of the torch network, such as ``feature.4.FFN.conv.bias``, or
-            fields, which are the tensors of a file, such as ``blocks.3.pointwise.0.conv.bias``.
+        network: the network, with fields of the annotated types.
+        by_module: whether messages name modules of the torch network, such as ``feature.4.FFN.conv.bias``;
+            else they name fields, as tensors in a file are named, such as ``blocks.3.pointwise.0.conv.bias``.
 
     Raises:
-        QuantizationError: the first problem, naming the module or field.
+        QuantizationError: on the first problem; the message names the module or field.
     """
     _check_facts(network)
     stem = network.stem
@@ -79,7 +79,7 @@ def _check_facts(network: IntegerNetwork) -> None:
 
 
 def _check_block(block: Block, channels: int, source: Grid, name: str, *, by_module: bool) -> int:
-    """Channels of the block's output."""
+    """Check a block that reads ``channels`` channels; returns the number of channels of its output."""
     if block.input_grid != source:
         _refuse(f"{name}.input_grid", f"{block.input_grid}, but what comes before gives {source}")
     _check_grid(block.middle_grid, f"{name}.middle_grid", signed=True)
@@ -190,7 +190,14 @@ def _check_affine(layer: Affine, shape: tuple[int, ...], source: Grid, name: str
 
 
 def _check_requantization(bias: Array, multiplier: Array, reach: Array, name: str) -> None:
-    """``reach`` (C,): largest magnitude of each channel's accumulator before the bias."""
+    """Check ``(accumulator + bias) * multiplier``.
+
+    Args:
+        bias: (C,) int32.
+        multiplier: (C,) float32.
+        reach: largest possible magnitude of each channel's accumulator without the bias, (C,).
+        name: what messages call the layer.
+    """
     _check_shape(bias, reach.shape, f"{name}.bias")
     _check_shape(multiplier, reach.shape, f"{name}.multiplier")
     total = np.abs(bias.astype(np.int64)) + reach
@@ -224,7 +231,7 @@ def _check_dyadic(multiplier: Dyadic, bits: int, name: str) -> None:
 
 
 def _check_grid(grid: Grid, name: str, *, signed: bool, zero_point: int | None = 0) -> None:
-    """``zero_point`` is the one allowed, ``None`` any that the grid holds."""
+    """Check a grid; ``zero_point`` is the only one allowed, and ``None`` allows any within the grid."""
     if not 2 <= grid.bits <= 8:
         _refuse(f"{name}.bits", f"{grid.bits}, allowed: 2 to 8")
     if grid.signed is not signed:
@@ -252,7 +259,7 @@ def _check_finite(array: Array, name: str) -> None:
 
 
 def _require(value: object, wanted: bool, name: str, reason: str) -> None:
-    """Refuse an optional field that is missing where it is wanted, or there where it is not."""
+    """Refuse an optional field that is None although it is ``wanted``, or set although it is not."""
     if (value is not None) is not wanted:
         _refuse(name, f"{'missing' if wanted else 'there'}, which contradicts {reason}")
 

@@ -1,9 +1,9 @@
-"""Nested frozen dataclasses as data: their arrays by dotted name, everything else as a tree of JSON values.
+"""Convert nested frozen dataclasses to a tree of JSON values and named arrays, and back.
 
-In the place of an array the tree holds the array's digest. So a tree says which arrays belong to it, and a
-damaged array is found. Reading follows the annotations of the dataclasses; these may be ``NDArray[...]``,
-``np.float32``, ``bool``, ``int``, ``float``, ``str``, ``Literal`` of texts, ``X | None``, tuples,
-``dict[str, ...]`` and dataclasses.
+In place of an array, the tree holds the array's digest. So the tree says which arrays belong to it, and
+damaged arrays are found. Reading is guided by the annotations of the dataclasses. These may be
+``NDArray[...]``, ``np.float32``, ``bool``, ``int``, ``float``, ``str``, ``Literal`` of texts, ``X | None``,
+tuples, ``dict[str, ...]`` and dataclasses.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from qat.errors import CheckpointError
 from qat.system.tensor_hash import tensors_sha256
 
-#: What a message calls the types of a tree.
+#: Names of the types in error messages.
 _NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number with a point", str: "a text"}
 
 
 def named_arrays(value: object, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every array inside a dataclass, under names such as ``blocks.3.spatial.conv.sign_bits``."""
+    """Every array in a dataclass with its dotted name, such as ``blocks.3.spatial.conv.sign_bits``."""
     if isinstance(value, np.ndarray):
         yield name, value
     elif isinstance(value, tuple):
@@ -39,16 +39,16 @@ def named_arrays(value: object, name: str = "") -> Iterator[tuple[str, NDArray[A
 def digest(array: NDArray[Any]) -> str:
     """SHA-256 of an array's type, shape and values, as 64 hexadecimal digits.
 
-    The facts that :func:`qat.system.tensor_hash.tensors_sha256` covers are ``[type, shape]``.
+    Computed by :func:`qat.system.tensor_hash.tensors_sha256` with ``[type, shape]`` as its facts.
     """
     values = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
     return tensors_sha256([([array.dtype.name, list(array.shape)], values)])
 
 
 def to_tree(value: object) -> Any:
-    """``value`` as JSON: dataclasses as objects, tuples as lists, arrays as their :func:`digest`.
+    """``value`` as JSON values: dataclasses become objects, tuples lists, and arrays their :func:`digest`.
 
-    Floats come back from JSON bit for bit, NumPy scalars included, as long as they are finite.
+    Finite floats, also those of NumPy, are read back from JSON bit for bit.
     """
     if isinstance(value, np.ndarray):
         return digest(value)
@@ -62,16 +62,17 @@ def to_tree(value: object) -> Any:
 
 
 def from_tree(hint: Any, node: object, arrays: dict[str, NDArray[Any]], name: str = "") -> Any:
-    """The value of type ``hint`` that :func:`to_tree` made ``node`` of.
+    """The value of type ``hint`` that :func:`to_tree` turned into ``node``.
 
     Args:
-        hint: a dataclass, or any other annotation that the module names.
-        node: JSON, not trusted.
-        arrays: by dotted name; those that are used are taken out.
-        name: of the value, for messages.
+        hint: a dataclass, or another annotation that the module's docstring lists.
+        node: JSON values from a file, which is not trusted.
+        arrays: arrays by dotted name; those that belong to the value are removed.
+        name: dotted name of the value, for messages.
 
     Raises:
-        CheckpointError: naming the field: a key or an array is missing, unknown, damaged or of another type.
+        CheckpointError: a key or an array is missing, unknown, damaged or of another type; the message names
+            the field.
     """
     origin, options = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -131,11 +132,11 @@ def _array(dtype: np.dtype[Any], node: object, arrays: dict[str, NDArray[Any]], 
 def _scalar(hint: Any, node: object, name: str) -> Any:
     if hint is np.float32:
         with np.errstate(over="ignore"):
-            # The comparison is False for NaN, too.
+            # The comparison is also False for NaN, which is refused.
             if isinstance(node, float) and float(np.float32(node)) == node:
                 return np.float32(node)
         raise CheckpointError(f"{name}: found {_shown(node)}, expected a float32 number with a point")
-    # Exactly this type: True is an int to Python, and 1 is no float to readers of the tree.
+    # Not isinstance: to Python True is an int, but not here.
     if type(node) is not hint:
         raise CheckpointError(f"{name}: found {_shown(node)}, expected {_NAMES[hint]}")
     return node
@@ -151,7 +152,7 @@ def _dotted(name: str, leaf: str) -> str:
 
 
 def _shown(node: object) -> str:
-    """A value from a file, short and safe to print."""
+    """A value from a file as a short text that is safe to print."""
     if isinstance(node, list):
         return f"a list of {len(node)}"
     if isinstance(node, dict):

@@ -1,14 +1,14 @@
-"""Integer networks as files: safetensors, no pickle, no torch to write or to read one.
+"""Integer networks as safetensors files, written and read without pickle and without torch.
 
-The tensors are the arrays of the description under dotted names such as ``blocks.3.spatial.conv.sign_bits``,
-of the types and shapes that :mod:`qat_export.integer.network` states. All other fields are in one JSON text
-under the metadata key :data:`FORMAT`::
+The tensors are the arrays of the network under dotted names such as ``blocks.3.spatial.conv.sign_bits``, with
+the types and shapes that :mod:`qat_export.integer.network` gives. All other fields are in one JSON text under
+the metadata key :data:`FORMAT`::
 
     {"format_version": 1, "network": {...}, "sha256": "...", "versions": {"bnext-qat": "..."}}
 
-``network`` is the tree of :func:`qat_export.integer.fields.to_tree`: what is an array in the description is
-that array's digest there. ``sha256`` is that of the text without ``sha256`` itself. So every bit of a file
-that means anything is covered, tensors one by one. Equal networks are equal files.
+``network`` is the tree of :func:`qat_export.integer.fields.to_tree`, in which each array is replaced by its
+digest. ``sha256`` is the digest of the text without ``sha256`` itself. So a change of any tensor or field is
+found. Equal networks give equal files.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ FORMAT_VERSION: Final = 1
 
 
 def save_network(network: IntegerNetwork, path: Path) -> None:
-    """Write ``network`` to ``path``, atomically; equal networks give equal bytes.
+    """Write ``network`` to ``path`` atomically; equal networks give equal bytes.
 
     Args:
-        network: what :func:`qat_export.lowering.network.lower` gives; it is not changed.
+        network: the network, such as :func:`qat_export.lowering.network.lower` returns.
         path: file to create or replace.
 
     Raises:
-        CheckpointError: the network is not consistent, or a field is not of the type that the description
-            states: :func:`load_network` would refuse it.
+        CheckpointError: :func:`load_network` would refuse the network, since it is not consistent or a field
+            has another type than its annotation.
         OutputError: ``path`` cannot be written.
     """
-    # safetensors takes memory as it lies there, and would scramble what is not contiguous.
+    # safetensors writes an array's memory as it is, which is wrong for arrays that are not contiguous.
     arrays = {
         name: np.ascontiguousarray(array, array.dtype.newbyteorder("="))
         for name, array in named_arrays(network)
@@ -59,19 +59,19 @@ def save_network(network: IntegerNetwork, path: Path) -> None:
         raise CheckpointError(f"{path}: not written: {error}") from error
     header = {"format_version": FORMAT_VERSION, "network": tree, "versions": {"bnext-qat": __version__}}
     text = _text(header | {"sha256": _sha256(header)})
-    # All metadata under one key: safetensors keeps several in no fixed order.
+    # All metadata under one key, since safetensors writes several keys in no fixed order.
     write_atomically(path, safetensors.numpy.save(arrays, {FORMAT: text}))
 
 
 def load_network(path: Path) -> IntegerNetwork:
-    """Read a network that :func:`save_network` wrote; every field is as it was, bit for bit.
+    """Read a network that :func:`save_network` wrote. Every field is the same, bit for bit.
 
     Args:
-        path: file to read; the network doesn't depend on it afterwards.
+        path: file to read; it is not needed any more afterwards.
 
     Raises:
-        CheckpointError: the file is absent, damaged, cut short, of another kind or a newer version, or what
-            it describes is not consistent; the message names the file and the tensor or field.
+        CheckpointError: the file is absent, damaged, cut short, of another kind or of a newer version, or its
+            network is not consistent; the message names the file and the tensor or field.
     """
     arrays, metadata = _read(path)
     try:
@@ -101,7 +101,7 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except CheckpointError:
         raise
-    # A damaged header is a SafetensorError; a type that NumPy lacks gives errors of several other classes.
+    # A damaged header raises SafetensorError, a type that NumPy lacks one of several other classes.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         reason = "".join(c if c.isprintable() else "?" for c in reason)
@@ -109,7 +109,7 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
 
 
 def _network_tree(text: str) -> object:
-    """The network's part of the metadata, once its version and its digest are found to be right."""
+    """The tree of the network in the metadata ``text``, whose version and digest are checked."""
     try:
         header = json.loads(text, parse_constant=_finite, parse_float=_finite)
         recorded = header.pop("sha256", None) if isinstance(header, dict) else None
@@ -120,7 +120,7 @@ def _network_tree(text: str) -> object:
     version = header.get("format_version") if isinstance(header, dict) else None
     if type(version) is not int or version < 1:
         raise CheckpointError("its metadata has no format version")
-    # Before anything else: a newer version may have other keys and another digest.
+    # Check the version first, since a newer one may have other keys and another digest.
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"has format version {str(version)[:20]}; "

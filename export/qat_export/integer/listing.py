@@ -1,4 +1,4 @@
-"""The listing of an integer network: a line per layer with weights, and totals, for a terminal."""
+"""The listing of an integer network for a terminal: a line per layer with weights, and totals."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Layer:
     """One layer with weights, as the listing shows it.
 
     Attributes:
-        name: module in the network it came from.
+        name: module name in the torch network.
         kind: what it is, in a word or two.
-        shape: of its weights; of channel attention, the lengths of the three vectors.
-        weights: how many.
-        bits: of a weight; where weights have several bits, what the largest of them needs.
-        stride: of a convolution over the image, else ``None``.
-        size: bytes that the weights take.
-        result: type of what its requantization gives.
-        multipliers: least and largest multiplier of an accumulator.
+        shape: shape of its weights; of channel attention, the lengths of its three vectors.
+        weights: number of weights.
+        bits: bits of a weight: 1 if binary, else as many as the weight of the largest magnitude needs.
+        stride: stride of a convolution over the image, else ``None``.
+        size: bytes of the weights.
+        result: type of the layer's result, after requantization.
+        multipliers: smallest and largest multiplier of its requantization.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Layer:
     multipliers: tuple[float, float]
 
     def cells(self) -> tuple[str, ...]:
-        """The line of the listing, cell by cell."""
+        """The cells of the layer's line in the listing."""
         stride = "" if self.stride is None else str(self.stride)
         multipliers = " … ".join(f"{multiplier:.2e}" for multiplier in self.multipliers)
         numbers = str(self.bits), stride, f"{self.size:,}"
@@ -72,7 +72,7 @@ def layers(network: IntegerNetwork) -> Iterator[Layer]:
 
 
 def describe(network: IntegerNetwork) -> str:
-    """A table with a line per layer, then totals; no line end after the last line.
+    """A table with a line per layer, then totals, as text without a newline at the end.
 
     Columns: name, kind, shape of the weights, bits of a weight, stride, bytes of the weights, type of the
     result, range of the multipliers.
@@ -80,7 +80,7 @@ def describe(network: IntegerNetwork) -> str:
     listed = list(layers(network))
     rows = [_HEADINGS, *(layer.cells() for layer in listed)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    # Numbers end in one column, texts begin in one.
+    # Numbers are aligned right, texts left.
     aligned = [
         "  ".join(
             cell.rjust(width) if heading in ("bits", "stride", "bytes") else cell.ljust(width)
@@ -121,7 +121,7 @@ def _binary_layer(sub: SubBlock) -> Layer:
 
 
 def _affine_layer(name: str, kind: str, layer: Affine, result: Grid | None, stride: int | None) -> Layer:
-    """``result`` is ``None`` where it is float32 logits."""
+    """A layer with integer weights; ``result`` is the grid of its result, ``None`` for float32 logits."""
     weight = layer.weight
     return Layer(
         name,
@@ -137,7 +137,7 @@ def _affine_layer(name: str, kind: str, layer: Affine, result: Grid | None, stri
 
 
 def _bits(layer: Affine) -> int:
-    """Bits of a symmetric grid that holds the weights, at least 2."""
+    """Bits of the smallest symmetric grid that holds the layer's weights, at least 2."""
     return max(int(np.abs(layer.weight.astype(np.int16)).max()).bit_length() + 1, 2)
 
 

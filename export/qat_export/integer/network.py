@@ -1,12 +1,12 @@
-"""The lowered description of a network: plain dataclasses of integers and float32 multipliers, no torch.
+"""The integer network: plain dataclasses of integers and float32 multipliers, without torch.
 
 Every tensor between the image and the logits holds integers ``q`` that stand for ``q * scale``. The scales
-are in :attr:`IntegerNetwork.grids` for readers, and appear in no arithmetic: they have been folded into
-multipliers. "In steps of" a tensor means in multiples of its scale. What the numbers mean, operation by
-operation, is defined by the interpreter in :mod:`qat_export.integer.reference`.
+are in :attr:`IntegerNetwork.grids` for information only. No operation uses them, since they are folded into
+the multipliers. "In steps of" a tensor means in multiples of its scale. The interpreter in
+:mod:`qat_export.integer.reference` defines every operation.
 
-A sub-block's parts have the names of the float network: BN1 and PReLU2 follow the binary convolution and give
-``y``; PReLU1 stands before the residual, BN2 at the end of the branch from ``y`` to the sum.
+The parts of a sub-block have the names of the float network. BN1 and PReLU2 follow the binary convolution and
+give ``y``. The branch leads from ``y`` through BN2 to the sum; PReLU1 changes the residual in the scale kind.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Int16 = NDArray[np.int16]
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
-#: Thresholds lie in -128 … 128: at -128 every input is +1, at 128 none is.
+#: Smallest and largest threshold of a sign: at -128 every input gives +1, at 128 none does.
 ALWAYS, NEVER = -128, 128
-#: Grid of a gain vector. What its integers stand for is folded into the multipliers before and after it.
+#: Grid of every gain vector. Its true scale is folded into the multipliers before and after the gain.
 GAIN = Grid(1.0, 8, signed=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """PReLU on integers: ``q`` where ``q >= 0``, else ``round(q * integers / 2**shift)``.
+    """Slopes of a PReLU on integers: ``q`` if ``q >= 0``, else ``round(q * integers / 2**shift)``.
 
     Attributes:
-        integers: (C,) int8.
-        shift: at most 14; may be negative.
+        integers: (C,) int8, one slope per channel.
+        shift: at most 14; it may be negative.
     """
 
     integers: Int8
@@ -49,11 +49,11 @@ class Slopes:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """Integer weights with requantization: ``round((weight · q + bias) * multiplier)``.
+    """A layer with integer weights, and its requantization: ``round((weight · q + bias) * multiplier)``.
 
     Attributes:
         weight: (O, I) or (O, I, k, k) int8.
-        bias: (O,) int32, in units of the accumulator.
+        bias: (O,) int32, in the unit of the accumulator ``weight · q``.
         multiplier: (O,) float32.
     """
 
@@ -64,7 +64,7 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class Stem:
-    """3×3 convolution of the uint8 image with padding 1; weights (C, 3, 3, 3)."""
+    """The stem: a 3×3 convolution of the uint8 image with padding 1; its weights are (C, 3, 3, 3)."""
 
     conv: Affine
     stride: int
@@ -73,16 +73,18 @@ class Stem:
 
 @dataclass(frozen=True, eq=False)
 class BinaryConv:
-    """Threshold, binary convolution, requantization.
+    """Threshold, binary convolution and requantization.
 
-    The input bit of channel ``c`` is +1 where ``q >= threshold[c]``, else -1; padding adds nothing.
-    The accumulator is the sum of products of ±1 times :data:`qat.quantize.dyadic.ACCUMULATOR_UNIT`.
+    The sign of an input ``q`` in channel ``c`` is +1 if ``q >= threshold[c]``, else -1. Padding is 0. The
+    accumulator is the sum of the products of signs and weights, all ±1, times
+    :data:`qat.quantize.dyadic.ACCUMULATOR_UNIT`, 64.
 
     Attributes:
         threshold: (C,) int16 in -128 … 128.
-        sign_bits: weights (C, C, k, k) in C order, 8 to a byte, most significant bit first; 1 is +1.
-        kernel_size: 1 or 3; padding is ``kernel_size // 2``.
-        bias: (C,) int32, in 1/64 of a product.
+        sign_bits: weights (C, C, k, k) in C order, 8 to a byte, the first in the most significant bit; a bit
+            of 1 is +1, of 0 is -1.
+        kernel_size: k, 1 or 3; padding is ``kernel_size // 2``.
+        bias: (C,) int32, in the unit of the accumulator, 1/64 of a product.
         multiplier: (C,) float32, positive.
     """
 
@@ -95,7 +97,7 @@ class BinaryConv:
 
     @property
     def channels(self) -> int:
-        """Input and output channels."""
+        """Number of input channels, which is that of output channels."""
         return len(self.threshold)
 
     @property
@@ -104,7 +106,7 @@ class BinaryConv:
         return (self.channels, self.channels, self.kernel_size, self.kernel_size)
 
     def weight(self) -> Int8:
-        """The weights unpacked: (C, C, k, k) int8 of ±1."""
+        """The unpacked weights: (C, C, k, k) int8, ±1."""
         bits = np.unpackbits(self.sign_bits, count=math.prod(self.shape)).astype(np.int8)
         return (2 * bits - 1).reshape(self.shape)
 
@@ -113,19 +115,19 @@ class BinaryConv:
 class Attention:
     """Channel attention: a factor per channel, from the means of the sub-block's input and of ``y``.
 
-    The weighted sum of both means is the pooled vector; two 1×1 layers make the hidden vector and the logits
-    of it, and a table their sigmoid.
+    The weighted sum of both means is the pooled vector. A 1×1 layer turns it into the hidden vector, another
+    one that into logits, and a table the logits into the attention, their sigmoid.
 
     Attributes:
-        input_mean, y_mean: (C,) float32 multipliers that turn both means into steps of the pooled vector,
-            the mix scale included.
-        pooled, hidden, logits: grids of the three vectors; hidden is unsigned, the others are signed.
-        reduce: 1×1 layer to the hidden vector; its unsigned grid cuts at 0, as ReLU does.
-        expand: 1×1 layer to the logits.
-        table: (256,) uint8, the sigmoid of logit ``index - 128``.
-        attention: grid of the table's values (unsigned, 0 to 1).
-        gain: (C,) float32 multiplier from integers of the attention to integers of the gain vector, which
-            BN2's gain is part of.
+        input_mean, y_mean: (C,) float32, multipliers from the two means to steps of the pooled vector; they
+            contain the mix scale.
+        pooled, hidden, logits: grids of the three vectors; that of hidden is unsigned, the others are signed.
+        reduce: 1×1 layer from pooled to hidden. Saturation to the unsigned grid acts as the ReLU.
+        expand: 1×1 layer from hidden to the logits.
+        table: (256,) uint8, the attention for the logit ``index - 128``.
+        attention: grid of the table's values: unsigned, from 0 to 1.
+        gain: (C,) float32, multiplier from the integers of the attention to those of the gain vector; it
+            contains BN2's gain.
     """
 
     input_mean: Float32
@@ -142,15 +144,16 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """From ``y`` to BN2's result: ``gain * y``, times the residual in the scale kind, plus BN2's offset.
+    """The branch from ``y`` to BN2's result: ``gain * y``, in the scale kind times the residual, plus offset.
 
     Attributes:
-        gain: BN2's gain, int8 (C,); ``None`` where channel attention makes the gain, for each image anew.
+        gain: (C,) int8, BN2's gain; ``None`` with channel attention, which computes a gain for each image.
         first: multiplier of ``gain * y``.
-        product: grid of ``gain * y`` before it meets the residual (scale kind), else ``None``.
-        second: multiplier of product times residual (scale kind), else ``None``.
+        product: grid of ``gain * y`` in the scale kind, where it is rounded before it is multiplied with the
+            residual; ``None`` in the bias kind.
+        second: multiplier of product times residual; ``None`` in the bias kind.
         offset: (C,) int8, BN2's offset in steps of the branch.
-        grid: grid of the branch, before and after the offset.
+        grid: grid of the branch, before and after the offset is added.
     """
 
     gain: Int8 | None
@@ -166,15 +169,15 @@ class SubBlock:
     """One binary convolution with everything around it.
 
     Attributes:
-        name: module name in the network it came from.
-        kind: "scale" where the residual is a factor of the branch too, "bias" where it is only added.
+        name: module name in the torch network.
+        kind: "scale" if the branch is also multiplied with the residual, "bias" if they are only added.
         y_grid: grid of the convolution's result, before and after PReLU2.
-        slopes: PReLU2.
-        residual_slopes: PReLU1 (scale kind), else ``None``.
-        attention: ``None`` without information recoupling.
-        branch: ``None`` where ``y`` is added to the residual as it is.
-        branch_multiplier, residual_multiplier: turn both terms of the sum into steps of the output; their
-            shifts are equal.
+        slopes: slopes of PReLU2.
+        residual_slopes: slopes of PReLU1; ``None`` in the bias kind.
+        attention: channel attention; ``None`` without information recoupling.
+        branch: branch from ``y`` to BN2's result; ``None`` if ``y`` itself is added to the residual.
+        branch_multiplier, residual_multiplier: multipliers of both terms of the sum, to steps of the output;
+            of equal shifts.
     """
 
     name: str
@@ -189,7 +192,7 @@ class SubBlock:
     residual_multiplier: Dyadic
 
     def grids(self, source: Grid) -> dict[str, Grid]:
-        """Grid of every tensor inside, by name; ``source`` is that of the input."""
+        """Grid of every tensor inside, by name; ``source`` is the grid of the input."""
         grids = {f"{self.name}/conv": self.y_grid, f"{self.name}/y": self.y_grid}
         if self.residual_slopes is not None:
             grids[f"{self.name}/prelu1"] = source
@@ -222,9 +225,9 @@ class Head:
     """PReLU (``slopes``), mean over the image, classifier.
 
     Attributes:
-        mean: float32 multiplier that turns the mean into steps of the classifier's input.
+        mean: float32 multiplier from the mean to steps of the classifier's input.
         input: grid of the classifier's input.
-        classifier: weight (classes, C); multiplier in logits.
+        classifier: layer with weight (classes, C), whose multiplier gives logits.
     """
 
     slopes: Slopes
@@ -238,11 +241,11 @@ class IntegerNetwork:
     """A whole network.
 
     Attributes:
-        architecture: one line of text.
-        image_size: side of the images an export takes; the description itself fits any size.
+        architecture: description of the network, one line of text.
+        image_size: side of the images in pixels that exports take by default; the network itself fits any.
         mean, std: normalization of the float image, per channel.
-        class_names: in the order of the logits.
-        metadata: further texts by name, which every export carries along.
+        class_names: names of the classes in the order of the logits.
+        metadata: further texts by name, which exports copy into their metadata.
     """
 
     architecture: str
@@ -274,7 +277,7 @@ class IntegerNetwork:
         return grids | {"head/prelu": self.blocks[-1].output_grid, "head/input": self.head.input}
 
     def __str__(self) -> str:
-        """A few lines: layers, weights, bits."""
+        """A summary of a few lines: layers, weights and bits."""
         binary = [math.prod(sub.conv.shape) for sub in self.sub_blocks()]
         other = sum(affine.weight.size for affine in self.affines())
         return (
@@ -285,7 +288,7 @@ class IntegerNetwork:
         )
 
     def affines(self) -> Iterator[Affine]:
-        """Layers with integer weights of more than one bit."""
+        """All layers with integer weights of more than one bit, in forward order."""
         yield self.stem.conv
         for sub in self.sub_blocks():
             if sub.attention is not None:

@@ -1,21 +1,21 @@
-"""The specification of the numbers: a NumPy interpreter of `IntegerNetwork`.
+"""The specification of an integer network's numbers: an interpreter in NumPy.
 
-What an integer network computes is defined by this file and nowhere else; every export is compared with it,
-tensor by tensor. It is meant to be read in one sitting, from top to bottom, beside
-:mod:`qat_export.integer.network`, which says what each constant is: first the operations, a few lines each,
-then :class:`Interpreter`, which applies them in the order of the network.
+This file alone defines what an integer network computes, and every export is compared with it, tensor by
+tensor. It is meant to be read from top to bottom together with :mod:`qat_export.integer.network`, which says
+what each constant is. The operations come first, a few lines each, then :class:`Interpreter`, which applies
+them in the order of the network.
 
 Rules that hold everywhere:
 
 - ``rint`` rounds half to even; ``saturate`` clamps to the grid's integers, after rounding.
-- A multiplier is float32. The product of an integer (converted to float32) and a multiplier is one float32
-  multiplication; a sum of two such products is one float32 addition. Nothing is fused or reordered.
-- Products with a :class:`~qat.quantize.dyadic.Dyadic`, sums of two of them and products with a PReLU's slope
-  are exact in float32, whatever the order; here float64 computes them.
+- A multiplier is float32. An integer is converted to float32 and multiplied by it in one float32
+  multiplication; two such products are added in one float32 addition. Nothing is fused or reordered.
+- Products with a :class:`~qat.quantize.dyadic.Dyadic`, sums of two of them, and products with a slope of a
+  PReLU are exact in float32, in any order of operations. Here they are computed in float64.
 - Convolutions, sums and linear layers are exact int32 sums.
 
-Shapes: activations are (N, C, H, W), vectors (N, C); int16 holds every grid. Each intermediate tensor is kept
-under the name that exported graphs give it.
+Activations are (N, C, H, W) and vectors (N, C), int16. The interpreter keeps each intermediate tensor under
+the name that it has in exported graphs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ F32 = np.float32
 
 
 def saturate(values: Array, grid: Grid) -> Array:
-    """Round half to even, then clamp to the grid's integers: int16."""
+    """Round half to even, then clamp to the grid's integers: any shape → int16."""
     return np.clip(np.rint(values), grid.low, grid.high).astype(np.int16)
 
 
 def requantize(accumulator: Array, bias: Array, multiplier: Array, grid: Grid) -> Array:
-    """``saturate(float32(accumulator + bias) * multiplier)``, per channel (axis 1)."""
+    """``saturate(float32(accumulator + bias) * multiplier)``: accumulator (N, C, ...), constants (C,)."""
     shape = (1, -1) + (1,) * (accumulator.ndim - 2)
     total = accumulator.astype(np.int32) + bias.reshape(shape)
     return saturate(total.astype(F32) * multiplier.reshape(shape), grid)
@@ -53,18 +53,18 @@ def convolve(x: Array, weight: Array, stride: int) -> Array:
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (2, 3))[:, :, ::stride, ::stride]
     height, width = windows.shape[2:4]
     columns = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, channels * size * size)
-    # float64 holds every partial sum exactly, and its matrix product is the fast one.
+    # float64 holds every partial sum exactly, and NumPy's matrix product is much faster on it than on int32.
     out = columns.astype(np.float64) @ weight.reshape(len(weight), -1).T.astype(np.float64)
     return out.astype(np.int32).reshape(n, height, width, len(weight)).transpose(0, 3, 1, 2)
 
 
 def signs(x: Array, conv: BinaryConv) -> Array:
-    """+1 where ``x >= threshold`` of the channel, else -1: (N, C, H, W) int8."""
+    """+1 if ``x`` is at least the threshold of its channel, else -1: (N, C, H, W) → int8."""
     return np.where(x >= conv.threshold.reshape(1, -1, 1, 1), 1, -1).astype(np.int8)
 
 
 def prelu(x: Array, slopes: Slopes, grid: Grid) -> Array:
-    """``x`` where it is not negative, else ``saturate(x * slope)``, per channel."""
+    """``x`` if it is not negative, else ``saturate(x * slope)``, with a slope per channel: (N, C, H, W)."""
     products = x.astype(np.int32) * slopes.integers.reshape(1, -1, 1, 1)
     return np.where(x >= 0, x, saturate(np.ldexp(products, -slopes.shift), grid))
 
@@ -76,26 +76,29 @@ def multiply(a: Array, b: Array, multiplier: Dyadic, grid: Grid) -> Array:
 
 
 def pad_to_even(x: Array) -> Array:
-    """Replicate the last row and column where a side is odd."""
+    """Repeat the last row if H is odd, and the last column if W is odd: (N, C, H, W)."""
     return np.pad(x, ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, x.shape[3] % 2)), mode="edge")
 
 
 def pool2x2(x: Array, grid: Grid) -> Array:
-    """Mean of each 2×2 window (edge-replicated to even sides), rounded half to even."""
+    """Mean of each 2×2 window, rounded half to even, after :func:`pad_to_even`."""
     x = pad_to_even(x).astype(np.int32)
     total = x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]
     return saturate(total / 4, grid)
 
 
 def mean_in_steps(x: Array, multiplier: Array | F32) -> Array:
-    """``float32(sum) * (multiplier / pixels)`` over the image, quotient first: (N, C) float32."""
+    """``float32(sum over the image) * (multiplier / pixels)``: (N, C, H, W) → (N, C) float32.
+
+    The quotient in brackets is computed first and rounded to float32.
+    """
     pixels = F32(x.shape[2] * x.shape[3])
     total: Array = x.sum((2, 3), dtype=np.int32).astype(F32)
     return total * (multiplier / pixels).astype(F32)
 
 
 class Interpreter:
-    """Executes a network and keeps every intermediate tensor of the last run in :attr:`tensors`."""
+    """Executes an integer network; :attr:`tensors` has every intermediate tensor of the last run by name."""
 
     def __init__(self, network: IntegerNetwork) -> None:
         """Take the network to execute."""
@@ -128,9 +131,9 @@ class Interpreter:
     def sub_block(self, sub: SubBlock, x: Array, source: Grid, output: Grid) -> Array:
         """One sub-block: input on the grid ``source``, result on the grid ``output``.
 
-        - ``q``: binary convolution of the input's signs, requantized; ``y = PReLU2(q)``
-        - residual: the input, through PReLU1 in the scale kind, 2×2 means of it at stride 2
-        - branch: ``gain * y``, times the residual in the scale kind, plus BN2's offset; or ``y`` itself
+        - ``y``: PReLU2 of the requantized binary convolution of the input's signs
+        - residual: the input; in the scale kind PReLU1 of it; at stride 2 its 2×2 means
+        - branch: ``gain * y``, in the scale kind times the residual, plus BN2's offset; or ``y`` itself
         - result: ``branch * branch_multiplier + residual * residual_multiplier``
         """
         keep, conv, name = self.tensors, sub.conv, sub.name
@@ -167,7 +170,7 @@ class Interpreter:
         return saturate(total, output)
 
     def attention(self, attention: Attention, x: Array, y: Array, name: str) -> Array:
-        """The gain vector (N, C) int16: attention, from the means of ``x`` and ``y``, times BN2's gain."""
+        """The gain vector (N, C) int16: the attention, computed from ``x`` and ``y``, times BN2's gain."""
         keep = self.tensors
         mix = mean_in_steps(x, attention.input_mean) + mean_in_steps(y, attention.y_mean)
         pooled = keep[f"{name}/pooled"] = saturate(mix, attention.pooled)
@@ -178,7 +181,7 @@ class Interpreter:
 
     @staticmethod
     def linear(x: Array, layer: Affine, grid: Grid) -> Array:
-        """(N, I) → (N, O) on ``grid``; an unsigned grid's 0 is the ReLU of what it holds."""
+        """(N, I) → (N, O) on ``grid``. If the grid is unsigned, saturation acts as a ReLU."""
         accumulator = x.astype(np.int32) @ layer.weight.reshape(len(layer.weight), -1).T.astype(np.int32)
         return requantize(accumulator, layer.bias, layer.multiplier, grid)
 

@@ -1,8 +1,8 @@
 """Lowering: a fine-tuned, fake-quantized BNext becomes an :class:`qat_export.integer.network.IntegerNetwork`.
 
-The arithmetic constants are those that the network's own modules compute with in evaluation mode (their
-``integers()``); here they are checked, turned into NumPy, and binary weights are packed. What the description
-can't express is refused, by module name (:mod:`qat_export.lowering.refusals`).
+The constants are those that the network's own modules use in evaluation mode (their ``integers()``). Here
+they are checked and converted to NumPy, and binary weights are packed into bits. A network that can't be
+lowered is refused, with the name of the module (:mod:`qat_export.lowering.refusals`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from qat.errors import QuantizationError
 from qat.grid import Grid
 from qat.models.bnext import BNext
 from qat.nn.block import Block as FloatBlock
+from qat.quantize.activation_quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.attention import AttentionIntegers, FakeQuantSqueezeExcitation
 from qat.quantize.folding import LayerIntegers, slope_scale
 from qat.quantize.preparation import model_is_prepared
-from qat.quantize.quantizers import ActivationQuantizer, FixedQuantizer
 from qat.quantize.stem_and_head import FakeQuantLinear, FakeQuantPool, FakeQuantPReLU, FakeQuantStem
 from qat.quantize.sub_block import FakeQuantSubBlock
 from qat.quantize.sub_block_constants import BranchIntegers
@@ -65,14 +65,14 @@ def lower(
 
     Args:
         model: fake-quantized network; it is not changed.
-        image_size: side of the images an export takes, in pixels.
-        mean, std: the normalization its inputs went through.
-        class_names: in the order of the logits; numbers where empty.
-        metadata: facts to carry along.
+        image_size: side of the images in pixels that exports take by default.
+        mean, std: normalization of the network's inputs, per channel.
+        class_names: names in the order of the logits; if empty, classes are named by number.
+        metadata: texts by name that exports copy into their metadata.
 
     Raises:
-        QuantizationError: something the description can't express, naming the module; or an image size,
-            normalization or number of class names that no such network has.
+        QuantizationError: a module can't be expressed as integers (the message names it); or the image size,
+            normalization or number of class names is impossible.
     """
     if not model_is_prepared(model):
         raise QuantizationError(
@@ -134,7 +134,8 @@ def _sub_block(module: FakeQuantSubBlock, name: str, source: Grid) -> SubBlock:
     y_grid = _grid(module.y, f"{name}.y")
     branch_grid = _grid(module.branch, f"{name}.branch") if module.has_branch else y_grid
     product_grid = _grid(module.product, f"{name}.product") if module.kind == "scale" else None
-    # Before the constants, which need these grids: a grid that is not known is refused here, by its name.
+    # Computing the constants needs these grids. Reading them first gives a message that names the one that is
+    # not calibrated.
     grids = _attention_grids(module, name) if module.infor_recoupling else None
     if module.has_branch:
         refuse_branch(module, name)
@@ -221,7 +222,7 @@ def _head(model: BNext) -> Head:
 
 
 def _named(name: str, integers: Callable[[], Constants]) -> Constants:
-    """A module's constants; an error in computing them gets the module's name."""
+    """The constants that ``integers`` computes; the message of an error is prefixed by the module's name."""
     try:
         return integers()
     except QuantizationError as error:
@@ -238,7 +239,7 @@ def _affine(layer: LayerIntegers, *, flat: bool = False) -> Affine:
 
 
 def _thresholds(bias: Tensor, source: Grid) -> NDArray[np.int16]:
-    """Smallest integer whose dequantized value plus the channel's bias is not negative, in float32."""
+    """Thresholds (C,) of the signs: the smallest integer ``q`` with ``q * scale + bias >= 0`` in float32."""
     integers = np.arange(source.low, source.high + 1)
     values = integers.astype(np.float32) * np.float32(source.scale)
     positive = values[None, :] + _array(bias.float()).reshape(-1, 1) >= 0
@@ -252,7 +253,11 @@ def _slopes(prelu: nn.PReLU) -> Slopes:
 
 
 def _grid(quantizer: nn.Module, name: str) -> Grid:
-    """Grid of an activation quantizer."""
+    """Grid of the activation quantizer ``name``.
+
+    Raises:
+        QuantizationError: it is left in float, is not calibrated, or has a grid that integer networks lack.
+    """
     if isinstance(quantizer, FixedQuantizer):
         grid = Grid(
             float(quantizer.scale), quantizer.bits, signed=False, zero_point=int(quantizer.zero_point)

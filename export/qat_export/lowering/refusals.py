@@ -1,8 +1,8 @@
-"""What lowering refuses of a fake-quantized network before it takes its constants; each error names a module.
+"""Checks for fake-quantized networks that can't be lowered; each error names a module.
 
-These can be expressed, and are not refused: gains of batch normalizations that are zero (the channel is
-constant) or negative (the signs of its weights are flipped), variances of zero, slopes of PReLU that are
-zero, negative or above 1, rows of zeros in stem, channel attention and classifier.
+Some unusual values can be lowered and are not refused: gains of batch normalizations that are zero (the
+channel is constant) or negative (the signs of its weights are flipped), variances of zero, slopes of PReLU
+that are zero, negative or above 1, and rows of zeros in stem, channel attention and classifier.
 
 A step is the scale of a grid: the difference between the values of two neighbouring integers.
 """
@@ -19,19 +19,19 @@ from qat.checkpoints.tensor_checks import not_finite
 from qat.errors import QuantizationError
 from qat.nn.layers import BinaryConv2d
 from qat.quantize.folding import folded_constants
-from qat.quantize.quantizers import LARGEST_BITS
+from qat.quantize.quantizer_base import LARGEST_BITS
 from qat.quantize.sub_block import FakeQuantSubBlock
 
-#: Steps of grids lie between the inverse of this and this: any ratio of two is a float32 number above 0.
-#: Calibration gives no step below 2**-23.
+#: Largest step of a grid, and the inverse of the smallest. Within these bounds, the ratio of any two steps is
+#: a positive float32 number. Calibration gives no step below 2**-23.
 LARGEST_STEP: Final = 2.0**60
 
 
 def refuse_values(model: nn.Module) -> None:
-    """Refuse a parameter or buffer that is not finite, and negative variances; observers may hold anything.
+    """Refuse parameters and buffers that are not finite, and negative variances. Observers are not checked.
 
     Raises:
-        QuantizationError: naming the state-dict key.
+        QuantizationError: the message names the state-dict key.
     """
     for name, tensor in model.state_dict().items():
         if "activation_post_process" in name:
@@ -46,7 +46,7 @@ def refuse_weights(conv: BinaryConv2d, name: str) -> None:
     """Refuse a binary convolution that computes with anything but ±1.
 
     Raises:
-        QuantizationError: its temperature has not annealed, or its weights have other magnitudes.
+        QuantizationError: its temperature is not below 1e-7 yet, or a weight has another magnitude than 1.
     """
     if not conv.is_binary():
         raise QuantizationError(
@@ -60,18 +60,19 @@ def refuse_weights(conv: BinaryConv2d, name: str) -> None:
 
 
 def refuse_branch(module: FakeQuantSubBlock, name: str) -> None:
-    """Refuse a branch whose constants are no float32 numbers: a huge gain of BN2, or grids too far apart.
+    """Refuse a branch with a constant beyond float32: a gain of BN2 is huge, or scales differ too much.
 
     Args:
-        module: a sub-block with a branch, all its grids known.
+        module: a sub-block with a branch, all of whose grids are calibrated.
         name: its module name.
 
     Raises:
-        QuantizationError: naming BN2 or the sub-block.
+        QuantizationError: the message names BN2 or the sub-block.
     """
     gain, _ = folded_constants(module.norm2)
     largest = float(gain.abs().max())
-    # BN1's gain becomes one multiplier, which `check_network` looks at; BN2's is spread over several.
+    # BN1's gain becomes a single multiplier, which `check_network` checks. BN2's gain is divided among
+    # several constants, so it is checked here.
     if not largest <= torch.finfo(torch.float32).max:
         raise QuantizationError(f"{name}.norm2: a folded gain of {largest:.3g} is no float32 number")
     steps = {"gain": float(module.gain_step(gain))}
@@ -85,10 +86,10 @@ def refuse_branch(module: FakeQuantSubBlock, name: str) -> None:
 
 
 def refuse_step(step: float, name: str) -> None:
-    """Refuse a grid whose step is zero, negative or beyond :data:`LARGEST_STEP` or its inverse.
+    """Refuse a step that is not between the inverse of :data:`LARGEST_STEP` and that number.
 
     Raises:
-        QuantizationError: naming the quantization point.
+        QuantizationError: the message names the quantization point.
     """
     if not 1 / LARGEST_STEP <= step <= LARGEST_STEP:
         raise QuantizationError(
@@ -100,7 +101,7 @@ def refuse_width(bits: int, name: str) -> None:
     """Refuse a grid of more bits than integer networks have.
 
     Raises:
-        QuantizationError: naming the quantization point.
+        QuantizationError: the message names the quantization point.
     """
     if bits > LARGEST_BITS:
         raise QuantizationError(
@@ -110,7 +111,7 @@ def refuse_width(bits: int, name: str) -> None:
 
 
 def left_in_float(name: str) -> str:
-    """What is said of a module that the recipe left in float."""
+    """The message about a module that the recipe left in float."""
     return (
         f"{name}: left in float by the recipe; an integer network needs stem, se, classifier and trunk "
         "enabled everywhere (quantization.*.enabled, include, exclude)"

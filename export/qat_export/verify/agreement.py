@@ -1,6 +1,6 @@
-"""Compares an exported model with the network it came from, on a whole data set.
+"""Compare the answers of an exported model and of the network it came from, on a whole data set.
 
-:mod:`qat_export.verify.exactness` compares it with the specification, tensor by tensor.
+:mod:`qat_export.verify.exactness` compares the model with the interpreter, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from qat.data.augment import normalize
-from qat.data.split import Split
+from qat.data.split import NoiseSplit, Split
 from qat.errors import VerificationError
 from qat.evaluation import Predict, accuracy_of, collect_logits, percent
 from qat.recipe.schema import Data
@@ -21,37 +21,42 @@ from qat_export.verify.model import OnnxModel, require_integers
 
 __all__ = ["Comparison", "compare", "reference_count"]
 
-#: Bounds that a freshly exported model must keep against the fake-quantized network: share of images with
-#: the same top-1 (percent), and root mean square of the logits' difference over that of the logits. In
-#: evaluation mode the torch network computes the exported integers itself, so the two agree exactly where
-#: onnxruntime's kernels are exact. A wrong constant causes more than is allowed here.
+#: Bounds of the difference between an exported integer model and its fake-quantized network: smallest share
+#: of images with the same top-1, in percent, and largest ratio of the root mean square of the logits'
+#: difference to that of the logits. In evaluation mode the torch network computes the exported integers
+#: itself, so both agree exactly wherever onnxruntime's kernels are exact. A wrong constant breaks the bounds.
 TOP1_AGREEMENT: Final = 99.9
-#: The same share for a float export. onnxruntime adds floats in another order than torch. Now and then that
-#: moves the input of a sign across 0, and then the logits of that image differ.
+#: Smallest share of images with the same top-1 for a float export, in percent. onnxruntime adds floats in
+#: another order than torch. Now and then this moves the input of a sign across 0, which changes the logits.
 FLOAT_AGREEMENT: Final = 99.0
 LOGIT_DIFFERENCE: Final = 1e-3
-#: Most images given to the interpreter, which is much slower than onnxruntime; fewer if they are large.
+#: Largest number of images for the interpreter, which is much slower than onnxruntime.
 REFERENCE_IMAGES: Final = 32
 
 
 def reference_count(image_size: int, available: int) -> int:
-    """How many of ``available`` images to give to the interpreter: up to 32 of 32×32 pixels, 2 of 224×224."""
+    """Number of images for the interpreter: up to 32 of 32×32 pixels, fewer if they are larger.
+
+    There are at least 2, and no more than ``available``.
+    """
     return min(max(REFERENCE_IMAGES * 32**2 // image_size**2, 2), REFERENCE_IMAGES, available)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An exported model against the network it came from, on one data set.
+    """An exported model compared with the network it came from, on one data set.
 
     Attributes:
-        n: images.
-        network_top1, model_top1: percent of the images each gets right.
-        agreement: percent of the images on which both name the same class.
-        median, percentile_99, largest: of the absolute differences of the logits.
-        rms: root mean square of these differences.
-        relative: ``rms`` over the root mean square of the network's logits.
-        reference_n: images also given to the interpreter; none for a float export.
-        reference_equal: percent of their logits that equal the interpreter's, bit for bit.
+        n: number of images.
+        network_top1, model_top1: percent of the images that each has right.
+        agreement: percent of the images that both put into the same class.
+        median, percentile_99, largest: median, 99th percentile and maximum of the absolute differences
+            between the logits.
+        rms: root mean square of the differences.
+        relative: ``rms`` divided by the root mean square of the network's logits.
+        reference_n: number of images on which the interpreter ran too; 0 for a float export.
+        reference_equal: percent of the logits of these images that equal the interpreter's bit for bit.
+        noise: whether the images are noise without a true class; both top-1 mean nothing then.
     """
 
     n: int
@@ -65,17 +70,27 @@ class Comparison:
     relative: float
     reference_n: int
     reference_equal: float
+    noise: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the table is about."""
+        where = "images of noise" if self.noise else "the whole test set"
+        return f"Against the network, on {where}"
 
     @property
     def _least_agreement(self) -> float:
         return TOP1_AGREEMENT if self.reference_n else FLOAT_AGREEMENT
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Table for people: what, value, bound."""
-        rows = [
-            ("images", f"{self.n}", ""),
+        """Rows of the printed table: description, value, bound."""
+        accuracies = [
             ("top-1, torch network", f"{self.network_top1:.2f} %", ""),
             ("top-1, ONNX model", f"{self.model_top1:.2f} %", ""),
+        ]
+        rows = [
+            ("images", f"{self.n}", ""),
+            *([] if self.noise else accuracies),
             ("same top-1", percent(self.agreement), f"≥ {self._least_agreement:g} %"),
             ("logit difference, median", f"{self.median:.4g}", ""),
             ("logit difference, 99 % of the logits at most", f"{self.percentile_99:.4g}", ""),
@@ -112,10 +127,10 @@ class Comparison:
         return problems
 
     def require(self) -> None:
-        """Raise where a bound is broken.
+        """Raise if a bound is broken.
 
         Raises:
-            VerificationError: naming each broken bound.
+            VerificationError: the message names each broken bound.
         """
         if problems := self.problems():
             raise VerificationError("the exported model does not match: " + "; ".join(problems))
@@ -127,14 +142,14 @@ def compare(
     """Compare an exported ``model`` with the torch network ``predict`` and with the lowered ``network``.
 
     Args:
-        predict: the torch network.
-        model: the export, of integers or of floats.
-        network: its integers; ``None`` for a float export.
+        predict: the torch network, a function from images (N, 3, S, S) to logits (N, classes).
+        model: the exported model, of integers or of floats.
+        network: its integer network; ``None`` for a float export.
         split: the test set.
-        data: how it is preprocessed.
+        data: preprocessing and batch size.
 
     Raises:
-        CheckpointError: integers are expected of a float export, or the model can't be run.
+        CheckpointError: a network is given, but the model is a float export; or the model can't be run.
     """
     if network is not None:
         require_integers(model.metadata, model.path)
@@ -161,4 +176,5 @@ def compare(
         relative=rms / scale if scale else rms,
         reference_n=len(specified),
         reference_equal=100.0 * float((found == specified).mean()) if len(specified) else 100.0,
+        noise=isinstance(split, NoiseSplit),
     )

@@ -1,7 +1,7 @@
-"""The constants in the file of an exported model against those that its network has.
+"""Compare the constants in the file of an exported model with those of its network.
 
-Running a model shows a wrong constant only where an image makes it matter. Exporting is deterministic, so the
-network is exported once more, and where both graphs have the same nodes, each constant must be the same.
+Running a model shows a wrong constant only if some image makes a difference. But exporting is deterministic.
+So the network is exported once more, and if both graphs have the same nodes, each constant must be the same.
 """
 
 from __future__ import annotations
@@ -21,10 +21,18 @@ from qat_export.verify.figures import TensorExactness
 def compare_constants(
     model: onnx.ModelProto, network: IntegerNetwork, kind: InputKind, image_size: int
 ) -> list[TensorExactness]:
-    """Each constant of ``model`` against a fresh export of ``network`` for images of that kind and size.
+    """Compare each constant of ``model`` with a fresh export of ``network``.
 
-    Empty where the graphs differ in more than values: it comes from another version of the exporter, or was
-    changed by another tool. A constant is named after the node that reads it, as "NODE, input 4".
+    Args:
+        model: the exported model.
+        network: the integer network that it was exported from.
+        kind: type and layout of the images that the model takes.
+        image_size: side of these images in pixels.
+
+    Returns:
+        A result for each constant, named after the node that reads it, such as "NODE, input 4". Empty if the
+        graphs differ in more than the values of constants: then the model is from another version of the
+        exporter, or was changed by another tool.
     """
     for emitter in (emit_portable, partial(emit_portable, strict=True), emit_native):
         fresh = emitter(network, image_size, input_kind=kind)
@@ -39,7 +47,7 @@ def compare_constants(
 
 
 def _structure(graph: onnx.GraphProto) -> tuple[list[bytes], list[tuple[str, int, tuple[int, ...]]]]:
-    """Nodes without their names and comments, and name, type and shape of each constant."""
+    """The nodes without their names and comments, and name, type and shape of each constant."""
     nodes = []
     for node in graph.node:
         bare = onnx.NodeProto()
@@ -50,9 +58,9 @@ def _structure(graph: onnx.GraphProto) -> tuple[list[bytes], list[tuple[str, int
 
 
 def _readers(graph: onnx.GraphProto) -> list[str]:
-    """What to call each constant: its first reader and which input of that it is.
+    """A name for each constant: the first node that reads it, and the number of the node's input.
 
-    Conversions have no names in a file; the first named node behind them stands for them.
+    Nodes that convert values have no names in a file. Instead, the first node with a name after them is used.
     """
     readers: dict[str, tuple[onnx.NodeProto, int]] = {}
     for node in graph.node:

@@ -1,17 +1,17 @@
-"""Every integer of an exported model against the interpreter, tensor by tensor.
+"""Compare every integer of an exported model with the interpreter's, tensor by tensor.
 
 The model runs in onnxruntime with every named integer tensor as an additional output, without and with
-optimizations, and once more for its logits alone, since additional outputs keep operators from being fused.
-Integers are compared as integers, logits as bits. The constants in the file are compared too
+optimizations. It runs once more for its logits alone, since additional outputs keep operators from being
+fused. Integers must be equal as integers, logits bit for bit. The constants in the file are compared too
 (:mod:`qat_export.verify.constants`).
 
-A binary convolution's int32 sum is no tensor of the portable graph: QLinearConv goes on to
-``saturate(float32(sum + bias) * multiplier)``. Two levels together show that it equals the reference integer
-for integer. "Binary sums": a ConvInteger set beside each QLinearConv reads the graph's own signs and unpacked
-weights and must give the interpreter's sums for the trunk that the graph itself computed; one wrong bit moves
-them by 2 products at nearly every pixel. "Binary convolutions": the requantized results must equal the
-interpreter's, from the image on. (tests/export/verify/test_exactness.py reads the sums out of QLinearConv
-itself, too.)
+The int32 sum of a binary convolution is not a tensor of the portable graph, since QLinearConv computes
+``saturate(float32(sum + bias) * multiplier)`` in one operator. Two comparisons together show that the sum is
+the interpreter's. For "binary sums", a ConvInteger is added beside each QLinearConv. It reads the signs and
+unpacked weights of the graph, and must give the sums that the interpreter computes from the graph's own trunk
+tensor; one wrong bit of a weight changes them by 2 products at nearly every pixel. For "binary convolutions",
+the requantized results must equal those of the interpreter, which starts from the image.
+(tests/export/verify/test_exactness.py also reads the sums out of QLinearConv itself.)
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ from qat_export.verify.probes import (
 __all__ = ["check_exactness", "sample"]
 
 Array = NDArray[Any]
-#: Pixels, over all images, whose tensors are in memory at the same time.
+#: Number of pixels, over all images of a batch, whose tensors are in memory at the same time.
 SLICE_PIXELS: Final = 32 * 32**2
-#: Batches run of every batch size but the largest, which sees all images.
+#: Number of batches of each batch size except the largest, at which all images are run.
 FEW_BATCHES: Final = 4
-#: Images whose binary sums are compared.
+#: Number of images whose binary sums are compared.
 SUM_IMAGES: Final = 2
 
 
@@ -79,26 +79,27 @@ def check_exactness(
 ) -> Exactness:
     """Compare every integer of ``model`` on ``images`` with the interpreter of ``network``.
 
-    The interpreter takes seconds for a large image: see :func:`sample`. The largest of ``batches`` sees all
-    images, the others a few. Batches of all tensors are no larger than memory allows; for the logits alone,
-    images are repeated until a batch is full.
+    The interpreter takes seconds for a large image; :func:`sample` chooses a suitable number. At the largest
+    batch size all images are run, at the others a few. When all tensors are compared, batches are limited by
+    memory. When only the logits are, images are repeated until a batch is full.
 
     Args:
         model: an exported model, or its file.
-        network: what it was exported from.
+        network: the integer network that it was exported from.
         images: (N, 3, S, S), raw uint8 pixels, or normalized float32 if the model takes those.
-        batches: sizes of batches.
+        batches: batch sizes to run.
 
     Raises:
-        CheckpointError: the model is damaged, foreign, a float export, or made from another network.
-        DataError: images of another size than the model takes.
+        CheckpointError: the model is damaged, was not exported by this project, is a float export, or was
+            made from another network.
+        DataError: the images have another size than the model takes.
     """
     source: Path | str = "the model"
     if isinstance(model, Path):
         source, alone = model, OnnxModel(model).session
         try:
             model = onnx.load(source)
-        except Exception as error:  # protobuf's, whose package has no types
+        except Exception as error:  # protobuf's own exception, which has no type annotations
             raise CheckpointError(f"{source}: not an ONNX model: {error}") from error
     else:
         alone = open_session(model.SerializeToString(), source)
@@ -127,8 +128,8 @@ def check_exactness(
 def sample(split: Split, image_size: int, seed: int = 0) -> Tensor:
     """Images for :func:`check_exactness`: uint8 (N, 3, S, S).
 
-    Half of them are from ``split``, the others are noise of random contrast and brightness.
-    As many as the interpreter can be given: 32 up to 32×32 pixels, 2 at 224×224.
+    Half of them are from ``split``, the others are noise of random contrast and brightness. Their number is
+    limited by the time of the interpreter: 32 up to 32×32 pixels, 2 at 224×224.
     """
     count = reference_count(image_size, REFERENCE_IMAGES)
     images, _ = next(iter(split.batches(-(-count // 2), shuffle_seed=seed)))
@@ -140,7 +141,7 @@ def sample(split: Split, image_size: int, seed: int = 0) -> Tensor:
 
 
 def _require_origin(metadata: Mapping[str, str], network: IntegerNetwork, source: object) -> None:
-    """Refuse a float export, and a model that was not made from ``network``, as far as its metadata tell."""
+    """Refuse a float export, and a model whose metadata show that it was not made from ``network``."""
     require_integers(metadata, source)
     images = normalization(metadata, source)
     try:
@@ -173,17 +174,17 @@ def _require_size(model: onnx.ModelProto, images: Tensor, kind: InputKind, sourc
 
 
 def _batches(count: int, size: int, *, few: bool = False) -> Iterator[slice]:
-    """``count`` images in batches of ``size``; with ``few``, only the first few of these batches."""
+    """Slices that divide ``count`` images into batches of ``size``; with ``few``, only the first few."""
     end = min(count, FEW_BATCHES * size) if few else count
     return (slice(start, min(start + size, count)) for start in range(0, end, size))
 
 
 class _Check:
-    """Runs a model in every setting of onnxruntime and counts what differs from the interpreter.
+    """Runs a model in every setting of onnxruntime, and counts differences from the interpreter.
 
     Attributes:
-        names: tensor of the network → tensor of the graph.
-        figures: what was found, by tensor and setting.
+        names: name of a tensor in the network → its name in the graph.
+        figures: the result of each tensor in each setting.
     """
 
     def __init__(
@@ -201,13 +202,14 @@ class _Check:
         }
 
     def add(self, name: str, setting: Optimizations, found: Array, expected: Array) -> None:
-        """Count one part of a tensor."""
+        """Compare one part of the tensor ``name``, and add it to the figures."""
         self.figures.setdefault((name, setting), TensorExactness(name, setting)).add(found, expected)
 
     def sums(self, count: int) -> list[str]:
-        """Compare the sums of the binary convolutions of the first ``count`` images.
+        """Compare the sums of the binary convolutions on the first ``count`` images.
 
-        Returns the names of the sums that the model has no tensor for.
+        Returns:
+            Names of the sums for which the model has no tensor.
         """
         subs = [(sub, trunk) for sub, trunk in sub_block_inputs(self.network) if sub.name in self.sum_names]
         missing = {f"{sub.name}/sum" for sub in self.network.sub_blocks()}
@@ -226,7 +228,7 @@ class _Check:
         return sorted(missing)
 
     def tensors(self, sizes: Sequence[int]) -> NDArray[np.float32]:
-        """Compare all other tensors in batches of these sizes (ascending); returns the reference's logits."""
+        """Compare all other tensors in batches of ``sizes`` (ascending); returns the interpreter's logits."""
         interpreter, logits = Interpreter(self.network), []
         for images in _batches(len(self.fed), sizes[-1]):
             logits.append(interpreter(self.normalized[images]))
@@ -241,7 +243,7 @@ class _Check:
     def compare(
         self, setting: Optimizations, session: ort.InferenceSession, fed: Array, expected: Mapping[str, Array]
     ) -> None:
-        """Run one batch and compare each tensor of ``expected``."""
+        """Run the batch ``fed``, and compare each tensor that is in ``expected``."""
         found = run_session(session, [self.names.get(name, name) for name in expected], fed, self.source)
         for (name, reference), values in zip(expected.items(), found, strict=True):
             grid = self.network.grids.get(name)
@@ -250,7 +252,7 @@ class _Check:
     def logits(
         self, session: ort.InferenceSession, expected: NDArray[np.float32], sizes: Sequence[int]
     ) -> None:
-        """Compare the logits of the model as it is, in full batches of these sizes."""
+        """Compare the logits of the unchanged model, in full batches of ``sizes``."""
         for size in sizes:
             for part in _batches(len(expected), size, few=size != max(sizes)):
                 chosen = np.arange(part.start, part.start + size) % len(expected)

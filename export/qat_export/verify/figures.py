@@ -1,7 +1,7 @@
-"""What an exactness check found: figures of every tensor, a table for people, and the bounds.
+"""The result of an exactness check: figures of every tensor, a printed table, and the bounds.
 
-Tensors of the same kind (the image, the stem, binary sums, PReLU, …) form a level, a row of the table. A
-setting is one of onnxruntime's: how far it optimizes the graph, and whether it gives the logits alone.
+Tensors of the same kind (the image, the stem, binary sums, PReLU, …) form a level, which is a row of the
+table. A setting says how onnxruntime ran: with or without optimizations, and for the logits alone or not.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from qat.evaluation import percent
 from qat_export.graphs.metadata import OUTPUT
 
 Array = NDArray[Any]
-#: onnxruntime's; "none" is for constants, which are read from the file.
+#: Settings of onnxruntime; "none" is that of constants, which are read from the file.
 Optimizations = Literal["none", "off", "on", "on, logits alone"]
-#: Share of the elements of each level, in percent, that must equal the interpreter's.
+#: Smallest share of the elements of a level, in percent, that must equal the interpreter's.
 EQUAL: Final = 99.99
-#: Levels whose elements must all be equal. In the others single ones may be one integer apart, since a
-#: runtime may round a value halfway between two integers the other way. Whether it was such a value is not
-#: checked.
+#: Levels whose elements must all be equal. In the others a few elements may differ by one integer, since a
+#: runtime may round a value halfway between two integers to the other one. Whether the value was halfway is
+#: not checked.
 EXACT: Final = ("constants", "binary sums", "binary convolutions", "logits")
 HEADINGS: Final = ("", "elements", "equal", "equal, optimized", "largest difference")
 
-#: Last part of a tensor's name → level, in the order of the table.
+#: Level of a tensor by the last part of its name, in the order of the table.
 _LEVELS: Final = {
     "image": "image",
     "feature.0": "stem",
@@ -43,12 +43,12 @@ _LEVELS: Final = {
     "head": "head",
 }
 _ORDER: Final = ("constants", *dict.fromkeys(_LEVELS.values()), "logits")
-#: The row and the column in which a level stands that is compared in one setting alone.
+#: For settings in which a single level is compared: row and column of that level in the table.
 _CELLS: Final = {"none": ("constants", "off"), "on, logits alone": ("logits alone", "on")}
 
 
 def level_of(name: str) -> str:
-    """The level of the tensor ``name``, by its place (image, stem, head) or by its last part."""
+    """The level of the tensor ``name``: image, stem or head, or what the last part of the name says."""
     if name == OUTPUT:
         return "logits"
     place, _, part = name.rpartition("/")
@@ -57,14 +57,15 @@ def level_of(name: str) -> str:
 
 @dataclass
 class TensorExactness:
-    """One tensor, over all images of one setting of onnxruntime.
+    """The comparison of one tensor in one setting, over all images.
 
     Attributes:
-        name: as in :attr:`IntegerNetwork.grids`; ``…/sum`` for binary sums, ``logits``; of constants, their
-            place.
+        name: name as in :attr:`qat_export.integer.network.IntegerNetwork.grids`; ``…/sum`` for binary sums,
+            ``logits``, or the place of a constant.
         optimizations: the setting.
-        elements, different: how many were compared, and how many of them differ.
-        largest: largest difference, in integers of the grid; of logits and constants, in numbers.
+        elements, different: number of elements that were compared, and number of those that differ.
+        largest: largest absolute difference: of integers, or of the numbers themselves for logits and
+            constants.
     """
 
     name: str
@@ -74,7 +75,7 @@ class TensorExactness:
     largest: float = 0.0
 
     def add(self, found: Array, expected: Array) -> None:
-        """Count one more part of the tensor. Another number of elements counts as all of them wrong."""
+        """Compare one more part of the tensor. If the sizes differ, all elements count as different."""
         self.elements += expected.size
         if found.size != expected.size:
             self.different += expected.size
@@ -94,12 +95,12 @@ class TensorExactness:
 
 @dataclass(frozen=True)
 class Level:
-    """All tensors of one level in one setting; attributes as in :class:`TensorExactness`.
+    """All tensors of one level in one setting. Other attributes are as in :class:`TensorExactness`.
 
     Attributes:
-        tensors: how many.
-        worst: name of the tensor with the largest difference; of several, that with most elements; empty
-            where all are equal.
+        tensors: number of tensors.
+        worst: name of the tensor with the largest difference, and among equal ones with the most elements
+            that differ; empty if all are equal.
     """
 
     name: str
@@ -112,16 +113,16 @@ class Level:
 
     @property
     def equal(self) -> float:
-        """Percent of the elements that are equal."""
+        """Share of the elements that are equal, in percent."""
         return 100.0 * (self.elements - self.different) / self.elements
 
     @property
     def share(self) -> str:
-        """The equal share as text: ``100 %`` if no element differs, else less."""
+        """The equal share as text; ``100 %`` only if no element differs."""
         return percent(self.equal, 4) if self.different else "100 %"
 
     def problem(self) -> str | None:
-        """What is wrong, in words."""
+        """A sentence on the broken bound; None if none is broken."""
         setting = f", optimizations {self.optimizations}" if self.optimizations != "none" else ""
         found = (
             f"{self.name}{setting}: {self.different:,} of {self.elements:,} elements differ, "
@@ -136,14 +137,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Exactness:
-    """An exported model against the interpreter.
+    """An exported model compared with the interpreter.
 
     Attributes:
-        images: how many.
-        batches: sizes of the batches in which all tensors were compared; as large as memory for them allows.
-        logit_batches: sizes of the batches in which the logits alone were compared.
-        tensors: every tensor in every setting, and every constant if constants can be compared.
-        missing: tensors of the network that the model doesn't have.
+        images: number of images.
+        batches: sizes of the batches in which all tensors were compared.
+        logit_batches: sizes of the batches in which only the logits were compared.
+        tensors: results of every tensor in every setting, and of every constant if they can be compared.
+        missing: names of tensors of the network that the model doesn't have.
     """
 
     images: int
@@ -163,14 +164,14 @@ class Exactness:
 
     @property
     def title(self) -> str:
-        """Heading of the table."""
+        """Heading of the printed table."""
         sizes = " and ".join(map(str, self.batches))
         more = [str(size) for size in self.logit_batches if size not in self.batches]
         text = f"{self.images} images against the integer reference, in batches of {sizes}"
         return f"{text}; logits alone also of {' and '.join(more)}" if more else text
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Table for people, under :data:`HEADINGS`."""
+        """Rows of the printed table, whose headings are :data:`HEADINGS`."""
         found: dict[str, dict[str, Level]] = {}
         for level in self.levels():
             name, column = _CELLS.get(level.optimizations, (level.name, level.optimizations))
@@ -186,11 +187,11 @@ class Exactness:
 
     @property
     def constants_compared(self) -> bool:
-        """Whether the model's graph is the one that this version exports, so that its constants could be."""
+        """Whether constants were compared: only if the graph is the one that this version exports."""
         return any(tensor.optimizations == "none" for tensor in self.tensors)
 
     def worst(self) -> list[str]:
-        """For people: of each level where anything differs, the tensor with the largest difference."""
+        """A line for each level with differences, which names the tensor with the largest one."""
         found: dict[str, Level] = {}
         for level in self.levels():
             if level.worst and (level.name not in found or level.largest > found[level.name].largest):
@@ -203,17 +204,17 @@ class Exactness:
         return problems + [problem for level in self.levels() if (problem := level.problem())]
 
     def require(self) -> None:
-        """Raise where a bound is broken.
+        """Raise if a bound is broken.
 
         Raises:
-            VerificationError: naming the first of the broken bounds.
+            VerificationError: the message names the first broken bounds.
         """
         if problems := self.problems():
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise VerificationError(f"the exported model is not exact: {'; '.join(problems[:3])}{more}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that the table says, ready for JSON; a difference that is no number is null."""
+        """Everything that the table says, as JSON values; a difference that is NaN or infinite is null."""
         return {
             "images": self.images,
             "batches": list(self.batches),

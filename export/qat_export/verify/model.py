@@ -1,4 +1,4 @@
-"""An exported model in onnxruntime: loaded, checked, and run on the CPU."""
+"""Load, check and run an exported model in onnxruntime on the CPU."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class OnnxModel:
         metadata: the model's metadata properties.
         input_kind: type and layout of the images it takes.
         image_size: side of its input in pixels.
-        num_classes: width of its logits.
+        num_classes: number of logits per image.
 
     Raises:
-        CheckpointError: absent, damaged, or not a model that this project exported.
+        CheckpointError: the file is absent, damaged, or not a model that this project exported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,24 +66,34 @@ class OnnxModel:
 
     @property
     def takes_pixels(self) -> bool:
-        """Whether it is called with raw uint8 pixels; :func:`qat.evaluation.input_for` asks."""
+        """Whether it is called with raw uint8 pixels; :func:`qat.evaluation.input_for` reads this."""
         return takes_pixels(self.input_kind)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the logits; empty where the metadata have none, or not as many."""
+        try:
+            names = json.loads(self.metadata.get("class_names", "[]"))
+        except (ValueError, RecursionError):
+            return ()
+        fits = isinstance(names, list) and len(names) == self.num_classes
+        return tuple(map(str, names)) if fits else ()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S), raw uint8 or normalized float32 → logits (N, classes).
 
         Raises:
-            ValueError: images of the other type.
+            ValueError: the images have the other type.
             CheckpointError: onnxruntime can't run the model.
         """
         (logits,) = run_session(self.session, [OUTPUT], input_array(images, self.input_kind), self.path)
         return torch.from_numpy(logits)
 
     def check_data(self, data: Data) -> None:
-        """Refuse data of another size or normalization than the model's.
+        """Refuse data with another image size or normalization than the model's.
 
         Raises:
-            DataError: naming the key that differs.
+            DataError: the message names the key that differs.
         """
         if data.image_size != self.image_size:
             raise DataError(
@@ -96,14 +106,14 @@ class OnnxModel:
                 raise DataError(f"data.{key} is {list(ours)}, {self.path} was made for {list(theirs[key])}")
 
 
-# What metadata say. `source` names the model in errors.
+# Reading of metadata. `source` is what error messages call the model.
 
 
 def normalization(metadata: Mapping[str, str], source: object) -> dict[str, tuple[float, ...]]:
-    """``mean`` and ``std``, three numbers each.
+    """The normalization in the metadata: ``mean`` and ``std``, three numbers each.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: it is missing or damaged.
     """
     try:
         stored = json.loads(metadata["normalization"])
@@ -116,10 +126,10 @@ def normalization(metadata: Mapping[str, str], source: object) -> dict[str, tupl
 
 
 def input_kind(metadata: Mapping[str, str], source: object) -> InputKind:
-    """Type and layout of the images; float32 where the metadata don't say.
+    """Type and layout of the images that the metadata name; ``float32 NCHW`` if they name none.
 
     Raises:
-        CheckpointError: none of those that an export writes.
+        CheckpointError: they name a kind that no export writes.
     """
     kinds: tuple[InputKind, ...] = get_args(InputKind)
     text = metadata.get("input", "float32 NCHW")
@@ -134,7 +144,7 @@ def require_integers(metadata: Mapping[str, str], source: object) -> None:
     """Refuse a float export by its ``format``: it has no integers to compare.
 
     Raises:
-        CheckpointError: naming the format.
+        CheckpointError: the message names the format.
     """
     found = metadata.get("format", "")
     if found.startswith("bnext-qat float"):
@@ -145,15 +155,16 @@ def require_integers(metadata: Mapping[str, str], source: object) -> None:
 
 
 def takes_pixels(kind: InputKind) -> bool:
-    """Raw uint8 pixels, which the model normalizes itself."""
+    """Whether images of this kind are raw uint8 pixels, which the model normalizes itself."""
     return kind != "float32 NCHW"
 
 
 def input_array(images: Tensor, kind: InputKind) -> NDArray[Any]:
-    """What a model of this kind is fed: ``images`` (N, 3, H, W) in its own type and layout.
+    """Convert ``images`` (N, 3, H, W) to the type and layout that a model takes.
 
     Raises:
-        ValueError: not uint8 for a model that takes pixels, or uint8 for one that takes normalized images.
+        ValueError: the model takes pixels but the images are not uint8, or it takes normalized images but
+            they are uint8.
     """
     if takes_pixels(kind) != (images.dtype == torch.uint8):
         raise ValueError(f"a model with input {kind!r} was given {images.dtype} images")
@@ -164,16 +175,21 @@ def input_array(images: Tensor, kind: InputKind) -> NDArray[Any]:
 
 
 def open_session(model: Path | bytes, source: object, *, optimize: bool = True) -> ort.InferenceSession:
-    """A file or its content in onnxruntime on the CPU, with all optimizations or none.
+    """Open a model, from its file or its content, in onnxruntime on the CPU.
+
+    Args:
+        model: path or bytes of the model.
+        source: what error messages call it.
+        optimize: whether onnxruntime optimizes the graph with all it has, or not at all.
 
     Raises:
-        CheckpointError: naming ``source``: not a model, or one that onnxruntime doesn't know how to run.
+        CheckpointError: it is not a model, or onnxruntime can't run it.
         NativeLibraryError: it has native operators, and their library is missing.
     """
 
     def options() -> ort.SessionOptions:
         chosen = ort.SessionOptions()
-        chosen.log_severity_level = 4  # what it reports as an error, it raises, too
+        chosen.log_severity_level = 4  # don't print errors: onnxruntime raises them as well
         if not optimize:
             chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return chosen
@@ -182,7 +198,7 @@ def open_session(model: Path | bytes, source: object, *, optimize: bool = True) 
         return create_session(str(model) if isinstance(model, Path) else model, options)
     except NativeLibraryError as error:
         raise NativeLibraryError(f"{source}: has native operators; {error}") from error
-    except Exception as error:  # onnxruntime's exception classes share no base of their own
+    except Exception as error:  # onnxruntime's exceptions share no base class
         raise CheckpointError(
             f"{source}: not a model that onnxruntime can load: {first_line(error)}"
         ) from error
@@ -191,10 +207,10 @@ def open_session(model: Path | bytes, source: object, *, optimize: bool = True) 
 def run_session(
     session: ort.InferenceSession, names: Sequence[str], images: NDArray[Any], source: object
 ) -> list[NDArray[Any]]:
-    """The tensors ``names`` for ``images``, an array from :func:`input_array`; nothing else is computed.
+    """Run a model on ``images``, an array from :func:`input_array`; returns the outputs called ``names``.
 
     Raises:
-        CheckpointError: naming ``source``: onnxruntime gave up.
+        CheckpointError: onnxruntime failed; the message names ``source``.
     """
     options = ort.RunOptions()
     options.only_execute_path_to_fetches = True

@@ -1,4 +1,4 @@
-"""Makes the integers inside an exported model visible: named tensors, and the sums of binary convolutions."""
+"""Make integers inside a model outputs of it: its named tensors, and the sums of its binary convolutions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Array = NDArray[Any]
 
 
 def tensor_names(model: onnx.ModelProto, network: IntegerNetwork) -> dict[str, str]:
-    """Name in :attr:`IntegerNetwork.grids` → name in the graph, of the tensors that the graph has."""
+    """Names of tensors in ``network.grids``, mapped to those in the graph, for the tensors it has."""
     produced = {output for node in model.graph.node for output in node.output}
     names = {name: "image/uint8" if name == "image" else name for name in network.grids}
     return {name: tensor for name, tensor in names.items() if tensor in produced}
 
 
 def inside_operators(model: onnx.ModelProto, network: IntegerNetwork) -> set[str]:
-    """Tensors of ``network`` that stay inside native operators; none where the model has no such operator."""
+    """Names of tensors of ``network`` that exist only inside native operators; empty without these."""
     if all(node.domain != DOMAIN for node in model.graph.node):
         return set()
     seen = {"image", "feature.0/trunk", "head/input"}
@@ -35,7 +35,7 @@ def inside_operators(model: onnx.ModelProto, network: IntegerNetwork) -> set[str
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """A copy of ``model`` with ``tensors`` as further outputs; runtimes infer their types."""
+    """A copy of ``model`` with ``tensors`` as additional outputs; runtimes infer their types."""
     extended = onnx.ModelProto()
     extended.CopyFrom(model)
     extended.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors)
@@ -43,10 +43,10 @@ def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPr
 
 
 def integers(values: Array, grid: Grid) -> Array:
-    """The interpreter's integers from a tensor of a graph, in whatever type holds them.
+    """Convert a tensor of a graph to the integers and the layout of the interpreter.
 
-    Graphs store them as uint8, signed ones around 128, or as other numbers relative to the zero point. The
-    native operators' int8 activations have channels last.
+    Graphs store integers as uint8 (signed ones plus 128), or in other types relative to the zero point. int8
+    activations are those of native operators, and have channels last.
     """
     if values.dtype == np.int8:
         return values.astype(np.int16).transpose(0, 3, 1, 2) if values.ndim == 4 else values.astype(np.int16)
@@ -66,13 +66,14 @@ def sub_block_inputs(network: IntegerNetwork) -> Iterator[tuple[SubBlock, str]]:
 
 
 def with_sums(model: onnx.ModelProto, network: IntegerNetwork) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """A copy of ``model`` with a tensor for the sum of each binary convolution, in ``ACCUMULATOR_UNIT``s.
+    """A copy of ``model`` with a tensor for the sum of each binary convolution, times ACCUMULATOR_UNIT.
 
-    Beside a QLinearConv, which requantizes its sum, a ConvInteger is set that reads the same tensors. The sum
-    of a plain Conv is a tensor already.
+    A QLinearConv requantizes its sum, so a ConvInteger that reads the same tensors is added beside it. The
+    sum of a Conv is a tensor already.
 
     Returns:
-        The copy, and sub-block → tensor of its sum, without those whose convolution has another form.
+        The copy, and the tensor of the sum by the name of the sub-block. Sub-blocks whose convolution is
+        another operator are missing.
     """
     extended = with_outputs(model, ())
     producers = {output: node for node in model.graph.node for output in node.output}

@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime, with the native operators where a model has them."""
+"""Create sessions of onnxruntime, with the native operators if the model has such."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qat_export.nativelibrary import DOMAIN, register
 def create_session(
     model: str | bytes, make_options: Callable[[], ort.SessionOptions]
 ) -> ort.InferenceSession:
-    """A session on the CPU from a file's name or its content.
+    """Create a session on the CPU.
 
-    A model that onnxruntime refuses for its operators of domain ``bnext_qat`` is loaded again with the native
-    library. Other models load without it, and so work where it was not built.
+    A model that onnxruntime refuses because of operators of domain ``bnext_qat`` is loaded again with the
+    native library. Other models are loaded without the library, which need not have been built.
 
     Args:
-        model: name of a file, or its content.
-        make_options: called once per attempt.
+        model: name of a file, or the content of one.
+        make_options: makes the session's options; called once per attempt.
 
     Raises:
         NativeLibraryError: the model has native operators, and the library is missing.
-        Exception: onnxruntime's own, whose classes share no base.
+        Exception: an exception of onnxruntime; these share no base class.
     """
     try:
         return _session(model, make_options())
@@ -36,5 +36,5 @@ def create_session(
 
 
 def _session(model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    # onnxruntime's fallback would print to the terminal, then try the same provider again.
+    # No fallback, which would print to the terminal and then try the same provider again.
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)

@@ -1,7 +1,7 @@
 """The schema of a recipe: every setting of a run, its type, its range, and what it means.
 
-Sections are frozen and strict: an unknown key, a text where a number belongs or a value out of range is an
-error. Everyone else imports them from :mod:`qat.recipe.loading`.
+Sections are frozen and strict: an unknown key, a text in place of a number, or a value out of range is an
+error.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qat.errors import nearest
-from qat.recipe.files import dotted
-from qat.recipe.problems import contradictions
+from qat.recipe.contradictions import contradictions
 from qat.recipe.schema.data import Augment, Data, RandAugment
 from qat.recipe.schema.fields import Count, Section
 from qat.recipe.schema.model import Model
 from qat.recipe.schema.quantization import Group, LayerOverride, Quantization, StemGroup, TrunkGroup
 from qat.recipe.schema.training import (
+    FLOAT_EPOCHS,
     TIMM,
     Distillation,
     Loss,
@@ -30,8 +30,10 @@ from qat.recipe.schema.training import (
     Temperature,
     Tracking,
 )
+from qat.recipe.wording import dotted
 
 __all__ = [
+    "FLOAT_EPOCHS",
     "TIMM",
     "Augment",
     "Data",
@@ -124,6 +126,6 @@ class Recipe(Section):
 
 @cache
 def compared_defaults() -> dict[str, Any]:
-    """Defaults of the sections whose keys are compared with other keys."""
+    """The default values of the sections that :func:`qat.recipe.contradictions.contradictions` compares."""
     sections = {"data": Data(), "schedule": Schedule(), "distillation": Distillation()}
     return {name: section.model_dump() for name, section in sections.items()}

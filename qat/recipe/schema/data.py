@@ -10,7 +10,7 @@ from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
 
 
 class RandAugment(Section):
-    """Some of fifteen changes of colour and shape at a time (Cubuk et al. 2019, arXiv 1909.13719)."""
+    """Random changes of colour and shape, some of fifteen at a time (Cubuk et al. 2019, arXiv 1909.13719)."""
 
     count: Annotated[int, Field(ge=1, le=15)] = Field(
         default=2, description="Changes in a row, drawn without repetition."
@@ -164,7 +164,7 @@ class Data(Section):
 
     @property
     def evaluated_split(self) -> str:
-        """``test_split``, or the data set's default when that is null."""
+        """Name of the split that accuracy is measured on: ``test_split``, or the data set's default."""
         if self.test_split is not None:
             return self.test_split
         return "test" if self.dataset == "cifar10" else "validation"
@@ -177,9 +177,9 @@ class Data(Section):
         return self.image_size if self.dataset == "cifar10" else round(self.image_size * 8 / 7)
 
     def loaded_side(self, split: Literal["train", "test"]) -> int:
-        """Side of the images as they are loaded, in pixels.
+        """Side of the square images of ``split`` as they are loaded, in pixels.
 
-        It is ``shorter_side`` where a random crop follows, so that this has something to cut from, else
-        ``image_size``.
+        It is ``shorter_side`` for training images with a random crop, which needs a larger image to cut from,
+        else ``image_size``.
         """
         return self.shorter_side if split == "train" and self.augment.crop is not None else self.image_size

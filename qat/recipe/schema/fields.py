@@ -1,4 +1,4 @@
-"""What all sections of a recipe are made of: the strict base class and the types of values."""
+"""The strict base class of all sections of a recipe, and the types of their values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
+from qat.recipe.wording import found
 
 
 def ascending(pair: tuple[float, float]) -> tuple[float, float]:
-    """Refuse a pair whose second number is the smaller one."""
+    """The ``pair`` itself, if its first number is not above its second.
+
+    Raises:
+        PydanticCustomError: the first number is above the second.
+    """
     if pair[0] > pair[1]:
         raise PydanticCustomError(
             "refused", "{why}", {"why": f"found {found(list(pair))}, allowed: the lower bound first"}
@@ -19,7 +23,7 @@ def ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-# YAML and JSON have lists where Python has tuples; strict mode would refuse them.
+# Lists of YAML and JSON become tuples here, because strict mode would refuse them.
 listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -31,6 +35,6 @@ Area = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys, other types and changes are refused."""
+    """Base of all sections. It refuses unknown keys, values of other types, and later changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
 from qat.recipe.schema.fields import Count, Positive, Section, Text
+from qat.recipe.wording import found
 
 
 def _widths(widths: list[int]) -> list[int]:
@@ -34,7 +34,7 @@ def _stride(value: object) -> object:
 
 
 class Model(Section):
-    """The network: which BNext, and the weights it starts from."""
+    """Which BNext the network is, and the weights that it starts from."""
 
     size: Literal["tiny", "small", "middle", "large"] = Field(
         default="tiny", description="Size of the published networks; `widths` overrides it."
@@ -44,10 +44,15 @@ class Model(Section):
         description="Channels of the stem, then of each block; an entry equals the one before or doubles it. "
         "Null takes those of `size`.",
     )
-    num_classes: int = Field(default=10, ge=2, description="Number of classes the classifier tells apart.")
+    num_classes: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="Number of classes the classifier tells apart. Null: as many as the images have.",
+    )
     stem_stride: Annotated[Literal[1, 2] | None, BeforeValidator(_stride)] = Field(
         default=None,
-        description="Stride of the first convolution. Null: 2 at 1000 classes (large images), else 1.",
+        description="Stride of the first convolution. Null: that of `checkpoint`, where it is recorded, else "
+        "by the checkpoint's classifier: 2 at 1000 classes (large images), 1 at others. Without a checkpoint "
+        "by the network's own classes.",
     )
     elm_attention: bool = Field(
         default=True,
@@ -60,6 +65,17 @@ class Model(Section):
         default=None,
         description="Weights to start from. A relative path is looked up beside the recipe file, then in the "
         "working directory, then among the packaged recipes.",
+    )
+    state_key: Text | None = Field(
+        default=None,
+        description="Which weights of `checkpoint` to take where it holds several, such as 'state_dict' "
+        "beside 'state_dict_ema'. Null: an average over training steps (EMA, SWA), else those in the usual "
+        "place; `qat inspect` says which, and what else there is. Checkpoints of this project hold one.",
+    )
+    classifier: Literal["auto", "keep", "new"] = Field(
+        default="auto",
+        description="What becomes of the checkpoint's classifier: 'keep' takes it, 'new' starts one from "
+        "random weights, 'auto' keeps it where it tells as many classes apart as the images have.",
     )
     latent: Positive = Field(
         default=1.0, description="Magnitude given to latent weights that are rebuilt from stored sign bits."

@@ -10,9 +10,9 @@ from qat.recipe.schema.fields import Area, Bits, Positive, Section, Text
 
 
 class StemGroup(Section):
-    """A group of which only the weights are quantized here.
+    """Settings of the stem, of which only the weights are quantized.
 
-    The stem reads fixed 8-bit pixels, and its output belongs to the trunk.
+    Its input is fixed 8-bit pixels, and its output belongs to the trunk.
     """
 
     enabled: bool = Field(default=True, description="False leaves this group in float.")
@@ -21,7 +21,7 @@ class StemGroup(Section):
     )
 
 
-#: Beyond 8 bits a grid is simulated in float: it trains and evaluates, and no integer graph is exported.
+#: Grids of more than 8 bits are simulated in float. They can be trained and evaluated, but not exported.
 _SimulatedBits = Annotated[int, Field(ge=2, le=16)]
 _Observer = Literal["moving_average", "minmax", "histogram", "percentile"]
 _OBSERVER = (
@@ -32,7 +32,7 @@ _Percent = Annotated[float, Field(gt=0, le=100)]
 
 
 class TrunkGroup(Section):
-    """A group of which only the activations are quantized: the trunk's own weights are 1 bit already."""
+    """Settings of the trunk, of which only the activations are quantized: its weights have 1 bit already."""
 
     enabled: bool = Field(default=True, description="False leaves this group in float.")
     activation_bits: _SimulatedBits = Field(
@@ -40,7 +40,8 @@ class TrunkGroup(Section):
         description="Bits of the activations: one scale per tensor. Export needs 8 or fewer; more are "
         "simulated.",
     )
-    # Of CIFAR-10, ranges of extremes cost 1.5 points here and clipped ones 0.6 (docs/LOG.md, 2026-11-29).
+    # On CIFAR-10, ranges up to the extremes cost 1.5 points of accuracy here, clipped ones 0.6 (docs/LOG.md,
+    # 2026-11-29).
     observer: _Observer = Field(default="percentile", description=_OBSERVER)
     averaging_constant: Area = Field(
         default=0.05, description="Weight of the newest batch in the 'moving_average' observer."
@@ -54,14 +55,14 @@ class TrunkGroup(Section):
 
 
 class Group(TrunkGroup, StemGroup):
-    """A group of which weights and activations are quantized."""
+    """Settings of a group of which both weights and activations are quantized."""
 
     activation_bits: Bits = Field(default=8, description="Bits of the activations: one scale per tensor.")
     observer: _Observer = Field(default="moving_average", description=_OBSERVER)
 
 
 class LayerOverride(Section):
-    """Other settings for some modules; what is null stays as their group has it."""
+    """Settings for the modules that ``match`` names. A null keeps the setting of the module's group."""
 
     match: Text = Field(description="Glob over module names, as in `include`, such as `feature.*.se`.")
     weight_bits: Bits | None = Field(default=None, description="Bits of the weights.")

@@ -1,4 +1,4 @@
-"""The sections of a recipe about training: schedule, optimizer, loss, distillation, output."""
+"""The sections of a recipe about training: schedule, optimizer, loss, distillation, output, tracking."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.problems import found
 from qat.recipe.schema.fields import Area, Count, Positive, Section, Share, Text
+from qat.recipe.wording import found
 
-#: Opens the name of a teacher that timm makes.
+#: Default of `schedule.float_epochs` where the classifier starts anew.
+FLOAT_EPOCHS: Final = 10
+#: Prefix of the names of teachers that are models of timm.
 TIMM: Final = "timm:"
 
 
 class Temperature(Section):
-    """Geometric anneal of the soft sign towards the hard one (pretraining only)."""
+    """The fall of the binary weights' temperature, geometric, until they are exactly ±1 (pretraining only).
+
+    At temperature T a latent weight w is used as ``clamp(w / T, −1, 1)``.
+    """
 
     start: Annotated[float, Field(ge=1e-7)] = Field(default=1.0, description="Temperature of the first step.")
     end: Annotated[float, Field(gt=0, lt=1e-7)] = Field(
@@ -37,6 +42,12 @@ class Schedule(Section):
         default=3,
         ge=0,
         description="Passes over the training split. 0 (fine-tuning only) calibrates and stops.",
+    )
+    float_epochs: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Passes over the training split before anything is quantized. A new classifier is "
+        "trained alone at first, then the whole network in float: quantization is compared with the result. "
+        f"Null: {FLOAT_EPOCHS} with a new classifier, else 0 (fine-tuning only).",
     )
     calibration_batches: int = Field(
         default=8,
@@ -89,6 +100,9 @@ class Optimizer(Section):
     binary_lr: Positive | None = Field(
         default=None, description="Peak learning rate of the binary weights; null takes `lr`."
     )
+    head_lr: Positive | None = Field(
+        default=None, description="Peak learning rate of the classifier; null takes `lr`."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Weight decay of matrices; decoupled with 'adamw'."
     )
@@ -111,7 +125,7 @@ class Optimizer(Section):
 
 
 class Loss(Section):
-    """What the network's answers are compared with beside a teacher's."""
+    """The loss between the network's answers and the labels."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of each label that is spread evenly over all classes."
@@ -129,7 +143,7 @@ def _teacher(name: str) -> str:
 
 
 class Distillation(Section):
-    """Training against a teacher's outputs beside the labels."""
+    """Training against the outputs of teachers in addition to the labels."""
 
     teacher: Literal["self", "none"] | None = Field(
         default=None,
@@ -148,10 +162,24 @@ class Distillation(Section):
     temperature: Positive = Field(default=4.0, description="Softens both outputs before they are compared.")
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[^\s/\\.][^/\\\0]*", name):
+        raise PydanticCustomError(
+            "refused",
+            "{why}",
+            {"why": f"found {found(name)}, allowed: a folder's name, without '/' and not beginning with '.'"},
+        )
+    return name
+
+
 class Output(Section):
     """Where results go and how checkpoints are stored."""
 
     dir: Text = Field(default="runs", description="Folder that receives one folder per run.")
+    name: Annotated[Text, AfterValidator(_folder_name)] | None = Field(
+        default=None,
+        description="What the run's folder begins with, before date and time. Null: the recipe's name.",
+    )
     float_weights: Literal["float32", "float16"] = Field(
         default="float32", description="Storage type of float matrices in written checkpoints."
     )
@@ -168,7 +196,7 @@ def _project(name: str) -> str:
 
 
 class Tracking(Section):
-    """Experiment trackers that are sent metrics while a run trains, beside its `metrics.jsonl`."""
+    """Experiment trackers that are sent the metrics of a run, in addition to its `metrics.jsonl`."""
 
     trackers: list[Text] = Field(
         default=[],

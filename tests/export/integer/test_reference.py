@@ -17,10 +17,10 @@ from qat_export.integer.reference import Interpreter, convolve, multiply, pool2x
 
 from qat.data.augment import normalize
 from qat.grid import Grid
+from qat.quantize.activation_quantizers import FixedQuantizer
 from qat.quantize.dyadic import Dyadic
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import IMAGENET_MEAN, IMAGENET_STD
-from qat.quantize.quantizers import FixedQuantizer
 from tests.helpers.cases import slow
 from tests.helpers.networks import (
     MEAN,

@@ -14,8 +14,8 @@ from qat_export.integer.reference import Interpreter
 from torch import nn
 
 from qat.models.bnext import BNext
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.folding import folded_constants, slope_scale
-from qat.quantize.quantizers import activation_quantizers
 from tests.helpers.networks import (
     MEAN,
     STD,

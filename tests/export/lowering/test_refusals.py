@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from qat.errors import QuantizationError
 from qat.models.bnext import BNext, set_temperature
 from qat.nn.layers import BinaryConv2d
+from qat.quantize.activation_quantizers import activation_quantizers
 from qat.quantize.image_grid import image_grid
 from qat.quantize.preparation import prepare
-from qat.quantize.quantizers import activation_quantizers
 from qat.recipe.schema import Group, Quantization, StemGroup, TrunkGroup
 from tests.helpers.cases import combinations, slow
 from tests.helpers.networks import MEAN, STD, float_network, lowered, quantization, toy

@@ -1,4 +1,4 @@
-// What both halves of the self-test share.
+// What the parts of the self-test share.
 #pragma once
 
 #include <cstdint>

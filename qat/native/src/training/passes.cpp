@@ -33,20 +33,17 @@ constexpr int64_t kPortion = 1 << 14;
 }  // namespace
 }  // namespace bnext
 
-// Name of pass number i, nullptr beyond the last; and the size of the struct that both sides must agree on.
-BNEXT_EXPORT const char* bnext_qat_pass_name(int i) { return bnext::passes_portable[i].name; }
-BNEXT_EXPORT int64_t bnext_qat_run_pass_bytes() { return sizeof(bnext::Pass); }
-
-// Runs pass number i over tensors of a type (bnext::Type) on so many threads. `parallel` may be nullptr, for one.
-BNEXT_EXPORT void bnext_qat_run_pass(int i, int type, bnext::Pass* pass, bnext::Parallel parallel, unsigned threads) {
+// Runs a pass, which training/shared.def lists under this number, over a tensor of so many values on so many
+// threads. `arguments` points to the struct of the pass; `parallel` may be nullptr, for one thread.
+BNEXT_EXPORT void bnext_qat_run_pass(int number, int type, int64_t values, int64_t channels, int64_t pixels,
+                                     void* arguments, bnext::Parallel parallel, unsigned threads) {
   using namespace bnext;
   static const NamedPass* const chosen = passes_of(training_kernels().name);
-  const Run run = chosen[i].run[type];
-  pass->outside = 0;
-  const int64_t pixels = pass->pixels > 0 ? pass->pixels : 1;
-  const int64_t portion = kPortion > pixels ? kPortion / pixels : 1;
-  share(parallel, threads, (pass->planes + portion - 1) / portion, [&](int64_t part) {
+  const Run run = chosen[number].run[type];
+  const int64_t planes = values > 0 ? (values + pixels - 1) / pixels : 0;
+  const int64_t portion = pixels > 0 && pixels < kPortion ? kPortion / pixels : 1;
+  share(parallel, threads, (planes + portion - 1) / portion, [&](int64_t part) {
     const int64_t first = part * portion, last = first + portion;
-    run(*pass, first, last < pass->planes ? last : pass->planes);
+    run(arguments, {first, last < planes ? last : planes, channels, pixels, values});
   });
 }

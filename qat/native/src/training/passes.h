@@ -5,33 +5,20 @@
 
 #include <cstdint>
 
+#include "training/shared.h"
+
 namespace bnext {
 
-// A grid of integers: a value is clamp(round(x inverse)) scale.
-struct Grid {
-  double low, high, scale, inverse;
+// The planes that a pass works on at once.
+struct Planes {
+  int64_t first, last;  // from the first to the one before the last
+  int64_t channels;     // plane p is of channel p % channels
+  int64_t pixels;       // of each plane
+  int64_t values;       // of the whole tensor. Flat memory is cut into planes, of which the last may be shorter
 };
 
-// What a pass works on; each uses some of it. Coefficients and sums are float, or double beside double tensors.
-struct Pass {
-  int64_t planes, channels, pixels;
-  const void *x, *other, *grad;
-  void *out, *other_out;
-  uint8_t* inside;  // [planes][pixels], 1 where a gradient passes
-  // Of a channel: [channels]. `shift` is of a plane in `scale`.
-  const void *gain, *offset, *slope, *center, *tilt, *shift;
-  const void* factor;  // [planes]
-  void *sums, *products, *slopes;  // [planes]
-  Grid grid, inner;
-  double clip;
-  int64_t last;  // pixels of the last plane, where memory is cut into planes of its own accord
-  int32_t positive_zero;
-  int32_t outside;  // written: whether any value lay outside
-};
-
-enum Type { kFloat, kDouble, kBfloat16, kTypes };
-
-using Run = void (*)(Pass&, int64_t first_plane, int64_t last_plane);
+// `arguments` points to the struct of the pass.
+using Run = void (*)(void* arguments, Planes planes);
 
 struct NamedPass {
   const char* name;  // nullptr ends the list

@@ -1,5 +1,4 @@
 #include "training/passes_impl.h"
-// Uses what stands above.
 #include "training/signs_impl.h"
 
 namespace bnext {

@@ -40,7 +40,7 @@ constexpr int64_t kWordsOfWriting = 8;
 
 }  // namespace
 
-bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
+SignStatus sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
   const Kernels& used = training_kernels();
   const SignWork *work = sign_work_of(used.name), &of_x = work[s.x_type], &of_weight = work[s.weight_type];
   const int64_t taps = s.kernel * s.kernel, pad = s.kernel / 2;
@@ -58,10 +58,10 @@ bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
     const int64_t first = cut(s.height, strips, strip), last = cut(s.height, strips, strip + 1);
     uint32_t* const to = bits.get() + image * image_words;
     if (pad != 0) clear_edges(to, s.height, s.width, words, first, last);
-    const char* from = static_cast<const char*>(s.x) + image * image_bytes;
+    const char* from = static_cast<const char*>(s.x.data) + image * image_bytes;
     if (!of_x.pack(from, s.inputs, s.height, s.width, words, pad, first, last, to)) are_signs = false;
   });
-  if (!are_signs) return false;
+  if (!are_signs) return kNotSigns;
 
   BinaryWeights weights(used, s.inputs, s.channels, s.kernel);
   const int64_t channel_bytes = s.inputs * taps * kSizes[s.weight_type];
@@ -70,13 +70,13 @@ bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
     if (!are_signs) return;
     bool fine = true;
     for (int64_t channel = cut(s.channels, parts, part); channel < cut(s.channels, parts, part + 1); ++channel) {
-      const char* from = static_cast<const char*>(s.weight) + channel * channel_bytes;
+      const char* from = static_cast<const char*>(s.weight.data) + channel * channel_bytes;
       fine &= of_weight.weigh(from, s.inputs, taps, weights.words, weights.wide, weights.at(channel, 0));
       weights.sum_constants(channel, 0);
     }
     if (!fine) are_signs = false;
   });
-  if (!are_signs) return false;
+  if (!are_signs) return kNotSigns;
 
   const int64_t out_width = (s.width + s.stride - 1) / s.stride;
   const int64_t pixels = (s.height + s.stride - 1) / s.stride * out_width, all = s.images * pixels;
@@ -98,24 +98,23 @@ bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads) {
       for (int64_t done = 0; done < count;) {
         const int64_t image = (start + done) / pixels, pixel = (start + done) % pixels;
         const int64_t here = count - done < pixels - pixel ? count - done : pixels - pixel;
-        char* to = static_cast<char*>(s.out) + ((image * s.channels + channel) * pixels + pixel) * kSizes[s.x_type];
+        const int64_t at = (image * s.channels + channel) * pixels + pixel;
+        char* to = static_cast<char*>(s.out.data) + at * kSizes[s.x_type];
         of_x.write(sums + done * weights.wide, here, weights.wide, channels, pixels, to);
         done += here;
       }
     }
   });
-  return true;
+  return kSummed;
 }
 
 }  // namespace bnext
 
-BNEXT_EXPORT int64_t bnext_qat_sign_sums_bytes() { return sizeof(bnext::SignSums); }
-
-// 0: done; 1: a value is neither +1 nor -1, and `out` holds nothing; 2: no memory.
-BNEXT_EXPORT int bnext_qat_sign_sums(const bnext::SignSums* sums, bnext::Parallel parallel, unsigned threads) {
+// Returns a bnext::SignStatus; `parallel` may be nullptr, for one thread.
+BNEXT_EXPORT int32_t bnext_qat_sign_sums(const bnext::SignSums* sums, bnext::Parallel parallel, unsigned threads) {
   try {
-    return bnext::sign_sums(*sums, parallel, threads) ? 0 : 1;
+    return bnext::sign_sums(*sums, parallel, threads);
   } catch (...) {
-    return 2;
+    return bnext::kNoMemory;
   }
 }

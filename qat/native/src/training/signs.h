@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "training/passes.h"
 #include "kernels/share.h"
+#include "training/shared.h"
 
 namespace bnext {
 
@@ -24,16 +24,8 @@ struct SignWork {
 // By the type of the tensors. Those compiled for a set of kernels, by its name.
 const SignWork* sign_work_of(const char* kernels);
 
-// Convolution with zero padding of half the kernel, 1 or 3; contiguous, types are `Type`.
-struct SignSums {
-  int64_t images, inputs, height, width, channels, kernel, stride;
-  const void* x;       // [images][inputs][height][width]
-  const void* weight;  // [channels][inputs][kernel][kernel]
-  void* out;           // [images][channels][⌈height / stride⌉][⌈width / stride⌉], of the type of x
-  int32_t x_type, weight_type;
-};
-
-// False where a value is neither +1 nor -1; then `out` means nothing.
-bool sign_sums(const SignSums& s, Parallel parallel, unsigned threads);
+// kSummed, or kNotSigns where a value is neither +1 nor -1: then what was written means nothing. Throws where there
+// is no memory.
+SignStatus sign_sums(const SignSums& s, Parallel parallel, unsigned threads);
 
 }  // namespace bnext

@@ -1,5 +1,6 @@
-// Binary convolutions of a training step; like passes_impl.h, which comes first.
+// Binary convolutions of a training step: what has to be compiled for an instruction set, in passes_*.cpp too.
 
+#include "training/numbers_impl.h"
 #include "training/signs.h"
 
 namespace bnext {

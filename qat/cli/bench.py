@@ -1,4 +1,4 @@
-"""`qat bench`: how fast, how large, how much memory."""
+"""`qat bench`: time, size and memory of ONNX models."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from qat.cli.terminal import print_table, spinner
 
 @main.command()
 @click.argument("models", nargs=-1, type=NonEmptyPath())
-@click.option("--size", default="tiny", show_default=True, help="Published network to fill at random.")
-@click.option("--classes", type=int, default=1000, show_default=True, help="Classes of that network.")
-@click.option("--resolution", type=int, help="Side of the images [default: 224, or what the models take].")
+@click.option("--size", default="tiny", show_default=True, help="Published size of the random network.")
+@click.option("--classes", type=int, default=1000, show_default=True, help="Classes of the random network.")
+@click.option(
+    "--resolution", type=int, help="Side of the images in pixels [default: 224, or what the models take]."
+)
 @click.option(
     "--targets",
     type=NonEmptyText("write float32,portable"),
-    help="Forms of that network, by commas [default: float32,ort_static,portable,native].",
+    help="Forms to export the random network in, separated by commas "
+    "[default: float32,ort_static,portable,native].",
 )
-@click.option("--threads", type=int, default=1, show_default=True, help="Threads of one operator.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads per operator.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per run.")
-@click.option("--repeats", type=int, help="Timed runs of each model [default: as many as 20 s hold].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the network and the images.")
+@click.option("--repeats", type=int, help="Timed runs of each model [default: as many as fit into 20 s].")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random network and the images."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def bench(
@@ -40,11 +45,12 @@ def bench(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Measure ONNX models: time, size and memory.
+    """Measure the time, size and memory of ONNX models.
 
-    They run in one process, in turns. Without MODELS, a network is filled at random and exported in each of
-    the targets. Columns with × say how many times as fast a model is as the float32 export (`qat export
-    --onnx --float32` makes one) and as that through onnxruntime's quantize_static.
+    The models run by turns in one process. Without MODELS, a network with random weights is exported in each
+    of the forms that --targets names, and these are measured. The columns with × say how many times as fast
+    as two baselines a model is: as the float32 export (`qat export --onnx --float32` makes one), and as the
+    float32 export quantized by onnxruntime's quantize_static.
     """
     given = [
         name
