@@ -8,11 +8,11 @@ import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +23,17 @@ __all__ = ["Encoded", "content_hash", "decode", "decoded_batches", "formats", "o
 #: Formats of Pillow's that are not read: EPS starts an interpreter of programs, which any file can be, by
 #: whatever name; of the others Pillow knows the header alone.
 _NOT_READ: Final = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+#: The EXIF tag, and what brings an image upright by its value; 1 is upright.
+_ORIENTATION: Final = 0x0112
+_TURNS: Final[dict[Any, Image.Transpose]] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Encoded(Protocol):
@@ -89,10 +100,20 @@ def opened_image(source: Path | bytes, name: str | None = None, *, turn: bool = 
         repeated, shown = repr(stream), ""
     try:
         with Image.open(stream, formats=formats()) as opened:
-            return _rgb(ImageOps.exif_transpose(opened) if turn else opened)
+            return _rgb(_upright(opened) if turn else opened)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         reason = str(error).replace(repeated, shown).strip() or type(error).__name__
         raise DataError(f"{name or shown or 'image'}: cannot be decoded: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says it is to be seen; as it is, where that cannot be read."""
+    image.load()  # some formats tell the orientation only then, or are turned by Pillow itself
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # the tags may hold anything; viewers show such an image as it is stored, too
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
