@@ -35,7 +35,9 @@ def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
     model.eval()
     for point in points.values():
         point.start_calibration()
-    checks = [point.register_forward_pre_hook(_finite(name)) for name, point in points.items()]
+    checks = [
+        point.register_forward_pre_hook(_finite(name), with_kwargs=True) for name, point in points.items()
+    ]
     try:
         with torch.no_grad():
             forward()
@@ -50,11 +52,13 @@ def calibrate(model: nn.Module, forward: Callable[[], None]) -> None:
         raise QuantizationError(f"calibration reached no finite value at {missed[0]} ({len(missed)} points)")
 
 
-def _finite(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _finite(name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
     """A hook that refuses activations that are not finite, from which no range can be found."""
 
-    def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not bool(torch.isfinite(inputs[0]).all()):
+    def check(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+        # What is quantized, and what is observed in its stead where that is given.
+        seen = (value for value in (*inputs, *named.values()) if isinstance(value, Tensor))
+        if not all(bool(torch.isfinite(value).all()) for value in seen):
             raise QuantizationError(
                 f"{name}: the activations there are not finite, so they have no range; look at the weights "
                 "before it (qat inspect --layers) and at data.mean and data.std"

@@ -43,7 +43,7 @@ def test_activations_that_are_not_finite_are_refused_with_the_first_point(
     prepare(float_toy, Quantization(trunk=TrunkGroup(observer=observer)))
     with torch.no_grad():
         float_toy.feature[1].FFN.norm2.running_mean[0] = value
-    point = r"feature\.1\.trunk_out: the activations there are not finite"
+    point = r"feature\.1\.FFN\.branch: the activations there are not finite"
     with pytest.raises(QuantizationError, match=point):
         calibrate(float_toy, lambda: float_toy(images))
     float_toy(images)  # the check is for calibration alone
