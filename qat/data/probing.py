@@ -20,10 +20,12 @@ __all__ = ["probe", "probe_headers"]
 #: Images that are waited for at a time.
 _AT_ONCE: Final = 256
 _MOST_THREADS: Final = 8
+#: What PNG and JPEG files begin with. Pillow, which knows the others, takes five times as long to tell.
+_SIGNATURES: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
 def probe_headers(images: Encoded, rows: Sequence[int]) -> dict[int, Problem]:
-    """The images at ``rows`` that cannot be opened, by row; pixels are not read."""
+    """The images at ``rows`` that are none, as their first bytes tell, by row; pixels are not read."""
     return dict(_probed(images, rows, _open, lambda: None))
 
 
@@ -67,6 +69,9 @@ def _open(source: Path | bytes) -> None:
     if isinstance(source, bytes):
         opened_image(source)
         return
+    with source.open("rb", buffering=0) as file:
+        if (file.read(len(_SIGNATURES[0])) or b"").startswith(_SIGNATURES):
+            return
     with Image.open(source, formats=formats()):
         pass
 
