@@ -5,6 +5,7 @@ One module per group of commands. Importing a module adds its commands to ``main
 
 from qat.cli import (  # noqa: F401, they add their commands to main
     bench,
+    data,
     gate,
     inspection,
     models,

@@ -225,8 +225,8 @@ def _print_exactness(exactness: Exactness) -> None:
 def evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Measure the accuracy of a run, a checkpoint or an .onnx file.
 
-    The images are the test split that the model's own recipe names, or the one that --recipe names; --set
-    data.KEY=VALUE changes it.
+    The images are the split that epochs are chosen on, as the model's own recipe says, or the one that
+    --recipe names; --set data.KEY=VALUE changes it, such as --set data.test_split=test.
     """
     from qat.commands.evaluation import evaluate_model
     from qat.system.collectives import joined

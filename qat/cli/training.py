@@ -25,7 +25,8 @@ _resume_option = click.option(
     metavar="RUN",
     help="Continue a run that was stopped, from its newest saved state and with its own recipe. On a CPU "
     "with the same number of threads, the result is the same, byte for byte, as without the stop. --set may "
-    "change device, threads, parallel, data.workers, tracking and how often states are saved.",
+    "change device, threads, parallel, data.workers, data.on_error, tracking and how often states are "
+    "saved.",
 )
 
 

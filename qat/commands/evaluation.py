@@ -23,6 +23,6 @@ def evaluate_model(
         QatError: the model, its data or the recipe cannot be read, or don't fit each other.
     """
     model = open_model(path, recipe, overrides, warn)
-    split = load_test_split(model.data, model.num_classes)
+    split = load_test_split(model.data, model.num_classes, warn)
     split.share = world().share
     return evaluate(model.predict, split, model.data)

@@ -35,7 +35,7 @@ def record_baseline(
     """
     check_replaceable(output)  # before the evaluation, which takes long
     model = open_model(path, recipe, overrides, warn)
-    split = load_test_split(model.data, model.num_classes)
+    split = load_test_split(model.data, model.num_classes, warn)
     logits = _answer(model, split, warn)
     baseline = _observe(model, logits, split, describe_data(split, model.data))
     write_baseline(output, baseline)
@@ -68,7 +68,7 @@ def judge_model(
     model = open_model(path, recipe, overrides, warnings.append)
     # `judge` checks both again. Here they are checked before the evaluation, and messages name the file.
     check_preprocessing(baseline, model.data, model.num_classes, str(baseline_path))
-    split = load_test_split(model.data, model.num_classes)
+    split = load_test_split(model.data, model.num_classes, warnings.append)
     facts = describe_data(split, model.data)
     check_comparable(baseline, facts, model.num_classes, len(split), str(baseline_path))
     logits = _answer(model, split, warnings.append)

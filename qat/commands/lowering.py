@@ -108,7 +108,8 @@ def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) ->
     """Metadata for an exported file, by name: what is known of the network and its training.
 
     ``recipe`` is the checkpoint's, with ``image_size`` in place of its own; ``resize`` is the shorter side in
-    pixels to which an image is scaled before its centre is cropped (digits are not cropped and have none).
+    pixels to which an image is scaled before its centre is cropped, ``exif_orientation`` whether it is turned
+    upright before that (digits are not cropped and have neither).
     ``accuracy`` was measured of the network as quantized, and is left out of a float32 export of such a
     network (``as_float``).
     """
@@ -118,6 +119,7 @@ def facts(checkpoint: Checkpoint, image_size: int, *, as_float: bool = False) ->
     found = {"recipe": recipe.model_dump_json(), "exporter": f"bnext-qat {__version__}"}
     if data.dataset != "digits":
         found["resize"] = str(data.shorter_side)
+        found["exif_orientation"] = str(data.exif_orientation).lower()
     for key in ("versions", "accuracy", "test_fingerprint"):
         of_another = key == "accuracy" and as_float and checkpoint.quantization is not None
         if key in checkpoint.metadata and not of_another:

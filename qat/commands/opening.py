@@ -142,7 +142,6 @@ def _check_data(checkpoint: Checkpoint, data: Data, warn: Callable[[str], None])
                     f"data.{key} is {list(ours)}, {checkpoint.source} was made for {list(theirs)}"
                 )
             warn(f"data.{key} is {list(ours)}, {checkpoint.source} was trained with {list(theirs)}")
-    if data.image_size != trained.image_size:
-        warn(
-            f"data.image_size is {data.image_size}, {checkpoint.source} was trained with {trained.image_size}"
-        )
+    for key in ("image_size", "exif_orientation"):
+        if (given := getattr(data, key)) != (theirs := getattr(trained, key)):
+            warn(f"data.{key} is {given}, {checkpoint.source} was trained with {theirs}")

@@ -69,7 +69,8 @@ def predict(
 
 def _probabilities(model: Opened, files: Sequence[Path]) -> list[list[float]]:
     data = model.data
-    pixels = torch.stack([decode(file, _shorter_side(data), data.image_size) for file in files])
+    resize, side, turn = _shorter_side(data), data.image_size, data.exif_orientation
+    pixels = torch.stack([decode(file, resize, side, turn=turn) for file in files])
     logits = model.predict(input_for(model.predict, pixels, data)).double()
     found: list[list[float]] = logits.softmax(1).tolist()
     return found

@@ -44,7 +44,7 @@ def measure_recipe(loaded: LoadedRecipe, questions: Questions, report: Reporter,
     quantization = recipe.quantization
     assert quantization is not None  # the schema requires it for this task
     device = begin(recipe)
-    train, test = splits_of(recipe)
+    train, test, _ = splits_of(recipe)
     count = _count(questions.images, len(test))
     start = starting_point(loaded, train, report)
     if start.new_classifier:

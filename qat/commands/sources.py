@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qat_export.verify.model import OnnxModel
 
@@ -70,13 +70,20 @@ def recipe_of_onnx(model: OnnxModel, overrides: Sequence[str], otherwise: str) -
     return parse_recipe(mapping, str(model.path), overrides)
 
 
-def load_test_split(data: Data, num_classes: int) -> Split:
+def load_test_split(data: Data, num_classes: int, warn: Callable[[str], None] = lambda _: None) -> Split:
     """The test split that ``data`` names.
+
+    Args:
+        data: names it.
+        num_classes: of the network.
+        warn: told which images were left out.
 
     Raises:
         DataError: it cannot be read, or has another number of classes than ``num_classes``.
     """
     split = load_split(data, "test")
+    if split.left_out is not None:
+        warn(split.left_out)
     check_fits(split, num_classes)
     return split
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qat.errors import DataError, nearest
 
@@ -18,43 +19,39 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-__all__ = [
-    "Columns",
-    "TableImages",
-    "check_label",
-    "content_of",
-    "find_columns",
-    "integer_names",
-    "labels_of",
-]
+__all__ = ["Columns", "LabelKind", "TableImages", "content_of", "find_columns"]
 
-#: Most wrong labels that an error lists.
-_SHOWN: Final = 3
+#: What a label column holds: numbers of named classes, bare numbers, truth values, or the classes' names.
+LabelKind = Literal["classes", "integers", "booleans", "texts"]
+_LABEL_KINDS: Final[tuple[LabelKind, ...]] = get_args(LabelKind)
 
 
 @dataclass(frozen=True)
 class Columns:
     """Names of the image column and the label column, and of the classes.
 
-    ``class_names`` is ``None`` where the table has integers as labels, and no names for them.
+    ``class_names`` is ``None`` where the column itself doesn't tell them: of bare integers, and of texts
+    before all are read.
     """
 
     image: str
     label: str
     class_names: tuple[str, ...] | None
+    # Not in the text of it, which is part of the fingerprints of streamed data sets.
+    kind: LabelKind = field(default="classes", repr=False)
 
 
 def find_columns(features: Mapping[str, Any], image: str | None, label: str | None, source: str) -> Columns:
     """Find the image column and the label column of a table.
 
     A column of images has the feature `datasets.Image`, or bytes; a column of labels has
-    `datasets.ClassLabel`, or integers.
+    `datasets.ClassLabel`, or integers, booleans or texts.
 
     Args:
         features: the table's features by column.
         image: value of ``data.image_column``; ``None`` takes the only column of images.
         label: value of ``data.label_column``; ``None`` takes the only column of class labels, or if there is
-            none, the only column of integers.
+            none, the only column of integers, of booleans, or of texts.
         source: name of the table for messages.
 
     Raises:
@@ -69,7 +66,10 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
             return "images"
         if isinstance(feature, datasets.ClassLabel):
             return "classes"
-        return "integers" if _is_integer(feature) else "other"
+        dtype = str(getattr(feature, "dtype", ""))
+        if dtype in ("string", "large_string"):
+            return "texts"
+        return "booleans" if dtype == "bool" else "integers" if dtype.startswith(("int", "uint")) else "other"
 
     listed = ", ".join(f"{name} ({_shown(feature)})" for name, feature in features.items()) or "no columns"
 
@@ -94,10 +94,13 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
         raise DataError(f"data.{key}: {source} has no column of {what}; it has {listed}")
 
     found = choose("image_column", image, ["images"], "images")
-    classes = choose("label_column", label, ["classes", "integers"], "class labels")
+    classes = choose("label_column", label, _LABEL_KINDS, "class labels")
     feature = features[classes]
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
-    return Columns(found, classes, names)
+    (held,) = (one for one in _LABEL_KINDS if one == kind(classes))
+    if held == "booleans":
+        names = ("false", "true")
+    return Columns(found, classes, names, "integers" if held == "classes" and names is None else held)
 
 
 def _is_bytes(feature: object) -> bool:
@@ -106,67 +109,10 @@ def _is_bytes(feature: object) -> bool:
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _is_integer(feature: object) -> bool:
-    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-
-
 def _shown(feature: object) -> str:
     dtype = getattr(feature, "dtype", None)
     name = type(feature).__name__
     return str(dtype) if name == "Value" else name if name in ("Image", "ClassLabel") else name.lower()
-
-
-def labels_of(column: pa.ChunkedArray, columns: Columns, source: str) -> Tensor:
-    """The labels in a column, int64 (N,).
-
-    Args:
-        column: the label column.
-        columns: says its name and the names of the classes.
-        source: name of the table for messages.
-
-    Raises:
-        DataError: labels are missing or negative, or exceed the number of class names.
-    """
-    values = column.combine_chunks().to_numpy(zero_copy_only=False)
-    if missing := column.null_count:
-        row = next(row for row, value in enumerate(column.to_pylist()) if value is None)
-        raise DataError(
-            f"{source}: {missing} labels are missing in column {columns.label!r}, first in row {row}"
-        )
-    labels = torch.from_numpy(values.astype("int64"))
-    most = len(columns.class_names) if columns.class_names is not None else None
-    wrong = (labels < 0) if most is None else (labels < 0) | (labels >= most)
-    if wrong.any():
-        rows = wrong.nonzero().flatten().tolist()
-        shown = ", ".join(f"{int(labels[row])} in row {row}" for row in rows[:_SHOWN])
-        allowed = "0 or more" if most is None else f"0 to {most - 1}"
-        raise DataError(
-            f"{source}: {len(rows)} labels in column {columns.label!r} are out of range: {shown}; allowed: "
-            f"{allowed}"
-        )
-    return labels
-
-
-def check_label(label: object, columns: Columns, source: str) -> int:
-    """The label of one row, after the checks that :func:`labels_of` makes for a whole column.
-
-    Raises:
-        DataError: the label is missing or out of range.
-    """
-    most = len(columns.class_names) if columns.class_names is not None else None
-    if not isinstance(label, int) or label < 0 or (most is not None and label >= most):
-        allowed = "0 or more" if most is None else f"0 to {most - 1}"
-        raise DataError(f"{source}: found {label!r} in column {columns.label!r}, allowed: {allowed}")
-    return label
-
-
-def integer_names(labels: Sequence[Tensor]) -> list[str]:
-    """Class names for integer labels: the numbers from 0 to the largest label.
-
-    Args:
-        labels: the labels of each split, which together show the largest one.
-    """
-    return [str(label) for label in range(1 + max(int(found.max()) for found in labels if len(found)))]
 
 
 def content_of(value: object) -> Path | bytes | None:
@@ -203,6 +149,18 @@ class TableImages:
         self._names = [name for name, _ in parts]
         self._starts = [0, *itertools.accumulate(rows for _, rows in parts)]
         self._values: pa.ChunkedArray | None = None
+        self._chosen: NDArray[np.int64] | None = None
+
+    def chosen(self, rows: Sequence[int]) -> TableImages:
+        """The images at ``rows`` of these."""
+        some = copy.copy(self)
+        wanted = np.array(rows, np.int64)
+        some._chosen = wanted if self._chosen is None else self._chosen[wanted]
+        return some
+
+    def _row(self, index: int) -> int:
+        """The row of the table that an image is in."""
+        return index if self._chosen is None else int(self._chosen[index])
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to pickle: all but the column's values, which a worker reads from the table again."""
@@ -210,7 +168,7 @@ class TableImages:
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._table)
+        return len(self._table) if self._chosen is None else len(self._chosen)
 
     @property
     def values(self) -> pa.ChunkedArray:
@@ -228,7 +186,7 @@ class TableImages:
         if pa.types.is_struct(content.type):
             content = pc.struct_field(content, "bytes")
         sizes: list[int | None] = pc.binary_length(content).to_pylist()
-        return sizes
+        return sizes if self._chosen is None else [sizes[row] for row in self._chosen]
 
     def image(self, index: int) -> Path | bytes:
         """The encoded bytes of an image, or the file that the table names instead.
@@ -236,12 +194,13 @@ class TableImages:
         Raises:
             DataError: the cell holds neither.
         """
-        content = content_of(self.values[index].as_py())
+        content = content_of(self.values[self._row(index)].as_py())
         if content is not None:
             return content
         raise DataError(f"{self.name(index)}: holds no image in column {self._column!r}")
 
     def name(self, index: int) -> str:
         """Name of the image in messages: its file or data set, and the row in it."""
-        part = min(bisect.bisect_right(self._starts, index), len(self._names)) - 1
-        return f"{self._names[part]}: row {index - self._starts[part]}"
+        row = self._row(index)
+        part = min(bisect.bisect_right(self._starts, row), len(self._names)) - 1
+        return f"{self._names[part]}: row {row - self._starts[part]}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from qat.errors import DataError
 
-__all__ = ["Encoded", "content_hash", "decode", "decoded_batches"]
+__all__ = ["Encoded", "content_hash", "decode", "decoded_batches", "formats", "opened_image"]
+
+#: Formats of Pillow's that are not read: EPS starts an interpreter of programs, which any file can be, by
+#: whatever name; of the others Pillow knows the header alone.
+_NOT_READ: Final = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+#: The EXIF tag, and what brings an image upright by its value; 1 is upright.
+_ORIENTATION: Final = 0x0112
+_TURNS: Final[dict[Any, Image.Transpose]] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Encoded(Protocol):
@@ -34,17 +50,27 @@ class Encoded(Protocol):
         """The name of an image in messages."""
 
 
-def decode(source: Path | bytes, resize: int, side: int, name: str | None = None) -> Tensor:
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NOT_READ)
+
+
+def decode(
+    source: Path | bytes, resize: int, side: int, name: str | None = None, *, turn: bool = False
+) -> Tensor:
     """Decode an image, resize its shorter side (bilinear), and crop its centre.
 
-    Every mode becomes RGB as in usual ImageNet evaluations: greyscale is repeated, transparency is dropped,
-    and an orientation tag is ignored.
+    Every mode becomes RGB as in usual ImageNet evaluations: greyscale is repeated, and transparency is
+    dropped.
 
     Args:
         source: a file, or encoded bytes.
         resize: length of the shorter side in pixels. An image that has it already is not resampled.
         side: height and width of the crop in pixels.
         name: name of the image in messages; by default that of the file.
+        turn: whether the image is turned upright first, as its EXIF orientation says.
 
     Returns:
         uint8 (3, side, side).
@@ -52,19 +78,7 @@ def decode(source: Path | bytes, resize: int, side: int, name: str | None = None
     Raises:
         DataError: ``source`` can't be read, is not an image, or is damaged.
     """
-    # Pillow's messages repeat what was opened, such as `<_io.BytesIO object …>`, which is replaced below.
-    if isinstance(source, Path):
-        stream: Path | io.BytesIO = source
-        repeated, shown = str(source), source.name
-    else:
-        stream = io.BytesIO(source)
-        repeated, shown = repr(stream), ""
-    try:
-        with Image.open(stream) as opened:
-            image = _rgb(opened)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repeated, shown).strip() or type(error).__name__
-        raise DataError(f"{name or shown or 'image'}: cannot be decoded: {reason}") from error
+    image = opened_image(source, name, turn=turn)
     width, height = image.size
     shorter = min(width, height)
     width, height = resize * width // shorter, resize * height // shorter
@@ -73,6 +87,33 @@ def decode(source: Path | bytes, resize: int, side: int, name: str | None = None
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(image.crop((left, top, left + side, top + side)))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def opened_image(source: Path | bytes, name: str | None = None, *, turn: bool = False) -> Image.Image:
+    """An image in RGB as large as it is stored; see :func:`decode`."""
+    # Pillow repeats in its errors what was opened.
+    if isinstance(source, Path):
+        stream: Path | io.BytesIO = source
+        repeated, shown = str(source), source.name
+    else:
+        stream = io.BytesIO(source)
+        repeated, shown = repr(stream), ""
+    try:
+        with Image.open(stream, formats=formats()) as opened:
+            return _rgb(_upright(opened) if turn else opened)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        reason = str(error).replace(repeated, shown).strip() or type(error).__name__
+        raise DataError(f"{name or shown or 'image'}: cannot be decoded: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says it is to be seen; as it is, where that cannot be read."""
+    image.load()  # some formats tell the orientation only then, or are turned by Pillow itself
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # the tags may hold anything; viewers show such an image as it is stored, too
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -90,7 +131,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def decoded_batches(
-    images: Encoded, labels: Tensor, batches: list[Tensor], *, resize: int, side: int, workers: int
+    images: Encoded,
+    labels: Tensor,
+    batches: list[Tensor],
+    *,
+    resize: int,
+    side: int,
+    workers: int,
+    turn: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of decoded images, uint8 (n, 3, side, side), and labels, int64 (n,).
 
@@ -98,14 +146,14 @@ def decoded_batches(
         images: N encoded images.
         labels: int64 (N,).
         batches: for each batch its indices into ``images`` and ``labels``, int64 (n,).
-        resize, side: see :func:`decode`.
+        resize, side, turn: see :func:`decode`.
         workers: number of processes that decode; 0 decodes in this process.
 
     Raises:
         DataError: an image can't be decoded.
     """
     loader: DataLoader[Tensor | DataError] = DataLoader(
-        _Decoder(images, resize, side),
+        _Decoder(images, resize, side, turn),
         batch_sampler=[indices.tolist() for indices in batches],
         num_workers=workers,
         collate_fn=_stack,
@@ -113,20 +161,23 @@ def decoded_batches(
     )
     for indices, found in zip(batches, loader, strict=True):
         if isinstance(found, DataError):
-            raise found
+            raise DataError(
+                f"{found}; `qat data check` names every such image, --set data.on_error=skip leaves them out"
+            ) from found
         yield found, labels[indices]
 
 
 class _Decoder(Dataset["Tensor | DataError"]):
     """Decodes an image by its index. It is pickled for worker processes."""
 
-    def __init__(self, images: Encoded, resize: int, side: int) -> None:
-        self.images, self.resize, self.side = images, resize, side
+    def __init__(self, images: Encoded, resize: int, side: int, turn: bool) -> None:
+        self.images, self.resize, self.side, self.turn = images, resize, side, turn
 
     def __getitem__(self, index: int) -> Tensor | DataError:
         # The error is returned, because one raised in a worker would reach the user wrapped in a traceback.
         try:
-            return decode(self.images.image(index), self.resize, self.side, self.images.name(index))
+            name = self.images.name(index)
+            return decode(self.images.image(index), self.resize, self.side, name, turn=self.turn)
         except DataError as error:
             return error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -12,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.data.classes import agreed_classes, no_class_folders, no_images
 from qat.data.decode import content_hash, decoded_batches
+from qat.data.held_out import held_out, held_out_note
+from qat.data.layout import HERE, Layout, find_layout, is_split_word
+from qat.data.listing import class_folders, list_images, same_name
 from qat.data.paths import found_root
 from qat.data.prefetch import prefetched
-from qat.data.quiet_datasets import quiet_datasets
+from qat.data.probing import probe, probe_headers
+from qat.data.problems import Problem, counted, refusal
 from qat.data.split import Split, SplitName
-from qat.errors import DataError, nearest
+from qat.errors import DataError
 from qat.recipe.schema import Data
 
-__all__ = ["FolderSplit", "load_folder_split"]
+__all__ = ["FolderSplit", "folder_layout", "load_folder_split"]
 
 
 class FolderSplit(Split):
@@ -38,6 +42,7 @@ class FolderSplit(Split):
         resize: int,
         side: int,
         workers: int,
+        turn: bool = False,
     ) -> None:
         """Make a split of image files.
 
@@ -46,14 +51,17 @@ class FolderSplit(Split):
             class_names: names of the classes in label order.
             files: path of each image relative to ``folder``.
             labels: int64 (N,).
-            resize, side: see :func:`qat.data.decode.decode`.
+            resize, side, turn: see :func:`qat.data.decode.decode`.
             workers: number of processes that decode; 0 decodes in a thread.
         """
         super().__init__(class_names, labels)
         self.resize = resize
         self.side = side
         self.workers = workers
-        self._images = _Files(folder, files)
+        self.turn = turn
+        self.encoded = _Files(folder, files)
+        #: Files beside them that are no pictures.
+        self.passed_over = 0
 
     def fingerprint(self) -> str:
         """SHA-256 over relative file names, sizes in bytes and labels. The images are not read.
@@ -63,12 +71,12 @@ class FolderSplit(Split):
         """
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels.tolist()):
-            path = self._images.image(index)
+            path = self.encoded.image(index)
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-            relative = path.relative_to(self._images.folder)
+            relative = path.relative_to(self.encoded.folder)
             digest.update(relative.as_posix().encode(errors="surrogateescape"))
             digest.update(f"\0{size}\0{label}\n".encode())
         return digest.hexdigest()
@@ -79,15 +87,25 @@ class FolderSplit(Split):
         Raises:
             DataError: a file can't be read.
         """
-        return content_hash(self._images, self.labels)
+        return content_hash(self.encoded, self.labels)
+
+    def header_problems(self) -> list[Problem]:
+        """Files that are no images, as their first bytes tell."""
+        return list(probe_headers(self.encoded, range(len(self))).values())
 
     def image_name(self, index: int) -> str:
         """``CLASS/file``."""
-        return self._images.image(index).relative_to(self._images.folder).as_posix()
+        return self.encoded.image(index).relative_to(self.encoded.folder).as_posix()
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = decoded_batches(
-            self._images, self.labels, batches, resize=self.resize, side=self.side, workers=self.workers
+            self.encoded,
+            self.labels,
+            batches,
+            resize=self.resize,
+            side=self.side,
+            workers=self.workers,
+            turn=self.turn,
         )
         return loaded if self.workers else prefetched(loaded)
 
@@ -108,77 +126,86 @@ class _Files:
         return str(self.image(index))
 
 
-def load_folder_split(data: Data, name: SplitName) -> FolderSplit:
+def load_folder_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> FolderSplit:
     """The split ``name`` of the image folders in ``data.root``; see :func:`qat.data.loading.load_split`."""
     root = found_root(data)
-    key, split = (
-        ("train_split", data.train_split) if name == "train" else ("test_split", data.evaluated_split)
+    layout = folder_layout(data, root)
+    classes = agreed_classes(root, layout, name)
+    listing = list_images(classes.folder, classes.labels)
+    found, files, notes = classes.problems + listing.problems, listing.files, []
+    labels = torch.tensor([classes.labels[file.partition("/")[0]] for file in files], dtype=torch.int64)
+    if layout.share is not None and name != "final":
+        chosen = held_out(files, labels, layout.share, classes.folder)
+        if name == "test":
+            notes.append(held_out_note(chosen, layout.share))
+        files, labels = _at(files, labels, chosen if name == "test" else ~chosen)
+    encoded, left_out = _Files(classes.folder, files), None
+    if problems is None and data.on_error == "skip":
+        bad = probe(encoded, range(len(files)), turn=data.exif_orientation)
+        found += bad.values()
+        if found:
+            left_out = f"{layout.called(name)}: left out: {counted(found, classes.folder)}"
+        files, labels = _at(files, labels, torch.tensor([row not in bad for row in range(len(files))]))
+    elif problems is not None:
+        problems += found
+    elif found:
+        raise refusal(found, classes.folder)
+    # Of a class with a single image, nothing is held out.
+    missing = [] if layout.share is not None and files else _missing(labels, classes.names)
+    if missing and not problems:
+        raise no_images(classes.folder, missing, listing.passed_over, listing.example)
+    split = FolderSplit(
+        classes.folder,
+        classes.names,
+        files,
+        labels,
+        resize=data.shorter_side,
+        side=data.loaded_side("train" if name == "train" else "test"),
+        workers=data.workers,
+        turn=data.exif_orientation,
     )
-    folder = root / split
-    if not folder.is_dir():
-        present = _folders(root)
-        listed = ", ".join(present) or "no folders"
-        raise DataError(
-            f"data.{key}: {root} has no folder {split!r}{nearest(split, present)}; it has {listed}"
-        )
-    classes = _folders(folder)
-    other = root / (data.evaluated_split if name == "train" else data.train_split)
-    if other.is_dir() and (difference := sorted(set(classes) ^ set(_folders(other)))):
-        one = difference[0]
-        where, missing = (folder, other) if one in classes else (other, folder)
-        raise DataError(
-            f"{root}: {folder.name!r} and {other.name!r} must have the same classes, but {len(difference)} "
-            f"differ, among them {one!r}, which is in {where.name!r} and not in {missing.name!r}"
-        )
-    files, labels = _labelled_files(folder, classes)
-    resize, side = data.shorter_side, data.loaded_side(name)
-    return FolderSplit(folder, classes, files, labels, resize=resize, side=side, workers=data.workers)
+    split.name, split.left_out = layout.called(name), left_out
+    split.notes = [*notes, *(layout.notes if name == "test" else ())]
+    split.passed_over = listing.passed_over
+    return split
 
 
-def _folders(parent: Path) -> list[str]:
-    with os.scandir(parent) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def _missing(labels: Tensor, names: Sequence[str]) -> list[str]:
+    """The classes that no image has."""
+    present = set(labels.tolist())
+    return [name for label, name in enumerate(names) if label not in present]
 
 
-def _labelled_files(folder: Path, classes: list[str]) -> tuple[list[str], Tensor]:
-    """Sorted paths of the images relative to ``folder``, and their int64 labels, which index ``classes``.
+def folder_layout(data: Data, root: Path) -> Layout:
+    """Which folders of ``root`` are the splits.
 
     Raises:
-        DataError: there are no classes, a class has no images, or a folder can't be listed.
+        DataError: none can be told, because there are no folders, or because they lie one level deeper.
     """
-    if not classes:
-        raise DataError(f"{folder}: expected a folder of images per class, found none")
-    import datasets  # imported here: it takes two seconds
+    present = class_folders(root).names
 
-    # `imagefolder` of `datasets` is given one pattern per class, and labels are taken from the paths. By
-    # itself it would guess splits from words in paths, so that training images of a class "test_tube" became
-    # test images. It would also drop the labels of a single class, and skip class folders that are symbolic
-    # links.
-    patterns = [
-        str(Path(glob.escape(str(folder / name))) / "*") for name in classes if _has_files(folder / name)
-    ]
-    paths: list[Path] = []
-    try:
-        if patterns:
-            with quiet_datasets():
-                listing = datasets.load_dataset(
-                    "imagefolder",
-                    data_files={"train": patterns},
-                    split="train",
-                    drop_labels=True,
-                    drop_metadata=True,
+    def misfit(train: str, other: str) -> str | None:
+        theirs = {same_name(name) for name in class_folders(root / other).names}
+        ours = {same_name(name) for name in class_folders(root / train).names}
+        if not theirs:
+            return "it has no folders of classes"
+        return None if theirs == ours else f"it has other classes than {train!r}"
+
+    layout = find_layout(
+        data, present, root, exists=lambda split: (root / split).is_dir(), misfit=misfit, flat=True
+    )
+    if layout.train == HERE:
+        for one in present:
+            inner = class_folders(root / one).names
+            if len(inner) > 1 and all(map(is_split_word, inner)):
+                raise DataError(
+                    f"data.root: {root} has no split; its folder {one!r} has: --set data.root={root / one}"
                 )
-            images = listing.cast_column("image", datasets.Image(decode=False))["image"]
-            paths = sorted(Path(image["path"]).relative_to(folder) for image in images)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{folder}: cannot be listed: {error}") from error
-    if empty := sorted(set(classes) - {path.parts[0] for path in paths}):
-        raise DataError(f"{folder}: no images in the folder of class {', '.join(map(repr, empty[:5]))}")
-    index = {name: label for label, name in enumerate(classes)}
-    return [str(path) for path in paths], torch.tensor([index[path.parts[0]] for path in paths])
+    if not present and not (root / layout.train).is_dir():
+        raise no_class_folders(root)
+    return layout
 
 
-def _has_files(folder: Path) -> bool:
-    if nested := _folders(folder):
-        raise DataError(f"{folder}: has a folder {nested[0]!r}; images lie directly in their class's folder")
-    return any(not name.startswith(".") for name in os.listdir(folder))  # noqa: PTH208 - a million names
+def _at(files: Sequence[str], labels: Tensor, chosen: Tensor) -> tuple[list[str], Tensor]:
+    """The files and labels where the bool tensor ``chosen`` (N,) is true."""
+    return [files[row] for row in chosen.nonzero().flatten().tolist()], labels[chosen]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from qat.data.columns import Columns, TableImages, find_columns, integer_names, labels_of
+from qat.data.columns import Columns, TableImages, find_columns
+from qat.data.labels import integer_names, labels_of, text_names
 from qat.data.paths import VARIABLE, split_of
+from qat.data.problems import Problem
 from qat.data.quiet_datasets import quiet_datasets
 from qat.data.split import Split, SplitName
 from qat.data.stream import StreamedSplit
-from qat.data.table import TableSplit
+from qat.data.table import TableSplit, without_broken
 from qat.errors import DataError
 from qat.recipe.schema import Data
 
@@ -71,7 +73,7 @@ class _Repository:
             raise DataError(f"data.{key}: {split!r} of {self.name} on the Hub: {_reason(error)}") from error
 
 
-def load_hub_split(data: Data, name: SplitName) -> Split:
+def load_hub_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> Split:
     """One split of the repository ``data.name`` or CIFAR-10's; see :func:`qat.data.loading.load_split`.
 
     With ``data.streaming`` the training split is not downloaded. The test split always is, because its labels
@@ -84,30 +86,37 @@ def load_hub_split(data: Data, name: SplitName) -> Split:
     table = _stored(data, repository, key, split)
     source = f"{repository.name} ({split})"
     columns = find_columns(table.features, data.image_column, data.label_column, source)
-    labels = _labels(table, columns, source)
     if not len(table):
         raise DataError(f"{source}: holds no images")
-    names: Sequence[str]
-    if columns.class_names is not None:
-        names = columns.class_names
-    else:
+    if columns.class_names is None:
         if data.streaming:
-            raise DataError(_bare_integers(source, columns))
+            raise DataError(_unnamed(source, columns))
         other_key, other = split_of(data, "test" if name == "train" else "train")
-        both = [
-            labels,
-            _labels(_stored(data, repository, other_key, other), columns, f"{repository.name} ({other})"),
-        ]
-        names = integer_names(both)
-    return TableSplit(
-        TableImages(table, columns.image, [(source, len(table))]),
+        beside = _stored(data, repository, other_key, other)
+        both = {source: table, f"{repository.name} ({other})": beside}
+        if columns.kind == "texts":
+            known = table if name == "train" else beside
+            columns = replace(columns, class_names=text_names([_column(known, columns)], columns, source))
+    labels = labels_of(_column(table, columns), columns, source)
+    names: Sequence[str] | None = columns.class_names
+    if names is None:
+        names = integer_names([labels_of(_column(part, columns), columns, one) for one, part in both.items()])
+    images = TableImages(table, columns.image, [(source, len(table))])
+    left_out = None
+    if problems is None and data.on_error == "skip":
+        images, labels, left_out = without_broken(images, labels, data.exif_orientation, split)
+    found = TableSplit(
+        images,
         names,
         labels,
         resize=data.shorter_side,
-        side=data.loaded_side(name),
+        side=data.loaded_side("train" if name == "train" else "test"),
         workers=data.workers,
         in_memory=data.in_memory,
+        turn=data.exif_orientation,
     )
+    found.name, found.left_out = split, left_out
+    return found
 
 
 def _find(data: Data) -> _Repository:
@@ -199,7 +208,7 @@ def _streamed(data: Data, repository: _Repository, key: str, split: str) -> Stre
     stream, columns = _undecoded(data, repository, repository.load(key, split, streaming=True), split)
     source = f"{repository.name} ({split})"
     if columns.class_names is None:
-        raise DataError(_bare_integers(source, columns))
+        raise DataError(_unnamed(source, columns))
     splits = stream.info.splits or {}
     count = splits[split].num_examples if split in splits else None
     if not count:
@@ -217,18 +226,19 @@ def _streamed(data: Data, repository: _Repository, key: str, split: str) -> Stre
         side=data.loaded_side("train"),
         workers=data.workers,
         shuffle_buffer=data.shuffle_buffer,
+        turn=data.exif_orientation,
     )
 
 
-def _labels(table: datasets.Dataset, columns: Columns, source: str) -> Any:
-    return labels_of(
-        table.select_columns(columns.label).with_format("arrow")[:][columns.label], columns, source
-    )
+def _column(table: datasets.Dataset, columns: Columns) -> Any:
+    """The labels as Arrow has them."""
+    return table.select_columns(columns.label).with_format("arrow")[:][columns.label]
 
 
-def _bare_integers(source: str, columns: Columns) -> str:
+def _unnamed(source: str, columns: Columns) -> str:
+    what = "texts" if columns.kind == "texts" else "integers without class names"
     return (
-        f"{source}: column {columns.label!r} holds integers without class names, whose number is only known "
+        f"{source}: column {columns.label!r} holds {what}, whose number is only known "
         "once all are read; set data.streaming=false"
     )
 

@@ -8,20 +8,22 @@ Hugging Face Hub (:mod:`qat.data.hub`).
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from qat.data.folder import load_folder_split
+from qat.data.folder import FolderSplit, folder_layout, load_folder_split
 from qat.data.hub import load_hub_split
-from qat.data.parquet import load_parquet_split
+from qat.data.parquet import load_parquet_split, parquet_layout
 from qat.data.paths import cifar10_folder, found_root
+from qat.data.problems import Problem, refusal
 from qat.data.split import MemorySplit, Split, SplitName
 from qat.errors import DataError
 from qat.recipe.schema import Data
 
-__all__ = ["check_fits", "load_split", "load_splits"]
+__all__ = ["Loaded", "check_fits", "load_every", "load_for_training", "load_split", "load_splits"]
 
 DIGITS_TEST_IMAGES = 360
 DIGITS_SPLIT_SEED = 0  # fixed, so that accuracies on digits are comparable across runs and recipes
@@ -36,7 +38,57 @@ def load_splits(data: Data) -> tuple[Split, Split]:
     return load_split(data, "train"), load_split(data, "test")
 
 
-def load_split(data: Data, name: SplitName) -> Split:
+class Loaded(NamedTuple):
+    """The splits of a data set; ``final`` where there is one."""
+
+    train: Split
+    test: Split
+    final: Split | None
+
+    @property
+    def every(self) -> list[Split]:
+        """Those that there are."""
+        return [split for split in self if split is not None]
+
+
+def load_for_training(data: Data) -> Loaded:
+    """Load all splits of ``data``, after a look at the names, links and headers of their files.
+
+    Raises:
+        DataError: as :func:`load_split` does; files that cannot be used are told of all splits at once.
+    """
+    problems: list[Problem] | None = [] if data.on_error == "stop" else None
+    loaded = load_every(data, problems)
+    if problems is not None:
+        for split in loaded.every:
+            if isinstance(split, FolderSplit):
+                problems += split.header_problems()
+        if problems:
+            raise refusal(list(dict.fromkeys(problems)), found_root(data))
+    return loaded
+
+
+def load_every(data: Data, problems: list[Problem] | None = None) -> Loaded:
+    """Load all splits of ``data``; see :func:`load_split`."""
+    train, test = load_split(data, "train", problems), load_split(data, "test", problems)
+    return Loaded(train, test, load_split(data, "final", problems) if _final_name(data) else None)
+
+
+def _final_name(data: Data) -> str | None:
+    """What the split of the last figure is called; ``None`` where there is none but the other two.
+
+    Raises:
+        DataError: the splits cannot be told.
+    """
+    if data.dataset == "imagefolder":
+        return folder_layout(data, found_root(data)).final
+    folder = cifar10_folder(data) if data.dataset == "cifar10" else None
+    if data.dataset == "parquet" or folder is not None:
+        return parquet_layout(data, folder or found_root(data)).final
+    return data.final_split if data.final_split != data.evaluated_split else None
+
+
+def load_split(data: Data, name: SplitName, problems: list[Problem] | None = None) -> Split:
     """Load one split of ``data``. The images of the other split are not read.
 
     Images are squares of ``data.image_size`` pixels. There is one exception: training images with
@@ -44,9 +96,15 @@ def load_split(data: Data, name: SplitName) -> Split:
     needs a larger image to cut from. Load with ``augment.crop`` unset to get training images as an evaluation
     sees them.
 
+    Args:
+        data: where the images are, and how they are preprocessed.
+        name: which split.
+        problems: takes the files that can't be used, which are an error without it, or left out with
+            ``data.on_error`` 'skip'.
+
     Raises:
-        DataError: the folder, the split or the images of a class are missing, or the classes of
-            ``data.train_split`` and ``data.evaluated_split`` differ.
+        DataError: the folder, the split or the images of a class are missing, files can't be used, or the
+            classes of ``data.train_split`` and ``data.evaluated_split`` differ.
     """
     if data.dataset == "digits":
         train, test = _digits(data.image_size)
@@ -54,13 +112,13 @@ def load_split(data: Data, name: SplitName) -> Split:
     if data.shorter_side < data.image_size:
         raise DataError(f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}")
     if data.dataset == "imagefolder":
-        return load_folder_split(data, name)
+        return load_folder_split(data, name, problems)
     if data.dataset == "parquet":
-        return load_parquet_split(data, found_root(data), name)
+        return load_parquet_split(data, found_root(data), name, problems)
     folder = cifar10_folder(data) if data.dataset == "cifar10" else None
     if folder is None:
-        return load_hub_split(data, name)
-    return load_parquet_split(data, folder, name)
+        return load_hub_split(data, name, problems)
+    return load_parquet_split(data, folder, name, problems)
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,11 +11,12 @@ from qat.data.split import SplitName
 from qat.errors import DataError, nearest
 from qat.recipe.schema import Data
 
-__all__ = ["VARIABLE", "cifar10_folder", "found_root", "parquet_files", "split_of"]
+__all__ = ["VARIABLE", "cifar10_folder", "found_root", "parquet_files", "parquet_splits", "split_of"]
 
 #: Environment variable that names a folder with one folder for each data set.
 VARIABLE: Final = "QAT_DATA"
 
+_ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z", ".rar")
 _SHARD: Final = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)")
 
 
@@ -34,6 +35,8 @@ def found_root(data: Data) -> Path:
         root = shared / given
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
+        if root.is_file() and root.name.lower().endswith(_ARCHIVES):
+            found = "is an archive; unpack it, which makes a folder"
         also = (
             "" if shared is None or given.is_absolute() else f", nor is it in {VARIABLE}, which is {shared}"
         )
@@ -73,7 +76,9 @@ def _shared_folder() -> Path | None:
 
 
 def split_of(data: Data, name: SplitName) -> tuple[str, str]:
-    """The key of ``data`` that names the training or the test split, and the name of that split."""
+    """The key of ``data`` that names a split, and the name of that split; ``final_split`` must be set."""
+    if name == "final":
+        return "final_split", str(data.final_split)
     return ("train_split", data.train_split) if name == "train" else ("test_split", data.evaluated_split)
 
 
@@ -89,13 +94,10 @@ def parquet_files(folder: Path, split: str, key: str) -> list[Path]:
         DataError: there are no such files, there are files of both kinds, or one of ``SPLIT-I-of-N.parquet``
             is missing.
     """
-    try:
-        every = sorted(file for file in folder.iterdir() if file.suffix == ".parquet" and file.is_file())
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    every = _every_parquet_file(folder)
     files = [file for file in every if file.stem == split or file.stem.startswith(f"{split}-")]
     if not files:
-        present = sorted({_split_in(file.stem) for file in every})
+        present = parquet_splits(folder)
         listed = ", ".join(present) or "no *.parquet file"
         raise DataError(
             f"data.{key}: {folder} has no {split}.parquet and no {split}-*.parquet"
@@ -111,6 +113,22 @@ def parquet_files(folder: Path, split: str, key: str) -> list[Path]:
             f"{max(counts)}"
         )
     return files
+
+
+def parquet_splits(folder: Path) -> list[str]:
+    """Names of the splits that ``folder`` has Parquet files of, sorted.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return sorted({_split_in(file.stem) for file in _every_parquet_file(folder)})
+
+
+def _every_parquet_file(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if file.suffix == ".parquet" and file.is_file())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _split_in(stem: str) -> str:

@@ -15,7 +15,8 @@ from qat.system.launch import WHOLE, Share
 
 __all__ = ["MemorySplit", "NoiseSplit", "Split", "SplitName"]
 
-SplitName = Literal["train", "test"]
+#: What a split is for: training, choosing epochs, or the last figure of a run.
+SplitName = Literal["train", "test", "final"]
 
 #: Images that :meth:`Split.evenly` loads at a time.
 _LOADED_AT_ONCE: Final = 64
@@ -30,10 +31,16 @@ class Split(ABC):
             cropped; ``None`` if that isn't done.
         share: the part of each batch that is yielded. Several processes, each with a share of its own, have
             the same batches in the same order, and load a part of each batch.
+        name: name of the split in results; ``None`` where nothing but the recipe says it.
+        notes: sentences for the user on which images were chosen.
+        left_out: which images were left out, in words; ``None`` where all are here.
     """
 
     resize: int | None = None
     share: Share = WHOLE
+    name: str | None = None
+    notes: Sequence[str] = ()
+    left_out: str | None = None
 
     def __init__(self, class_names: Sequence[str], labels: Tensor) -> None:
         """Take the class names in label order, and the labels, int64 (N,)."""

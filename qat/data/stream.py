@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qat.data.columns import Columns, check_label, content_of
+from qat.data.columns import Columns, content_of
 from qat.data.decode import decode
+from qat.data.labels import check_label
 from qat.data.prefetch import prefetched
 from qat.data.split import Split
 from qat.errors import DataError, first_line
@@ -52,6 +54,7 @@ class StreamedSplit(Split):
         side: int,
         workers: int = 0,
         shuffle_buffer: int = 2048,
+        turn: bool = False,
     ) -> None:
         """Take a stream of ``count`` rows.
 
@@ -62,13 +65,14 @@ class StreamedSplit(Split):
             count: number of rows.
             source: name of the stream in messages.
             identity: a text that differs for different images; the fingerprint is made from it.
-            resize, side: see :func:`qat.data.decode.decode`.
+            resize, side, turn: see :func:`qat.data.decode.decode`.
             workers: number of threads that decode; 0 counts as 1.
             shuffle_buffer: number of rows in the buffer.
         """
         super().__init__(class_names, torch.empty(0, dtype=torch.int64))
         self.resize = resize
         self.side = side
+        self.turn = turn
         self._stream, self._columns, self._count = stream, columns, count
         self._source, self._identity = source, identity
         self._threads, self._buffer = max(1, workers), shuffle_buffer
@@ -116,9 +120,14 @@ class StreamedSplit(Split):
                 # An empty part, (0, 3, H, W), takes its height and width from an image that is decoded for
                 # it.
                 decoded = part or chosen[:1]
-                images = pool.map(lambda row: decode(row[1], self.resize, self.side, row[0]).numpy(), decoded)
+                images = pool.map(self._pixels, decoded)
                 labels = torch.tensor([row[2] for row in part], dtype=torch.int64)
                 yield torch.from_numpy(np.stack(list(images)))[: len(part)], labels
+
+    def _pixels(self, row: _Row) -> NDArray[np.uint8]:
+        name, content, _ = row
+        pixels = decode(content, self.resize, self.side, name, turn=self.turn).numpy()
+        return np.asarray(pixels, np.uint8)
 
     def _rows(self, seed: int | None) -> Iterator[_Row]:
         """Yield all rows in the order of the shuffle seed ``seed``, or in the order of the files."""

@@ -16,10 +16,12 @@ from torch import Tensor
 from qat.data.columns import TableImages
 from qat.data.decode import content_hash, decoded_batches
 from qat.data.prefetch import prefetched
+from qat.data.probing import probe
+from qat.data.problems import counted
 from qat.data.split import Split
 from qat.errors import DataError
 
-__all__ = ["TableSplit"]
+__all__ = ["TableSplit", "without_broken"]
 
 #: Most bytes of decoded images that are kept in memory unless the recipe says otherwise. Also the most bytes
 #: of encoded images that :meth:`TableSplit.fingerprint` reads.
@@ -41,6 +43,7 @@ class TableSplit(Split):
         side: int,
         workers: int = 0,
         in_memory: bool | None = None,
+        turn: bool = False,
     ) -> None:
         """Make a split of a table's images.
 
@@ -48,7 +51,7 @@ class TableSplit(Split):
             images: the encoded images.
             class_names: names of the classes in label order.
             labels: int64 (N,).
-            resize, side: see :func:`qat.data.decode.decode`.
+            resize, side, turn: see :func:`qat.data.decode.decode`.
             workers: number of processes that decode; 0 decodes in a thread.
             in_memory: whether decoded images are kept in memory; ``None`` keeps them if they take at most 1
                 GiB.
@@ -57,12 +60,13 @@ class TableSplit(Split):
         self.resize = resize
         self.side = side
         self.workers = workers
-        self._images = images
+        self.turn = turn
+        self.encoded = images
         self._kept = len(labels) * 3 * side**2 <= IN_MEMORY_BYTES if in_memory is None else in_memory
 
     def image_name(self, index: int) -> str:
         """The file or data set, and the row in it."""
-        return Path(self._images.name(index)).name
+        return Path(self.encoded.name(index)).name
 
     def fingerprint(self) -> str:
         """SHA-256 over sizes and labels if the encoded images take more than 1 GiB, else over their content.
@@ -84,12 +88,12 @@ class TableSplit(Split):
 
     @functools.cached_property
     def _content_fingerprint(self) -> str:
-        return content_hash(self._images, self.labels)
+        return content_hash(self.encoded, self.labels)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
         sizes = [
-            size if size is not None else self._size(row) for row, size in enumerate(self._images.sizes())
+            size if size is not None else self._size(row) for row, size in enumerate(self.encoded.sizes())
         ]
         if sum(sizes) <= IN_MEMORY_BYTES:
             return self._content_fingerprint
@@ -99,12 +103,12 @@ class TableSplit(Split):
         return digest.hexdigest()
 
     def _size(self, row: int) -> int:
-        source = self._images.image(row)
+        source = self.encoded.image(row)
         try:
             return source.stat().st_size if isinstance(source, Path) else len(source)
         except OSError as error:
             raise DataError(
-                f"{self._images.name(row)}: cannot be read: {error.strerror}: {error.filename}"
+                f"{self.encoded.name(row)}: cannot be read: {error.strerror}: {error.filename}"
             ) from error
 
     def _load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,7 +121,13 @@ class TableSplit(Split):
 
     def _decoded(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = decoded_batches(
-            self._images, self.labels, batches, resize=self.resize, side=self.side, workers=self.workers
+            self.encoded,
+            self.labels,
+            batches,
+            resize=self.resize,
+            side=self.side,
+            workers=self.workers,
+            turn=self.turn,
         )
         return loaded if self.workers else prefetched(loaded)
 
@@ -141,3 +151,21 @@ class TableSplit(Split):
     def _known(self) -> Tensor:
         """Whether each image was decoded already, bool (N,)."""
         return torch.zeros(len(self), dtype=torch.bool)
+
+
+def without_broken(
+    images: TableImages, labels: Tensor, turn: bool, called: str
+) -> tuple[TableImages, Tensor, str | None]:
+    """The images (N) and labels (N,) that can be decoded, and in words which others there were.
+
+    Raises:
+        DataError: none can.
+    """
+    bad = probe(images, range(len(images)), turn=turn)
+    if not bad:
+        return images, labels, None
+    rows = [row for row in range(len(images)) if row not in bad]
+    if not rows:
+        raise DataError(f"{called}: no image can be decoded: {counted(list(bad.values()))}")
+    left_out = f"{called}: left out: {counted(list(bad.values()))}"
+    return images.chosen(rows), labels[rows], left_out

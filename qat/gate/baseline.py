@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from qat.data.split import Split
@@ -66,6 +66,15 @@ class DataFacts(_Strict):
     resize: _Count | None
     mean: _Channels
     std: _Channels
+    exif_orientation: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what older baselines don't have where it is as it was for them."""
+        content: dict[str, Any] = write(self)
+        if not self.exif_orientation:
+            del content["exif_orientation"]
+        return content
 
 
 class Processor(_Strict):
@@ -129,12 +138,13 @@ def describe_data(split: Split, data: Data) -> DataFacts:
     """
     return DataFacts(
         dataset=data.dataset,
-        test_split=file_name(data.evaluated_split),
+        test_split=file_name(split.name or data.evaluated_split),
         fingerprint=split.content_fingerprint(),
         image_size=data.image_size,
         resize=split.resize,
         mean=list(data.mean),
         std=list(data.std),
+        exif_orientation=data.exif_orientation,
     )
 
 
@@ -178,7 +188,12 @@ def _without_paths(recipe: Recipe) -> dict[str, Any]:
     """The recipe with file names in place of paths, since the baseline is committed to a repository."""
     content = recipe.model_dump(mode="json")
     del content["data"]["root"], content["output"]["dir"]
-    for section, key in (("model", "checkpoint"), ("data", "train_split"), ("data", "test_split")):
+    for section, key in (
+        ("model", "checkpoint"),
+        ("data", "train_split"),
+        ("data", "test_split"),
+        ("data", "final_split"),
+    ):
         if content[section][key] is not None:
             content[section][key] = file_name(content[section][key])
     return content

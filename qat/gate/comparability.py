@@ -22,7 +22,8 @@ def check_preprocessing(
         source: what the message calls the baseline, such as its path.
 
     Raises:
-        BaselineError: on the first difference in class count, data set, image size or normalization.
+        BaselineError: on the first difference in class count, data set, image size, orientation or
+            normalization.
     """
     theirs = baseline.data
     if num_classes != baseline.num_classes:
@@ -31,6 +32,8 @@ def check_preprocessing(
         raise _refusal(source, "data.dataset", repr(data.dataset), repr(theirs.dataset))
     if data.image_size != theirs.image_size:
         raise _refusal(source, "data.image_size", data.image_size, theirs.image_size)
+    if data.exif_orientation != theirs.exif_orientation:
+        raise _refusal(source, "data.exif_orientation", data.exif_orientation, theirs.exif_orientation)
     for key in ("mean", "std"):
         ours, recorded = list(getattr(data, key)), list(getattr(theirs, key))
         if not np.allclose(ours, recorded, rtol=0, atol=1e-6):

@@ -141,6 +141,8 @@ _DATA_SETS: dict[str, tuple[str, ...]] = {
     "image_column": ("parquet", "hub"),
     "label_column": ("parquet", "hub"),
     "streaming": ("parquet", "hub"),
+    "validation_share": ("imagefolder", "parquet"),
+    "final_split": ("imagefolder", "parquet", "cifar10", "hub"),
 }
 
 
@@ -153,6 +155,25 @@ def _of_another_data_set(
         yield ("data", "name"), "missing; dataset 'hub' needs a repository, such as 'uoft-cs/cifar10'"
     for key, names in _DATA_SETS.items():
         if data.get(key, defaults[key]) != defaults[key] and chosen not in names:
-            listed = " and ".join(map(repr, names))
+            listed = ", ".join(map(repr, names[:-1])) + (" and " if len(names) > 1 else "") + repr(names[-1])
             hint = "; set data.dataset=imagefolder for a folder of images" if key == "root" else ""
             yield ("data", key), f"found {found(data[key])}, but only data.dataset {listed} has it{hint}"
+    yield from _choices_of_images(data)
+
+
+def _choices_of_images(data: Mapping[Any, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Keys that say in two ways which images are used, or what streamed images can't do."""
+    share, split, on_error = (data.get(key) for key in ("validation_share", "test_split", "on_error"))
+    if share is not None and split is not None:
+        yield (
+            ("data", "validation_share"),
+            f"found {found(share)}, allowed beside data.test_split, which is {found(split)}: null",
+        )
+    if data.get("streaming") is True:
+        if share is not None:
+            yield (
+                ("data", "validation_share"),
+                f"found {found(share)}, allowed where images are streamed: null",
+            )
+        if on_error == "skip":
+            yield ("data", "on_error"), "found 'skip', allowed where images are streamed: 'stop'"

@@ -143,6 +143,8 @@ def _tiles(answers: Answers, costs: Costs, quantization: str | None, files: RunF
         tone: Literal["", "good", "bad"] = "good" if low > 0 else "bad" if high < 0 else ""
         about = f"95 % confidence: {points(100 * low)} to {points(100 * high)}"
         tiles.append(Tile("Change in points", points(100 * answers.pairs.change), about, tone))
+    if (last := _final_tile(files)) is not None:
+        tiles.append(last)
     full = costs.operations.parameters.float32_bytes
     tiles.append(
         Tile("Parameters", megabytes(costs.bytes), f"{full / costs.bytes:.1f}× smaller than in float32")
@@ -154,6 +156,21 @@ def _tiles(answers: Answers, costs: Costs, quantization: str | None, files: RunF
         about = f"{millions(costs.operations.float_rest_ops)} before quantization"
     tiles.append(Tile("OPs per image", millions(costs.ops()), about))
     return tiles
+
+
+def _final_tile(files: RunFiles) -> Tile | None:
+    """The accuracy on images that no epoch was chosen on, where the run measured it."""
+    final = mapping(files.summary.get("final"))
+    top1, n = number(final.get("top1")), number(final.get("n"))
+    if top1 is None or not 0 <= top1 <= 100 or n is None or n < 1:
+        return None
+    split = mapping(files.summary.get("measured_on")).get("final", "the final split")
+    interval = interval_text(round(top1 * n / 100), round(n))
+    return Tile(
+        f"Top-1 on {split}",
+        percent(top1),
+        f"{n:.0f} images that no epoch was chosen on; 95 % confidence: {interval}",
+    )
 
 
 def _origin(files: RunFiles, recipe: Recipe, measured: Measured) -> list[tuple[str, Any]]:

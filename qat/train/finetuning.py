@@ -21,6 +21,7 @@ from qat.recipe.loading import LoadedRecipe
 from qat.recipe.schema import Recipe
 from qat.runs import RunDirectory
 from qat.train.device import begin
+from qat.train.final import split_name
 from qat.train.float_stage import train_in_float
 from qat.train.job import Hooks, Job, Splits
 from qat.train.loop import fit
@@ -117,7 +118,7 @@ def finetune(
     assert recipe.quantization is not None  # the schema requires it for this task
     line = (
         f"{quantization_name(model, recipe.quantization)}: top-1 {best.top1:.2f}% "
-        f"(epoch {progress.best_epoch})"
+        f"on {split_name(job, 'test')}, {best.n} images (epoch {progress.best_epoch})"
     )
     before = progress.accuracies.get("float")
     if before is None:

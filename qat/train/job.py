@@ -23,10 +23,24 @@ from qat.train.teachers import Teachers
 
 
 class Splits(NamedTuple):
-    """The images that a run trains on, and those that it is evaluated on."""
+    """The images of a run.
+
+    Attributes:
+        train: those that it trains on.
+        test: those that it is evaluated on, and its best epoch chosen on.
+        final: those that the best epoch is measured on in the end; ``None`` where there are no others.
+    """
 
     train: Split
     test: Split
+    final: Split | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what was held out, left out or left aside."""
+        found = [split for split in self if split is not None]
+        left_out = [split.left_out for split in found if split.left_out is not None]
+        return [note for split in found for note in split.notes] + left_out
 
 
 @dataclass(frozen=True)

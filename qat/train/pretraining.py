@@ -8,6 +8,7 @@ from qat.models.bnext import set_temperature
 from qat.recipe.loading import LoadedRecipe
 from qat.runs import RunDirectory
 from qat.train.device import begin
+from qat.train.final import split_name
 from qat.train.job import Hooks, Job, Splits
 from qat.train.loop import fit
 from qat.train.optimizer import temperature_at
@@ -57,7 +58,10 @@ def pretrain(
     with under_way(job):
         fit(job, progress)
         best = summarize(job, progress, "binary")
-    reporter.message(f"binary: top-1 {best.top1:.2f}% of {best.n} images (epoch {progress.best_epoch})")
+    reporter.message(
+        f"binary: top-1 {best.top1:.2f}% on {split_name(job, 'test')}, {best.n} images (epoch "
+        f"{progress.best_epoch})"
+    )
     return job.run
 
 

@@ -35,6 +35,7 @@ NEUTRAL: Final = (
     "threads",
     "parallel",
     "data.workers",
+    "data.on_error",
     "schedule.save_steps",
     "schedule.keep_states",
     "tracking.trackers",

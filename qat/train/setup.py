@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.data.augment import normalize
-from qat.data.loading import check_fits, load_splits
+from qat.data.loading import check_fits, load_for_training
 from qat.data.split import Split
 from qat.errors import DataError, RecipeError
 from qat.evaluation import Accuracy
@@ -25,6 +25,7 @@ from qat.system.collectives import is_main, world
 from qat.system.sigterm import StopRequest
 from qat.train.batch_norm_reestimation import reestimate_batch_norm
 from qat.train.capture import first_record
+from qat.train.final import measure_final, measured_on
 from qat.train.job import Hooks, Job, Splits
 from qat.train.loop import step_count
 from qat.train.precision import saves_no_time
@@ -64,22 +65,23 @@ def splits_of(recipe: Recipe, given: Splits | None = None) -> Splits:
         DataError: the images can't be read, or have another number of classes than the network.
         RecipeError: the batch size is not a multiple of the number of processes.
     """
-    train, test = given or load_splits(recipe.data)
+    train, test, final = splits = given or Splits(*load_for_training(recipe.data))
     classes = recipe.model.num_classes
     if classes not in (None, train.num_classes):
         raise DataError(
             f"the data has {train.num_classes} classes, the network {classes}; without model.num_classes the "
             "network has those of the data"
         )
-    check_fits(test, train.num_classes)
-    for split in (train, test):
+    for split in filter(None, (test, final)):
+        check_fits(split, train.num_classes)
+    for split in filter(None, splits):
         split.share = world().share
     if recipe.data.batch_size % world().size:
         raise RecipeError(
             f"data.batch_size: found {recipe.data.batch_size}, allowed with {world().size} processes, which "
             f"share it: a multiple of {world().size}"
         )
-    return Splits(train, test)
+    return splits
 
 
 def check_steps(recipe: Recipe, train: Split) -> None:
@@ -138,6 +140,8 @@ def begin_job(
         reporter.warning(slow)
     if shards(recipe):
         reporter.message(f"FSDP: each of {world().size} processes keeps its part of the network")
+    for note in splits.notes:
+        reporter.message(note)
     folder = run.open()
     reporter = tracked(reporter, recipe, folder, device)
     if run.state.tensors:
@@ -205,6 +209,7 @@ def summarize(job: Job, progress: Progress, name: str) -> Accuracy:
     # There is a best epoch, which needs binary weights: fine-tuning starts with them, and the schema makes
     # sure that the temperature of a pretraining falls far enough.
     assert progress.best is not None
+    final = measure_final(job, progress)
     job.run.write_json(
         SUMMARY,
         {
@@ -212,6 +217,8 @@ def summarize(job: Job, progress: Progress, name: str) -> Accuracy:
             "architecture": str(job.model.architecture),
             **{when: asdict(accuracy) for when, accuracy in progress.accuracies.items()},
             name: asdict(progress.best),
+            **({} if final is None else {"final": asdict(final)}),
+            "measured_on": measured_on(job, [*progress.accuracies, name]),
             "best_epoch": progress.best_epoch,
             "checkpoint": job.run.best.name,
             # Null if training started from random weights.

@@ -168,7 +168,7 @@ def _check_trained(
     if checkpoint.quantization is not None:
         reporter.warning(f"{path}: already fine-tuned; starting from its weights, its ranges are found anew")
     if checkpoint.recipe is not None:
-        for key in ("image_size", "mean", "std"):
+        for key in ("image_size", "mean", "std", "exif_orientation"):
             trained, asked = getattr(checkpoint.recipe.data, key), getattr(recipe.data, key)
             if trained != asked:
                 reporter.warning(f"data.{key} is {asked}, the checkpoint was trained with {trained}")

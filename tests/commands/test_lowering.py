@@ -24,3 +24,17 @@ def test_exports_record_the_resize_in_effect(data: dict[str, Any], resize: str |
     recipe = parse_recipe({"task": "pretrain", "model": {}, "data": data}, "r.yaml")
     checkpoint: Any = SimpleNamespace(recipe=recipe, metadata={}, quantization=None)
     assert facts(checkpoint, recipe.data.image_size).get("resize") == resize
+
+
+@pytest.mark.parametrize(
+    ("data", "turned"),
+    [
+        ({"dataset": "digits"}, None),
+        ({"dataset": "imagefolder"}, "false"),
+        ({"dataset": "imagefolder", "exif_orientation": True}, "true"),
+    ],
+)
+def test_exports_record_whether_images_are_turned_upright(data: dict[str, Any], turned: str | None) -> None:
+    recipe = parse_recipe({"task": "pretrain", "model": {}, "data": data}, "r.yaml")
+    checkpoint: Any = SimpleNamespace(recipe=recipe, metadata={}, quantization=None)
+    assert facts(checkpoint, recipe.data.image_size).get("exif_orientation") == turned

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qat.data.decode import decode
 from qat.data.loading import load_split
@@ -67,3 +67,56 @@ def test_training_images_are_larger_only_when_a_random_crop_follows(tree: Path) 
     assert everything(load_split(cropped, "train"))[0].shape[-2:] == (16, 16)
     assert everything(load_split(cropped, "test"))[0].shape[-2:] == (14, 14)
     assert everything(load_split(folder(tree, image_size=14), "train"))[0].shape[-2:] == (14, 14)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_only_on_request(tmp_path: Path, orientation: int) -> None:
+    pixels = np.zeros((24, 24, 3), np.uint8)
+    pixels[:12, :6] = 255  # stored: higher than wide, in the corner of the first pixel
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "i.png", exif=exif)
+    stored, upright = (decode(tmp_path / "i.png", 24, 24, turn=turn)[0] for turn in (False, True))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "i.png")))[..., 0]
+    assert np.array_equal(stored.numpy(), pixels[..., 0])
+    assert np.array_equal(upright.numpy(), expected)
+    assert torch.equal(stored, upright) == (orientation == 1)
+
+
+def test_a_recipe_says_whether_images_are_turned(tree: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    first = tree / "train" / "cat" / "0.png"
+    Image.open(first).save(first, exif=exif)
+    for workers in (0, 1):
+        kept, turned = (
+            everything(load_split(folder(tree, exif_orientation=turn, workers=workers), "train"))[0]
+            for turn in (False, True)
+        )
+        assert not torch.equal(kept[0], turned[0])
+        assert torch.equal(kept[1:], turned[1:])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04six\0\0\0\0\0",
+        b"nonsense",
+    ],
+)
+def test_an_image_whose_orientation_cannot_be_read_is_as_stored(tmp_path: Path, exif: bytes) -> None:
+    write_image(tmp_path / "i.jpg")
+    with Image.open(tmp_path / "i.jpg") as image:
+        image.save(tmp_path / "i.jpg", exif=exif)
+    kept, turned = (decode(tmp_path / "i.jpg", 8, 8, turn=turn) for turn in (False, True))
+    assert torch.equal(kept, turned)
+
+
+def test_a_program_that_calls_itself_an_image_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match=r"x\.jpg: cannot be decoded: cannot identify image file"):
+        decode(path, 8, 8)

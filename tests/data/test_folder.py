@@ -1,6 +1,9 @@
 """Folders of images: which images and labels are read, and that errors name what is wrong."""
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from qat.data.decode import decode
-from qat.data.loading import load_split, load_splits
+from qat.data.loading import load_for_training, load_split, load_splits
 from qat.errors import DataError
 from tests.helpers.image_folders import everything, folder, make_tree, write_image
 
@@ -193,10 +196,73 @@ def test_a_split_without_any_image_is_refused(tmp_path: Path) -> None:
         load_split(folder(tmp_path, train_split="bare"), "train")
 
 
-def test_a_folder_inside_a_class_is_refused(tree: Path) -> None:
-    (tree / "train" / "cat" / "more").mkdir()
-    with pytest.raises(DataError, match=r"cat: has a folder 'more'"):
-        load_split(folder(tree), "train")
+def test_images_in_folders_inside_a_class_are_of_that_class(tree: Path) -> None:
+    write_image(tree / "train" / "cat" / "siamese" / "x.png")
+    split = load_split(folder(tree), "train")
+    assert split.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert split.image_name(3) == "cat/siamese/x.png"
+
+
+def test_a_fingerprint_is_the_one_that_version_0_1_computed(tmp_path: Path) -> None:
+    names = ("b/10.png", "b/9.PNG", "a/x.jpg", "a.b/é.webp", "a/X.jpeg", "a/sub.bmp", "a/notes.txt")
+    for index, name in enumerate(names):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(range(index + 3)))
+    split = load_split(folder(tmp_path), "train")
+    assert split.fingerprint().startswith("ec82d0008a660d8558e784da8356e205")
+    assert split.content_fingerprint().startswith("daea8ad611e6ae3b92d238b8093ad462")
+
+
+def test_files_that_cannot_be_used_are_named_all_at_once_of_all_splits(tree: Path) -> None:
+    (tree / "train" / "cat" / "dead.png").symlink_to("/nowhere")
+    (tree / "train" / "dog" / "text.jpg").write_text("hello")
+    (tree / "train" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "0.png").read_bytes()[:500])
+    (tree / "test" / "cat" / "empty.png").touch()
+    with pytest.raises(DataError) as caught:
+        load_for_training(folder(tree))
+    line = str(caught.value)
+    assert (
+        "3 files cannot be used: 1 dangling link (train/cat/dead.png), 2 foreign (train/dog/text.jpg, "
+        in line
+    )
+    assert "test/cat/empty.png" in line
+    assert "--set data.on_error=skip" in line
+    assert "\n" not in line
+
+
+def test_skipping_leaves_out_what_cannot_be_decoded_and_says_so(tree: Path) -> None:
+    (tree / "train" / "cat" / "dead.png").symlink_to("/nowhere")
+    broken = tree / "train" / "dog" / "0.png"
+    whole = load_split(folder(tree, on_error="skip", test_split="train"), "test").fingerprint()
+    broken.write_bytes(broken.read_bytes()[:500])
+    train, test, _ = load_for_training(folder(tree, on_error="skip"))
+    assert everything(train)[1].tolist() == [0, 0, 0, 1]
+    assert train.left_out == "train: left out: 1 dangling link (cat/dead.png), 1 broken (dog/0.png)"
+    assert train.fingerprint() != whole
+    assert test.left_out is None
+
+
+def test_skipping_every_image_of_a_class_is_refused(tree: Path) -> None:
+    for file in (tree / "train" / "dog").iterdir():
+        file.write_text("no image")
+    with pytest.raises(DataError, match="no images in the folder of class 'dog'"):
+        load_split(folder(tree, on_error="skip"), "train")
+
+
+def test_a_local_folder_needs_neither_datasets_nor_a_home(tree: Path) -> None:
+    code = (
+        "import sys; sys.modules['datasets'] = None\n"
+        "from qat.data.loading import load_for_training\n"
+        "from qat.recipe.schema import Data\n"
+        f"data = Data(dataset='imagefolder', root={str(tree)!r}, image_size=8, test_split='test')\n"
+        "print(len(load_for_training(data).train))"
+    )
+    environment = os.environ | {"HOME": "/proc/nowhere", "HF_HOME": "/proc/nowhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "5\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -163,3 +163,12 @@ def test_a_made_up_baseline_has_the_answers_it_was_asked_for() -> None:
     one = baseline(10, wrong=[3, 9])
     assert np.flatnonzero(~one.answers()).tolist() == [3, 9]
     assert (one.correct_count, one.top1) == (8, 80.0)
+
+
+def test_the_orientation_of_images_is_recorded_where_it_is_not_as_it_was() -> None:
+    kept, turned = (
+        describe_data(split(1, 1), Data(image_size=16, exif_orientation=turn)) for turn in (False, True)
+    )
+    assert "exif_orientation" not in kept.model_dump()
+    assert turned.model_dump()["exif_orientation"] is True
+    assert type(kept).model_validate(kept.model_dump()) == kept

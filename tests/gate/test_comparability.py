@@ -34,6 +34,7 @@ def check(theirs: Baseline, ours: Baseline = HERE) -> None:
         ({"data": {"resize": 18}}, "data.resize is None here and 18 there"),
         ({"data": {"mean": [0.0, 0.0, 0.1]}}, "data.mean is [0.0, 0.0, 0.0] here and [0.0, 0.0, 0.1] there"),
         ({"data": {"std": [1.0, 1.0, 0.9]}}, "data.std is [1.0, 1.0, 1.0] here and [1.0, 1.0, 0.9] there"),
+        ({"data": {"exif_orientation": True}}, "data.exif_orientation is False here and True there"),
         ({"n": 361}, "the number of images is 360 here and 361 there"),
         (
             {"data": {"fingerprint": "e" * 64}},

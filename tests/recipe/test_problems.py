@@ -160,3 +160,29 @@ def test_a_recipe_that_is_not_a_mapping_is_refused(value: object) -> None:
     [line] = problems(value)
     assert line.startswith("r.yaml: found ")
     assert "at the top level, allowed: a section with keys task, " in line
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (
+            {"dataset": "imagefolder", "validation_share": 0.1, "test_split": "test"},
+            "r.yaml: data.validation_share: found 0.1, allowed beside data.test_split, which is 'test': null",
+        ),
+        (
+            {"dataset": "parquet", "validation_share": 0.1, "streaming": True},
+            "r.yaml: data.validation_share: found 0.1, allowed where images are streamed: null",
+        ),
+        (
+            {"dataset": "parquet", "on_error": "skip", "streaming": True},
+            "r.yaml: data.on_error: found 'skip', allowed where images are streamed: 'stop'",
+        ),
+        (
+            {"dataset": "digits", "final_split": "test"},
+            "r.yaml: data.final_split: found 'test', but only data.dataset 'imagefolder', 'parquet', "
+            "'cifar10' and 'hub' has it",
+        ),
+    ],
+)
+def test_two_ways_to_say_which_images_are_used_are_refused(data: dict[str, object], line: str) -> None:
+    assert problems(changed(FINETUNE, "data", data)) == [line]

@@ -99,7 +99,7 @@ def test_statistics_are_averaged_anew_after_the_last_step_and_before_the_evaluat
     plain, _ = tune(checkpoint, tmp_path / "plain", *options)
     anew, report = tune(checkpoint, tmp_path / "anew", *options, "schedule.reestimate_batch_norm=3")
     recipe = toyruns.recipe("tiny_int8", tmp_path, "data.batch_size=320").recipe
-    train, test = splits_of(recipe)
+    train, test, _ = splits_of(recipe)
     model = build(load_checkpoint(plain.last))
     reestimate_batch_norm(model, lambda: calibration_pass(model, train, recipe, torch.device("cpu"), count=3))
     expected, found = model.state_dict(), build(load_checkpoint(anew.last)).state_dict()

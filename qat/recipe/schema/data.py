@@ -64,8 +64,9 @@ class Data(Section):
     dataset: Literal["digits", "imagefolder", "cifar10", "parquet", "hub"] = Field(
         default="digits",
         description="'digits' comes with scikit-learn; 'imagefolder' has one folder per class in one per "
-        "split; 'cifar10' is read from Parquet files or the Hugging Face Hub; 'parquet' is a folder with "
-        "SPLIT.parquet or SPLIT-*.parquet; 'hub' is any image data set of the Hub, see data.name.",
+        "split, or in none; 'cifar10' is read from Parquet files or the Hugging Face Hub; 'parquet' is a "
+        "folder with SPLIT.parquet or SPLIT-*.parquet; 'hub' is any image data set of the Hub, see "
+        "data.name.",
     )
     root: Text | None = Field(
         default=None,
@@ -89,7 +90,7 @@ class Data(Section):
     label_column: Text | None = Field(
         default=None,
         description="Column of the labels ('parquet' and 'hub'); null is the only one with named classes, "
-        "else the only one of integers.",
+        "else the only one of integers, of booleans, or of texts.",
     )
     image_size: int = Field(
         default=16, ge=8, description="Side of the square images the network sees, in pixels."
@@ -126,10 +127,38 @@ class Data(Section):
         description="Processes that load images; 0 loads them in a thread of the main process. Of a streamed "
         "data set: threads.",
     )
-    train_split: Text = Field(default="train", description="Split the network is trained on.")
+    exif_orientation: bool = Field(
+        default=False,
+        description="Whether images are turned upright as their EXIF orientation says. False, as the "
+        "published weights were trained and measured without; what feeds an exported model has to do the "
+        "same.",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What to do about files that are no images or cannot be decoded: 'stop' names them; "
+        "'skip' decodes every image beforehand, and leaves them out.",
+    )
+    train_split: Text = Field(
+        default="train",
+        description="Split the network is trained on. The default also finds 'training' and, where an "
+        "'imagefolder' has no splits, takes the one folder of classes; '.' is the root itself.",
+    )
     test_split: Text | None = Field(
         default=None,
-        description="Split accuracy is measured on. Null: 'test' for 'cifar10', else 'validation'.",
+        description="Split accuracy is measured on and epochs are chosen on. Null: 'test' for 'cifar10', "
+        "else 'validation'; 'imagefolder' and 'parquet' then also find 'val' or 'valid', else 'test', and "
+        "else hold out data.validation_share.",
+    )
+    validation_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Share of each class's training images that is held out, by a hash of their names, and "
+        "takes the place of data.test_split ('imagefolder' and 'parquet'). Null: 0.2 where there is neither "
+        "a validation nor a test split, else nothing.",
+    )
+    final_split: Text | None = Field(
+        default=None,
+        description="Split the finished network is measured on once more, which no choice depends on. Null: "
+        "'test' of an 'imagefolder' or 'parquet' data set that has it beside data.test_split.",
     )
     augment: Augment = Field(default=Augment(), description="Random changes to training images.")
 
